@@ -1,0 +1,75 @@
+"""The record that travels from stream to method, and the little protocol of the thing that yields it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from poisonshield.ops.philox import KeyedRandom, sample_ids
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples of one epoch, known by key. What is absent is None, never fake.
+
+    x [B, 3, H, W] float32 in [0, 1]; views a tuple of such (sizes may differ); y int64 [B];
+    mask [B, 1, H, W] in {0, 1}; t_range (first, last) diffusion timestep.
+    rank_sizes: how many samples of this global batch each rank holds; None when there is one rank. It travels with
+    the batch because every rank knows it from the plan, so that no loss has to ask the others.
+    """
+
+    keys: tuple[str, ...]
+    x: Tensor | None = None
+    views: tuple[Tensor, ...] | None = None
+    y: Tensor | None = None
+    mask: Tensor | None = None
+    t_range: tuple[int, int] | None = None
+    rank_sizes: tuple[int, ...] | None = None
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def replace(self, **changes: Any) -> "Batch":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
+        """The batch with all tensors on `device`."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=non_blocking)
+
+        views = None if self.views is None else tuple(v.to(device, non_blocking=non_blocking) for v in self.views)
+        return self.replace(x=move(self.x), y=move(self.y), mask=move(self.mask), views=views)
+
+    def random(self, seed: int, device: torch.device | None = None) -> KeyedRandom:
+        """Random numbers that depend on (seed, epoch, key) only: not on batch position, size or rank."""
+        rng = KeyedRandom(seed, sample_ids(self.keys), self.epoch)
+        return rng if device is None else rng.to(device)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one training step gives: loss, a scalar to differentiate, and detached scalars worth logging."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Stream(Protocol):
+    """An endless iterator of Batch that can say where it is and go on from there.
+
+    `steps_per_epoch` is equal on every rank. state_dict after k batches, loaded into a fresh Stream of the same plan
+    (any number of ranks and workers), continues with batch k + 1.
+    """
+
+    steps_per_epoch: int
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

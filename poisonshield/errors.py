@@ -1,0 +1,29 @@
+"""Every error a user can cause, each also the nearest builtin so that ordinary `except` clauses work."""
+
+
+class PoisonShieldError(Exception):
+    """Parent of all errors raised on purpose: what came, what was wanted, where, and what to do next."""
+
+
+class ConfigError(PoisonShieldError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or does not fit another one."""
+
+
+class DataError(PoisonShieldError, ValueError):
+    """A shard, sample, manifest or label is missing, damaged or outside what was declared."""
+
+
+class ShapeError(PoisonShieldError, ValueError):
+    """A tensor has another shape, dtype or range than the function takes."""
+
+
+class BudgetError(PoisonShieldError, ValueError):
+    """A perturbation exceeds its declared budget, or the budget itself makes no sense."""
+
+
+class CheckpointError(PoisonShieldError, RuntimeError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class BackendError(PoisonShieldError, RuntimeError):
+    """A requested backend (op or engine) cannot run here; the message says why and what can."""
