@@ -1,0 +1,116 @@
+"""What a data set folder says about itself: `manifest.json` beside plain tar shards.
+
+The manifest is written last and read first, so a folder without one is unfinished by definition. It carries the class
+names, how many samples and which bytes each shard has, and where the images come from.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from poisonshield.errors import DataError
+
+FILE_NAME = "manifest.json"
+SHARD_ENDINGS = (".tar", ".tar.gz")
+
+
+def refuse_address(place: str | Path, *, role: str = "data set") -> None:
+    """Raise DataError for `pipe:` commands and URLs: opening data runs no program and reaches no network."""
+    if match := re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]+):", str(place)):
+        kind = "is a command to run" if match[1].lower() == "pipe" else "is an address"
+        raise DataError(
+            f"{role} {str(place)!r} {kind}, a local path was wanted.\n"
+            "  Shards are read from local files only. Copy them to a local or mounted folder and give its path."
+        )
+
+
+class ShardInfo(BaseModel):
+    """One shard: its sample count, its size and the sha256 of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """The contents of `manifest.json`.
+
+    classes: names, label 0 first. image_size: [H, W], or null when sizes differ (then images can be read one by one
+    only). poison: null for clean data, otherwise how the pixels were changed, written by whoever forged them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["poisonshield/1"] = "poisonshield/1"
+    classes: tuple[str, ...] = Field(min_length=1)
+    image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
+    samples: int = Field(ge=1)
+    shards: dict[str, ShardInfo] = Field(min_length=1)
+    provenance: str = ""
+    poison: dict[str, Any] | None = None
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_are_distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({c for c in classes if classes.count(c) > 1}):
+            raise ValueError(f"class names appear twice: {', '.join(twice[:5])}")
+        return classes
+
+    @field_validator("shards")
+    @classmethod
+    def _shards_are_plain_names(cls, shards: dict[str, ShardInfo]) -> dict[str, ShardInfo]:
+        for name in shards:
+            refuse_address(name, role="shard")
+            if not name.endswith(SHARD_ENDINGS) or "/" in name or "\\" in name:
+                raise ValueError(f"shard {name!r} must be a file name in this folder that ends in .tar or .tar.gz")
+        return shards
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the shard hashes in order: one name for exactly these bytes."""
+        return hashlib.sha256("\n".join(s.sha256 for s in self.shards.values()).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """The manifest of a data set folder. Raises DataError if it is missing, is no JSON, or a field is wrong."""
+        refuse_address(folder)
+        path = Path(folder) / FILE_NAME
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as err:
+            raise DataError(
+                f"{folder} has no {FILE_NAME}, so it is not a data set, or writing it was interrupted.\n"
+                f"  Write it again, or make one from images or tars: poisonshield data import SRC --out {folder}"
+            ) from err
+        except ValueError as err:
+            raise DataError(f"{path} is not readable JSON ({err}).\n  Copy the data set again.") from err
+        if isinstance(found, dict) and "format" not in found:
+            raise DataError(
+                f"{path} has no 'format' field, 'poisonshield/1' was wanted: it describes other shards.\n"
+                f"  Bring them in with: poisonshield data import {folder} --out DIR"
+            )
+        try:
+            manifest = cls.model_validate(found)
+        except ValidationError as err:
+            lines = [f"  {'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in err.errors()[:10]]
+            raise DataError("\n".join([f"{path} does not describe a data set:", *lines])) from err
+        if (total := sum(s.samples for s in manifest.shards.values())) != manifest.samples:
+            raise DataError(f"{path} says {manifest.samples} samples, its shards add up to {total}. Copy it again.")
+        return manifest
+
+    def save(self, folder: str | Path) -> None:
+        """Write `manifest.json` whole or not at all."""
+        path = Path(folder) / FILE_NAME
+        temporary = path.with_name(f".{FILE_NAME}.tmp")
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)

@@ -1,0 +1,99 @@
+"""Samples by index, wherever they live: a ShardSet reads its tars each time, a ResidentSource decoded them once."""
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from poisonshield.batch import Batch
+from poisonshield.errors import DataError
+
+
+class Source(Protocol):
+    """N samples that can be read in any order; two sources of one data set give the same bytes.
+
+    keys: N names. ids, labels, shard: int64 [N]. image_size: (H, W). digest: the data set's, in hexadecimal.
+    """
+
+    keys: tuple[str, ...]
+    ids: Tensor
+    labels: Tensor
+    shard: Tensor
+    classes: tuple[str, ...]
+    image_size: tuple[int, int] | None
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] of the samples `indices`, int64 [B]."""
+        ...
+
+
+def read_batch(source: Source, indices: Tensor, *, device: torch.device | None = None, epoch: int = 0) -> Batch:
+    """The samples `indices` int64 [B] as a Batch: keys, x float32 [B, 3, H, W] in [0, 1], y int64 [B]."""
+    return batch_of(source, indices, source.read(indices), device=device, epoch=epoch)
+
+
+def batch_of(
+    source: Source, indices: Tensor, pixels: Tensor, *, device: torch.device | None = None, epoch: int = 0
+) -> Batch:
+    """A Batch from pixels already read, uint8 [B, 3, H, W]. They travel as bytes and become float on the device."""
+    x = pixels.to(device, non_blocking=True).float().div_(255)
+    y = source.labels[indices].to(device, non_blocking=True)
+    return Batch(keys=tuple(source.keys[i] for i in indices.tolist()), x=x, y=y, epoch=epoch)
+
+
+class ResidentSource:
+    """A source decoded once into one uint8 tensor, N * 3 * H * W bytes (CIFAR-10: 154 MB), optionally changed on the way.
+
+    stage: a `Batch -> Batch` on x in [0, 1] (a poison recipe, say), applied once to all pixels in chunks and rounded to
+    the nearest of 256 levels. Raises DataError if the pixels exceed the machine's memory, or the stage changes the
+    samples or their size. Memory beyond the result is one chunk.
+    """
+
+    def __init__(self, source: Source, stage: Callable[[Batch], Batch] | None = None, *, chunk: int = 1000) -> None:
+        if source.image_size is None:
+            source.read(torch.tensor([0]))  # words the error, and says how to bring all images to one size
+        height, width = source.image_size
+        _refuse_too_large(len(source) * 3 * height * width)
+        self.keys, self.ids, self.labels, self.shard = source.keys, source.ids, source.labels, source.shard
+        self.classes, self.image_size, self.digest = source.classes, source.image_size, source.digest
+        self.pixels = torch.empty((len(source), 3, height, width), dtype=torch.uint8)
+        for indices in torch.arange(len(source)).split(chunk):
+            pixels = source.read(indices)
+            if stage is not None:
+                pixels = _staged(stage, batch_of(source, indices, pixels))
+            self.pixels[indices[0] : indices[-1] + 1] = pixels
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, indices: Tensor) -> Tensor:
+        """A copy of these samples, uint8 [B, 3, H, W]."""
+        return self.pixels[indices]
+
+    def map_pixels(self, stage: Callable[[Batch], Batch], *, chunk: int = 1000) -> "ResidentSource":
+        """A new resident source with the stage applied to every pixel once."""
+        return ResidentSource(self, stage, chunk=chunk)
+
+
+def _staged(stage: Callable[[Batch], Batch], batch: Batch) -> Tensor:
+    out = stage(batch)
+    if out.keys != batch.keys or out.x.shape != batch.x.shape:
+        raise DataError(
+            f"the stage turned {len(batch)} samples of {tuple(batch.x.shape)} into {len(out)} of {tuple(out.x.shape)}.\n"
+            "  A stage on resident pixels keeps samples, order and size; put this one into the stream instead."
+        )
+    return out.x.detach().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def _refuse_too_large(num_bytes: int) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > memory:
+        raise DataError(
+            f"decoded pixels take {num_bytes / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB of memory.\n"
+            "  Stream the shards instead of holding them resident, or import them with a smaller --size."
+        )

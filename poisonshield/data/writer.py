@@ -1,0 +1,185 @@
+"""Tar shards and their manifest, the same bytes for the same samples.
+A shard is written under a temporary name and renamed when it is whole; the manifest comes last. So an interrupted run
+leaves no manifest, and nothing that could be mistaken for a data set.
+"""
+
+import gzip
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poisonshield.data.decode import IMAGE_EXTENSIONS, encode_png
+from poisonshield.data.manifest import FILE_NAME, Manifest, ShardInfo, refuse_address
+from poisonshield.data.tars import tar_writer
+from poisonshield.errors import DataError
+
+
+class ShardWriter:
+    """Writes one data set: `with ShardWriter(out, classes=..., image_size=(H, W)) as w: w.write(key, image, label)`.
+
+    poison: None for clean data; otherwise a dict that goes into the manifest as it stands when the writer closes, and
+    every lossy format is refused. compress: .tar.gz shards, for small sets that travel inside a package.
+    Raises DataError for a data set that is already there (unless overwrite), a repeated or unfit key, a label outside
+    the classes, another image size. Leaving the block by an exception writes no manifest.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        classes: tuple[str, ...] | list[str],
+        image_size: tuple[int, int] | None,
+        samples_per_shard: int = 5000,
+        provenance: str = "",
+        poison: dict[str, Any] | None = None,
+        overwrite: bool = False,
+        compress: bool = False,
+    ) -> None:
+        refuse_address(folder, role="output folder")
+        self.folder, self.classes, self.image_size = Path(folder), tuple(classes), image_size
+        self.samples_per_shard, self.provenance, self.poison = samples_per_shard, provenance, poison
+        self.ending = ".tar.gz" if compress else ".tar"
+        if (self.folder / FILE_NAME).exists():
+            if not overwrite:
+                raise DataError(
+                    f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
+                    "  Choose another folder, remove this one, or set overwrite."
+                )
+            _remove_old(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._keys: set[str] = set()
+        self._shards: dict[str, ShardInfo] = {}
+        self._shard: _Shard | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._shard is not None:
+            self._shard.abandon()
+
+    def write(self, key: str, image: Tensor, label: int) -> None:
+        """Add one image, uint8 [3, H, W], losslessly as PNG."""
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise DataError(f"sample {key} is {image.dtype} {tuple(image.shape)}, uint8 (3, H, W) was wanted.")
+        if self.image_size is not None and tuple(image.shape[1:]) != tuple(self.image_size):
+            raise DataError(f"sample {key} is {tuple(image.shape[1:])} pixels, {tuple(self.image_size)} was declared.")
+        self.write_encoded(key, encode_png(image), "png", label)
+
+    def write_encoded(self, key: str, data: bytes, extension: str, label: int) -> None:
+        """Add one image file as it is. Its pixels are not looked at; `poisonshield data verify` does that."""
+        extension = extension.lower()
+        if extension not in IMAGE_EXTENSIONS:
+            raise DataError(f"sample {key} is a .{extension} file, one of {', '.join(IMAGE_EXTENSIONS)} was wanted.")
+        if self.poison is not None and extension != "png":
+            raise DataError(
+                f"sample {key} would be stored as lossy .{extension} in a poisoned data set.\n"
+                "  Lossy compression is itself a defense: it changes the perturbation and its budget. Write PNG."
+            )
+        if not key or "." in key or not key.isprintable() or key.startswith("/") or len(key.encode()) > 200:
+            raise DataError(f"key {key!r} is unfit: 1 to 200 printable bytes without dots or a leading slash were wanted.")
+        if key in self._keys:
+            raise DataError(f"sample {key} is written twice to {self.folder}; keys must be unique.")
+        if not 0 <= int(label) < len(self.classes):
+            raise DataError(f"sample {key} has label {label}, a number from 0 to {len(self.classes) - 1} was wanted.")
+        if self._shard is None:
+            self._shard = _Shard(self.folder / f"shard-{len(self._shards):05d}{self.ending}")
+        self._shard.add(key, data, extension, int(label))
+        self._keys.add(key)
+        if self._shard.samples == self.samples_per_shard:
+            self._finish_shard()
+
+    def close(self) -> Manifest:
+        """Finish the last shard and write the manifest. Raises DataError if no sample was written."""
+        if self._shard is not None:
+            self._finish_shard()
+        if not self._shards:
+            raise DataError(f"no sample was written to {self.folder}, so there is no data set.")
+        manifest = Manifest(
+            classes=self.classes,
+            image_size=self.image_size,
+            samples=len(self._keys),
+            shards=self._shards,
+            provenance=self.provenance,
+            poison=self.poison,
+        )
+        manifest.save(self.folder)
+        return manifest
+
+    def _finish_shard(self) -> None:
+        self._shards[self._shard.path.name] = self._shard.finish()
+        self._shard = None
+
+
+class _Shard:
+    """One tar on its way, hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.samples = path, 0
+        self.temporary = path.with_name(f".{path.name}.tmp")
+        self._file = _HashedFile(self.temporary)
+        self._zip = None
+        if path.name.endswith(".gz"):  # no name and no time in its header: they would make equal data differ in bytes
+            self._zip = gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=self._file, mtime=0)
+        self._tar = tar_writer(self._zip or self._file)
+
+    def add(self, key: str, data: bytes, extension: str, label: int) -> None:
+        self._tar.write({"__key__": key, extension: data, "cls": str(label).encode()})
+        self.samples += 1
+
+    def finish(self) -> ShardInfo:
+        self._close()
+        os.replace(self.temporary, self.path)
+        return ShardInfo(samples=self.samples, bytes=self._file.written, sha256=self._file.hash.hexdigest())
+
+    def abandon(self) -> None:
+        self._close()
+        self.temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._tar.close()
+        if self._zip is not None:
+            self._zip.close()
+        self._file.close()
+
+
+class _HashedFile:
+    """A write-only file that knows its size and sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")
+        self.hash, self.written = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.written += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _remove_old(folder: Path) -> None:
+    """The manifest first, then its shards: a crash in between leaves no data set rather than half of one."""
+    try:
+        names = list(Manifest.load(folder).shards)
+    except DataError:
+        names = []  # damaged: shards of the same names are replaced anyway
+    (folder / FILE_NAME).unlink()
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
