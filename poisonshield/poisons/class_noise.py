@@ -1,0 +1,45 @@
+"""Class-wise random noise: one tensor per class, drawn once by seed and added to all its images.
+
+The baseline that any cleverer poison has to beat; exact in l-infinity. Source: class-wise noise in Huang et al. 2021
+(2101.04898) and its analysis in 2204.08615.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from poisonshield.batch import Batch
+from poisonshield.config import Pixels, Settings
+from poisonshield.ops.philox import philox_uniform, stream_of
+from poisonshield.poisons.base import Poison
+
+
+class ClassNoise(Poison):
+    """delta = U(-eps, eps), or a random sign times eps, for each pixel of each class."""
+
+    class Config(Settings):
+        """kind: "uniform" fills the box, "sign" sits on its corners."""
+
+        eps: Pixels = Field(default=8 / 255, gt=0)
+        kind: Literal["uniform", "sign"] = "uniform"
+
+    name: ClassVar[str] = "class_noise"
+    norm = "linf"
+    grain: ClassVar[Literal["sample", "class"]] = "class"
+
+    def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
+        super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
+        h, w = image_size
+        stream = stream_of("class noise")
+        rows = [philox_uniform(3 * h * w, seed=seed, ids=torch.tensor([k]), stream=stream) for k in range(num_classes)]
+        u = torch.cat(rows).view(num_classes, 3, h, w) * 2 - 1
+        # Not persistent: the seed gives it back to the bit, and 100 classes at 224 px would be 60 MB in a recipe.
+        self.register_buffer("noise", config.eps * (u.sign() if config.kind == "sign" else u), persistent=False)
+
+    def budget(self) -> float:
+        return self.config.eps
+
+    def draw(self, batch: Batch) -> Tensor:
+        return self.noise[batch.y]

@@ -1,0 +1,63 @@
+"""LSP, linearly separable perturbations: coloured squares drawn per sample around a vertex per class.
+
+Earlier poisons turn out almost linearly separable, so draw noise that is, directly; no network and no data needed.
+Source: Yu et al. 2022, "Availability attacks create shortcuts" (2111.00898), which draws with scikit-learn's
+make_classification. The form below has the same distribution, needs nothing, and serves unbalanced classes as they are.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from poisonshield.batch import Batch
+from poisonshield.config import Pixels, Settings
+from poisonshield.ops.philox import philox_uniform, stream_of
+from poisonshield.poisons._signs import distinct_signs
+from poisonshield.poisons.base import Poison
+
+SEPARATION = 10.0  # distance of a class from the origin, along each of the d directions
+
+
+class LSP(Poison):
+    """delta = squares of z, z = A_k' n + 10 v_k: vertex v_k and mixing A_k of class k, normal n of the sample.
+
+    The paper's budget is l2 = eps * sqrt(3 H W), which is *not* an l-infinity bound: with eps 6/255 single pixels reach
+    16/255. budget="linf" scales the largest pixel to eps instead, which is a weaker poison of our own.
+    """
+
+    class Config(Settings):
+        """eps per pixel; patch is the side of a square, None for 8 (images under 96 px) or 32 (the rest)."""
+
+        eps: Pixels = Field(default=6 / 255, gt=0)
+        budget: Literal["l2", "linf"] = "l2"
+        patch: int | None = Field(default=None, ge=1)
+
+    name: ClassVar[str] = "lsp"
+    grain: ClassVar[Literal["sample", "class"]] = "sample"
+
+    def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
+        super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
+        self.norm = config.budget
+        self.patch = config.patch or (8 if min(image_size) < 96 else 32)
+        self.cells = tuple(math.ceil(side / self.patch) for side in image_size)
+        d = 3 * self.cells[0] * self.cells[1]
+        self.register_buffer("vertices", distinct_signs(num_classes, d, seed=seed, purpose="lsp vertices"))  # [K, d]
+        # U(-1, 1) in steps of 1/128. With normals in steps of 1/64 every product and partial sum of A'n is exact in
+        # float32, so that a sample's pixels do not depend on how a matrix product orders its terms.
+        u = philox_uniform(d * d, seed=seed, ids=torch.arange(num_classes), stream=stream_of("lsp mixing"))
+        self.register_buffer("mixing", (u.view(-1, d, d) * 255).floor().sub(127).to(torch.int8))  # [K, d, d]
+
+    def budget(self) -> float:
+        return self.config.eps * (math.sqrt(3 * math.prod(self.image_size)) if self.norm == "l2" else 1.0)
+
+    def draw(self, batch: Batch) -> Tensor:
+        (h, w), (gh, gw) = self.image_size, self.cells
+        n = self.random(batch).normal("lsp noise", self.vertices.shape[1]).mul_(64).round_().div_(64)
+        mixing = self.mixing[batch.y].to(torch.float32) / 128  # [B, d, d]
+        z = torch.einsum("bij,bi->bj", mixing, n) + SEPARATION * self.vertices[batch.y]  # [B, d]
+        z = z.view(-1, gh, gw, 3).permute(0, 3, 1, 2)
+        z = z.repeat_interleave(self.patch, dim=2).repeat_interleave(self.patch, dim=3)[:, :, :h, :w]  # [B, 3, H, W]
+        return self.on_sphere(z)
