@@ -1,0 +1,1 @@
+"""Methods: one way to train an encoder per file; the file's name is the method's name."""

@@ -1,0 +1,1 @@
+"""Networks: encoders with their normalisation inside, heads, and batch norm over ranks."""

@@ -69,19 +69,19 @@ def stream_of(purpose: str) -> int:
 class KeyedRandom:
     """Random numbers of the samples in one batch: `KeyedRandom(seed, ids, offset)`; offset is usually the epoch.
 
-    Each `purpose` is a stream of its own; asking twice with one purpose returns the same numbers.
+    Each `purpose` within a `scope` is a stream of its own; asking twice with one purpose returns the same numbers.
     """
 
-    def __init__(self, seed: int, ids: Tensor, offset: int = 0) -> None:
-        self.seed, self.ids, self.offset = seed, ids, offset
+    def __init__(self, seed: int, ids: Tensor, offset: int = 0, scope: str = "") -> None:
+        self.seed, self.ids, self.offset, self.scope = seed, ids, offset, scope
 
     def uniform(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count] in [0, 1)."""
-        return philox_uniform(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(purpose))
+        return philox_uniform(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}"))
 
     def normal(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count], standard normal."""
-        return philox_normal(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(purpose))
+        return philox_normal(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}"))
 
     def uniform_like(self, purpose: str, x: Tensor) -> Tensor:
         """Uniform in [0, 1) of the shape, dtype and device of x [B, ...], in logical (C, H, W) order."""
@@ -89,4 +89,8 @@ class KeyedRandom:
 
     def to(self, device: torch.device) -> "KeyedRandom":
         """The same numbers, drawn on `device`."""
-        return KeyedRandom(self.seed, self.ids.to(device), self.offset)
+        return KeyedRandom(self.seed, self.ids.to(device), self.offset, self.scope)
+
+    def within(self, scope: str) -> "KeyedRandom":
+        """Streams of their own for a part, such as one view."""
+        return KeyedRandom(self.seed, self.ids, self.offset, f"{self.scope}/{scope}")

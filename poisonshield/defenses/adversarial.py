@@ -1,0 +1,63 @@
+"""Adversarial training: train on PGD examples of the classifier's loss. Source: Madry et al. 2018.
+
+Blunts poisons that fit inside its radius; costs `steps` more forward and input-backward passes per step.
+"""
+
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from poisonshield.attacks import PGD, budget, frozen_stats
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.config import Pixels, Settings
+from poisonshield.defenses.base import Defense, Wrapped
+from poisonshield.errors import ConfigError
+from poisonshield.method import Method
+
+
+class Adversarial(Defense):
+    """Replaces every view by an adversarial one. Needs a method with a classifier."""
+
+    name: ClassVar[str] = "adversarial"
+
+    class Config(Settings):
+        """Attack settings; eps and step_size in pixel units of the chosen norm."""
+
+        norm: Literal["linf", "l2"] = "linf"
+        eps: Pixels = 8 / 255
+        step_size: Pixels = 2 / 255
+        steps: int = Field(10, ge=1)
+        random_start: bool = True
+
+    def wrap(self, method: Method) -> Method:
+        """Raises ConfigError for a method without a classifier."""
+        if type(method).logits is Method.logits:
+            raise ConfigError(
+                f"adversarial training needs a classifier to attack, and {method.name} has none. "
+                "Use method.name: supervised, or the defense vespr, which adds one."
+            )
+        return AdversarialMethod(method, self.config, self.seed)
+
+
+class AdversarialMethod(Wrapped):
+    """Cross-entropy on adversarial views, batch statistics still during the attack."""
+
+    def __init__(self, method: Method, config: Adversarial.Config, seed: int) -> None:
+        super().__init__(method)
+        self.attack = PGD(config.steps, config.step_size, config.random_start)
+        self.budget, self.seed = budget(config.norm, config.eps), seed
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """The inner method's loss on attacked views."""
+
+        def objective(v: Tensor) -> Tensor:
+            return F.cross_entropy(self.method.logits(v).float(), batch.y, reduction="none")
+
+        views = []
+        with frozen_stats(self.method):
+            for i, view in enumerate(batch.views):
+                rng = batch.random(self.seed, view.device).within(f"view{i}")
+                views.append(self.attack(objective, view, self.budget, rng))
+        return self.method(batch.replace(views=tuple(views)))

@@ -1,0 +1,67 @@
+"""Encoders: pixels [B, 3, H, W] in [0, 1] -> features [B, D]. Networks come from timm; ours is the CIFAR stem.
+
+`resnet_mini` is timm's ResNet with one narrow block per stage (300,000 parameters), small enough for two CPU cores.
+Every backbone is exported under timm's own parameter names, so timm loads it strictly.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.config import Settings
+from poisonshield.errors import ConfigError
+from poisonshield.models.normalize import Normalize
+from poisonshield.registry import suggest
+
+
+class BackboneConfig(Settings):
+    """Which network reads the pixels.
+
+    name: any timm name, or resnet_mini. stem: "cifar" is a 3x3 convolution of stride 1 without max-pooling, for images up
+    to about 64 px; "imagenet" is the network's own. stem_padding: 1, or 2 as in the VESPR authors' CIFAR models.
+    widths: channels of resnet_mini's four stages. stem_stride: 2 halves a CIFAR image first, at a quarter of the cost.
+    batch_norm: "synced" over ranks, so that losses do not depend on their number; "local" saves the communication.
+    """
+
+    name: str = "resnet18"
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    stem_padding: int = Field(1, ge=0, le=3)
+    stem_stride: Literal[1, 2] = 1
+    widths: tuple[int, int, int, int] = (16, 32, 64, 128)
+    batch_norm: Literal["synced", "local"] = "synced"
+
+
+class Encoder(nn.Module):
+    """Normalisation and backbone. `feature_dim` is D."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.normalize, self.backbone, self.feature_dim = Normalize(), backbone, feature_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, D] of x [B, 3, H, W] in [0, 1]."""
+        return self.backbone(self.normalize(x))
+
+
+def build_encoder(config: BackboneConfig) -> Encoder:
+    """The encoder with freshly drawn weights. Raises ConfigError for a name timm does not know, or no stem to change."""
+    import timm
+
+    if config.name == "resnet_mini":
+        from timm.models.resnet import BasicBlock, ResNet
+
+        backbone = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=config.widths)
+    elif timm.is_model(config.name):
+        backbone = timm.create_model(config.name, num_classes=0)
+    else:
+        known = timm.list_models()
+        raise ConfigError(f"model.name: {config.name!r} is not a timm model.{suggest(config.name, known)}")
+    if config.stem == "cifar":
+        if not isinstance(getattr(backbone, "conv1", None), nn.Conv2d) or not hasattr(backbone, "maxpool"):
+            raise ConfigError(f"model.stem: {config.name} has no stem to replace. Set model.stem: imagenet.")
+        width = backbone.conv1.out_channels
+        backbone.conv1 = nn.Conv2d(3, width, 3, config.stem_stride, config.stem_padding, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    return Encoder(backbone, backbone.num_features)
