@@ -7,13 +7,9 @@ The trade-off: shards must be local or mounted files, opening costs one read of 
 result beside the data), and a cold disk sees requests inside a window of shards instead of one long read.
 """
 
-import gzip
-import hashlib
 import io
 import logging
-import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +18,15 @@ import torch
 from torch import Tensor
 
 from poisonshield.data.decode import IMAGE_EXTENSIONS, decode
-from poisonshield.data.index import Index, index_tar, refuse_repeated_keys
+from poisonshield.data.index import Index
 from poisonshield.data.manifest import Manifest
+from poisonshield.data.verify import refuse_missing, stamp_of, unpack, verified_index
 from poisonshield.errors import DataError
 from poisonshield.ops.philox import sample_ids
 
 log = logging.getLogger(__name__)
 
 INDEX_NAME = ".index.npz"
-MAX_UNPACKED_BYTES = 2**30  # compressed shards are for small bundled sets; they are held in memory
 
 
 class ShardSet:
@@ -61,11 +57,11 @@ class ShardSet:
         """
         manifest = Manifest.load(folder)
         folder = Path(folder)
-        _refuse_missing(folder, manifest)
-        stamp = _stamp(folder, manifest) if verify == "once" else ""
+        refuse_missing(folder, manifest)
+        stamp = stamp_of(folder, manifest) if verify == "once" else ""
         index = Index.load(folder / INDEX_NAME, stamp=stamp) if stamp else None
         if index is None:
-            index = _verified_index(folder, manifest)
+            index = verified_index(folder, manifest)
             if stamp:
                 try:
                     index.save(folder / INDEX_NAME, stamp=stamp)
@@ -144,7 +140,7 @@ class ShardSet:
         if not name.endswith(".gz"):
             return open(self.folder / name, "rb", buffering=0)
         if name not in self._unpacked:
-            self._unpacked[name] = _unpack(self.folder / name)
+            self._unpacked[name] = unpack(self.folder / name)
         return io.BytesIO(self._unpacked[name])  # shares the bytes until written to, and it never is
 
     def _bytes_at(self, file: Any, i: int) -> bytes:
@@ -156,82 +152,3 @@ class ShardSet:
         if len(data) < length:
             raise DataError(f"{self.where(i)}: the shard became shorter since it was opened. Copy it again and resume.")
         return data
-
-
-def _refuse_missing(folder: Path, manifest: Manifest) -> None:
-    if missing := [name for name in manifest.shards if not (folder / name).is_file()]:
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise DataError(
-            f"{folder}: {len(missing)} of {len(manifest.shards)} shards in the manifest are missing: {shown}\n"
-            "  Copy them again, or import the data set again."
-        )
-
-
-def _stamp(folder: Path, manifest: Manifest) -> str:
-    files = [(folder / name).stat() for name in manifest.shards]
-    what = [manifest.digest, str(len(manifest.classes)), *(f"{s.st_size}:{s.st_mtime_ns}" for s in files)]
-    return hashlib.sha256("\n".join(what).encode()).hexdigest()
-
-
-def _verified_index(folder: Path, manifest: Manifest) -> Index:
-    names = list(manifest.shards)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter free
-        parts = list(pool.map(lambda n: _verified_shard(folder, manifest, n), range(len(names))))
-    index = Index.join(parts)
-    refuse_repeated_keys(index.keys, index.shard, names)
-    return index
-
-
-def _verified_shard(folder: Path, manifest: Manifest, number: int) -> Index:
-    name = list(manifest.shards)[number]
-    path, info, classes = folder / name, manifest.shards[name], len(manifest.classes)
-    size = path.stat().st_size
-    if size < info.bytes:
-        raise DataError(
-            f"shard {name} ends early{_last_key(path)} ({size:,} of {info.bytes:,} bytes).\n"
-            f"  It was cut off on the way to {folder}. Copy the shard again."
-        )
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        found = hashlib.sha256(view).hexdigest()
-        if size != info.bytes or found != info.sha256:
-            raise DataError(
-                f"shard {name} is not the one in the manifest: sha256 {found[:12]}..., {size:,} bytes; "
-                f"wanted {info.sha256[:12]}..., {info.bytes:,} bytes.\n"
-                f"  It was changed or damaged in {folder}. Copy the shard again, or import the images again."
-            )
-        stream = io.BytesIO(_unpack(path)) if name.endswith(".gz") else view
-        index = index_tar(stream, number=number, name=name, classes=classes)
-    if len(index.keys) != info.samples:
-        raise DataError(
-            f"shard {name} holds {len(index.keys)} samples, the manifest says {info.samples}. Import the images again."
-        )
-    return index
-
-
-def _last_key(path: Path) -> str:
-    """' after sample K', the last one whose header is whole, or ''."""
-    import tarfile
-
-    last = ""
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                last = member.name
-    except (tarfile.TarError, OSError, EOFError):
-        pass
-    return f" at sample {last.partition('.')[0]}" if last else ""
-
-
-def _unpack(path: Path) -> bytes:
-    """The plain tar inside a .tar.gz, whole in memory; DataError beyond 1 GiB."""
-    try:
-        with gzip.open(path) as packed:
-            data = packed.read(MAX_UNPACKED_BYTES + 1)
-    except (OSError, EOFError) as err:
-        raise DataError(f"shard {path.name} is not a whole gzip file ({err}). Copy the shard again.") from err
-    if len(data) > MAX_UNPACKED_BYTES:
-        raise DataError(
-            f"shard {path.name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes; compressed shards are held in memory.\n"
-            f"  Write plain tars instead: poisonshield data import {path.parent} --out DIR"
-        )
-    return data

@@ -1,6 +1,6 @@
 """Tar shards and their manifest, the same bytes for the same samples.
-A shard is written under a temporary name and renamed when it is whole; the manifest comes last. So an interrupted run
-leaves no manifest, and nothing that could be mistaken for a data set.
+Everything is written under temporary names and renamed when all of it is whole; the manifest comes last. So an
+interrupted run leaves nothing that could be mistaken for a data set, and an old data set stays until the new one is done.
 """
 
 import gzip
@@ -22,9 +22,10 @@ class ShardWriter:
     """Writes one data set: `with ShardWriter(out, classes=..., image_size=(H, W)) as w: w.write(key, image, label)`.
 
     poison: None for clean data; otherwise a dict that goes into the manifest as it stands when the writer closes, and
-    every lossy format is refused. compress: .tar.gz shards, for small sets that travel inside a package.
+    every lossy format is refused. image_size: None when sizes differ, or not known yet: the attribute may be set until
+    the writer closes. compress: .tar.gz shards, for small sets that travel inside a package.
     Raises DataError for a data set that is already there (unless overwrite), a repeated or unfit key, a label outside
-    the classes, another image size. Leaving the block by an exception writes no manifest.
+    the classes, another image size. Leaving the block by an exception leaves the folder as it was.
     """
 
     def __init__(
@@ -43,16 +44,15 @@ class ShardWriter:
         self.folder, self.classes, self.image_size = Path(folder), tuple(classes), image_size
         self.samples_per_shard, self.provenance, self.poison = samples_per_shard, provenance, poison
         self.ending = ".tar.gz" if compress else ".tar"
-        if (self.folder / FILE_NAME).exists():
-            if not overwrite:
-                raise DataError(
-                    f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
-                    "  Choose another folder, remove this one, or set overwrite."
-                )
-            _remove_old(self.folder)
+        if (self.folder / FILE_NAME).exists() and not overwrite:
+            raise DataError(
+                f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
+                "  Choose another folder, remove this one, or set overwrite."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keys: set[str] = set()
         self._shards: dict[str, ShardInfo] = {}
+        self._whole: list[_Shard] = []
         self._shard: _Shard | None = None
 
     def __enter__(self) -> "ShardWriter":
@@ -61,8 +61,8 @@ class ShardWriter:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self.close()
-        elif self._shard is not None:
-            self._shard.abandon()
+        else:
+            self.abandon()
 
     def write(self, key: str, image: Tensor, label: int) -> None:
         """Add one image, uint8 [3, H, W], losslessly as PNG."""
@@ -109,11 +109,20 @@ class ShardWriter:
             provenance=self.provenance,
             poison=self.poison,
         )
+        _remove_old(self.folder)
+        for shard in self._whole:
+            os.replace(shard.temporary, shard.path)
         manifest.save(self.folder)
         return manifest
 
+    def abandon(self) -> None:
+        """Remove what this writer wrote; what was in the folder before stays."""
+        for shard in (*self._whole, *filter(None, [self._shard])):
+            shard.abandon()
+
     def _finish_shard(self) -> None:
         self._shards[self._shard.path.name] = self._shard.finish()
+        self._whole.append(self._shard)
         self._shard = None
 
 
@@ -135,7 +144,6 @@ class _Shard:
 
     def finish(self) -> ShardInfo:
         self._close()
-        os.replace(self.temporary, self.path)
         return ShardInfo(samples=self.samples, bytes=self._file.written, sha256=self._file.hash.hexdigest())
 
     def abandon(self) -> None:
@@ -176,6 +184,8 @@ class _HashedFile:
 
 def _remove_old(folder: Path) -> None:
     """The manifest first, then its shards: a crash in between leaves no data set rather than half of one."""
+    if not (folder / FILE_NAME).exists():
+        return
     try:
         names = list(Manifest.load(folder).shards)
     except DataError:

@@ -1,0 +1,91 @@
+"""One image on its way into a data set: told apart by its first bytes, checked by decoding, resized if asked."""
+
+import io
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poisonshield.data.decode import decode, encode_jpeg, encode_png
+from poisonshield.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image file as it will be stored, and the size of its pixels (height, width)."""
+
+    data: bytes
+    extension: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What import does to each image.
+
+    size: shorter side resized to it (antialiased), then a centre square; None keeps the original pixels and, for JPEG
+    and PNG, the original bytes. jpeg_quality: store resized images as JPEG of this quality; None stores PNG.
+    """
+
+    size: int | None = None
+    jpeg_quality: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"size is {self.size}, at least 1 pixel was wanted.")
+        if self.jpeg_quality is not None and not (self.size and 1 <= self.jpeg_quality <= 100):
+            raise ConfigError(f"jpeg_quality is {self.jpeg_quality}: 1 to 100 was wanted, and only together with size.")
+
+    def __call__(self, data: bytes, *, name: str) -> Encoded:
+        """The image to store. Raises DataError calling it `name` if it cannot be decoded."""
+        extension = _kind(data)
+        pixels = decode(data, extension, name=name) if extension else _decode_other(data, name=name)
+        if self.size is None and extension:
+            return Encoded(data, extension, tuple(pixels.shape[1:]))
+        return self.pixels(pixels)
+
+    def pixels(self, pixels: Tensor) -> Encoded:
+        """The same for an image that is already decoded, uint8 [3, H, W]."""
+        if self.size is not None:
+            pixels = resize_and_crop(pixels, self.size)
+        size = tuple(pixels.shape[1:])
+        if self.jpeg_quality is not None:
+            return Encoded(encode_jpeg(pixels, quality=self.jpeg_quality), "jpg", size)
+        return Encoded(encode_png(pixels), "png", size)
+
+    def describe(self) -> str:
+        """One phrase for the provenance."""
+        if self.size is None:
+            return "original files (other formats than JPEG and PNG stored as PNG)"
+        stored = "PNG" if self.jpeg_quality is None else f"JPEG of quality {self.jpeg_quality}"
+        return f"shorter side resized to {self.size} (bilinear, antialiased), centre {self.size}x{self.size}, stored as {stored}"
+
+
+def resize_and_crop(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [3, size, size] from uint8 [3, H, W]: the shorter side becomes `size`, then the centre is cut out."""
+    from torchvision.transforms.v2 import functional as F
+
+    return F.center_crop(F.resize(pixels, [size], antialias=True), [size, size])
+
+
+def _kind(data: bytes) -> str:
+    """By content, not by name: ImageNet holds a PNG that is called .JPEG."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    return "png" if data.startswith(b"\x89PNG") else ""
+
+
+def _decode_other(data: bytes, *, name: str) -> Tensor:
+    """Formats that torchvision does not read, by Pillow: BMP, TIFF, WebP, the first frame of a GIF."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            array = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
+        raise DataError(
+            f"{name}: {len(data)} bytes are not a whole image ({err}).\n"
+            "  Restore the file from its source, or import with --skip-broken to go on without it."
+        ) from err
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
