@@ -1,0 +1,49 @@
+"""What the trainer needs from a backend. The file `backends/<name>.py` holds the class with that `name`."""
+
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.engine.optim import OptimConfig
+from poisonshield.engine.settings import EngineConfig
+from poisonshield.method import Method
+
+
+class Backend(Protocol):
+    """Runs the steps of one method on all ranks; every call is made by all of them together.
+
+    One `forward_backward` is one forward and one backward of one module: whatever a method does inside its forward
+    (inner attacks, several views) goes through its own submodules and never through a distributed wrapper.
+    """
+
+    name: ClassVar[str]
+    method: Method  # as built, without wrappers
+
+    def __init__(self, config: EngineConfig, optimizer: OptimConfig, device: torch.device) -> None: ...
+
+    def prepare(self, method: Method) -> None:
+        """Take over a method that sits on the device, and build its optimiser."""
+
+    def forward_backward(self, batch: Batch) -> StepOutput:
+        """Loss and gradients of one step; the output is detached."""
+
+    def clip(self) -> Tensor:
+        """Clip gradients (now or in `step`); a scalar that is finite exactly if this rank's gradients are."""
+
+    def step(self, lr: float) -> None:
+        """Move the weights, then let the method do its `after_step`."""
+
+    def discard(self) -> None:
+        """Drop the gradients of the last forward_backward, and what its forward did to buffers."""
+
+    def save(self, folder: Path) -> None:
+        """Write method and optimiser; each rank its own files, or rank 0 all."""
+
+    def load(self, folder: Path, saved_world: int) -> None:
+        """Read what `save` wrote with `saved_world` ranks. Raises CheckpointError if it cannot serve the ranks there are."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole method's state in float32 or as stored, on the CPU of rank 0; empty on other ranks."""

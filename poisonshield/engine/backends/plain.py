@@ -1,0 +1,76 @@
+"""PyTorch and nothing else: one process, or DistributedDataParallel where torchrun started several."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from poisonshield import collectives
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.engine.checkpoint import load_plain, save_plain
+from poisonshield.engine.optim import OptimConfig, build_optimizer
+from poisonshield.engine.settings import EngineConfig
+from poisonshield.method import Method
+
+
+class Plain:
+    """Every rank holds everything; a checkpoint is rank 0's copy and fits any number of ranks."""
+
+    name: ClassVar[str] = "plain"
+
+    def __init__(self, config: EngineConfig, optimizer: OptimConfig, device: torch.device) -> None:
+        self.config, self.optim_config, self.device = config, optimizer, device
+        self._buffers_before: list[Tensor] = []
+
+    def prepare(self, method: Method) -> None:
+        self.method = method
+        self.optimizer = build_optimizer(method, self.optim_config)
+        self.module: nn.Module = method
+        if collectives.world_size() > 1:
+            # Buffers are not broadcast: batch statistics are either synced in the forward or meant to be local.
+            # No device_ids: the batch is on the device already, and DDP would try to take a Batch apart.
+            self.module = DistributedDataParallel(method, broadcast_buffers=False)
+
+    def forward_backward(self, batch: Batch) -> StepOutput:
+        if self.config.nonfinite == "skip":
+            self._buffers_before = [b.clone() for b in self.method.buffers()]
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = self.module(batch)
+        output.loss.backward()
+        return StepOutput(output.loss.detach(), {k: v.detach() for k, v in output.metrics.items()})
+
+    def clip(self) -> Tensor:
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        limit = self.optim_config.clip_norm
+        if limit is not None:
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.method.after_step()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.method.buffers(), self._buffers_before):
+                buffer.copy_(before)
+
+    def save(self, folder: Path) -> None:
+        if collectives.rank() == 0:
+            save_plain(self.method.state_dict(), folder / "method.pt")
+            save_plain(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path, saved_world: int) -> None:
+        self.method.load_state_dict(load_plain(folder / "method.pt"))
+        self.optimizer.load_state_dict(load_plain(folder / "optimizer.pt"))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if collectives.rank() != 0:
+            return {}
+        return {name: value.detach().cpu().clone() for name, value in self.method.state_dict().items()}

@@ -1,0 +1,244 @@
+"""Checkpoints that are whole or not there: temporary folder, hash, flush, rename; the last good one is never removed first.
+
+    checkpoints/step-00000120/   index.json   what it is, and size and SHA-256 of every other file
+                                 rank-0.pt    random states, stream position, counters of rank 0 (one such file a rank)
+                                 ...          what the backend wrote
+Everything is loaded with weights_only=True, so a checkpoint holds tensors and plain values and can run no code.
+The price of a save is reading it back once for the hashes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.errors import CheckpointError, PoisonShieldError
+
+log = logging.getLogger(__name__)
+
+INDEX = "index.json"
+PREFIX = "step-"
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Ask the disk to really hold a file, or a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small text file in one move, so that no reader ever sees half of it."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text)
+    flush(draft)
+    os.replace(draft, path)
+    flush(path.parent)
+
+
+def save_plain(value: Any, path: Path) -> None:
+    """torch.save for tensors and plain values only. Raises CheckpointError naming the first other thing in it."""
+    for where, leaf in _leaves(value, ""):
+        if type(leaf) not in (Tensor, torch.nn.Parameter, str, int, float, bool, bytes, type(None)):
+            raise CheckpointError(
+                f"{path.name} cannot hold {where or 'its value'}: {type(leaf).__qualname__} is neither a tensor nor a plain "
+                "value.\n  Keep such state in buffers, or turn it into numbers, strings, lists and dicts in state_dict."
+            )
+    torch.save(value, path)
+
+
+def load_plain(path: Path) -> Any:
+    """What save_plain wrote, on the CPU. Raises CheckpointError if it is anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch raises many kinds; none of them names the file
+        raise CheckpointError(f"{path} cannot be read as tensors and plain values: {err}") from err
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{where}.{key}" if where else str(key))
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{where}[{i}]")
+    else:
+        yield where, value
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every global random generator of this process, as tensors and plain values."""
+    kind, words, position, has_gauss, cached = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(words.astype("int64")), int(position), int(has_gauss), float(cached)),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put back what random_states gave."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    random.setstate(states["python"])
+    kind, words, *rest = states["numpy"]
+    numpy.random.set_state((kind, words.numpy().astype("uint32"), *rest))
+
+
+class Checkpoints:
+    """The checkpoints of one run, on a disk that all ranks see. Every method is called by all ranks together."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, rising; whether each is good is not looked at."""
+        found = self.folder.glob(f"{PREFIX}*") if self.folder.is_dir() else ()
+        return sorted(int(p.name[len(PREFIX) :]) for p in found if p.name[len(PREFIX) :].isdigit())
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies."""
+        return self.folder / f"{PREFIX}{step:08d}"
+
+    def save(self, step: int, record: dict[str, Any], write: Callable[[Path], None]) -> Path:
+        """Write one checkpoint: every rank puts its files into a folder with `write`, rank 0 seals it.
+
+        record: what goes into the index beside the hashes. Raises CheckpointError on all ranks if one of them failed.
+        """
+        draft = self.folder / f".{PREFIX}{step:08d}.tmp"
+        together(lambda: _fresh_folder(draft), only_first=True, what=f"preparing {draft}")
+        together(lambda: write(draft), what=f"writing the checkpoint of step {step}")
+        together(lambda: self._seal(draft, step, record), only_first=True, what=f"sealing {draft}")
+        return self.path(step)
+
+    def _seal(self, draft: Path, step: int, record: dict[str, Any]) -> None:
+        files = {}
+        for path in sorted(p for p in draft.rglob("*") if p.is_file()):
+            files[str(path.relative_to(draft))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            flush(path)
+        write_whole(draft / INDEX, json.dumps({**record, "step": step, "files": files}, indent=1))
+        for folder in {draft, *(p for p in draft.rglob("*") if p.is_dir())}:
+            flush(folder)
+        if self.path(step).exists():  # the same step of the same run: left by a run that went back behind it
+            self._put_aside(self.path(step))
+        os.replace(draft, self.path(step))
+        flush(self.folder)
+        older = [s for s in self.steps() if s < step]
+        for old in older[: max(0, len(older) - self.keep + 1)]:
+            shutil.rmtree(self.path(old))
+
+    def last_good(self) -> Path | None:
+        """The newest checkpoint whose every file has its hash; None if there was never one. Damaged ones are warned of.
+
+        Raises CheckpointError if all that exist are damaged: starting over silently would hide the loss.
+        """
+        return together(self._last_good, only_first=True, what=f"reading {self.folder}")
+
+    def _last_good(self) -> Path | None:
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                verify(self.path(step))
+                return self.path(step)
+            except CheckpointError as err:
+                log.warning("%s\n  Falling back to the checkpoint before it.", err)
+        if steps:
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged (steps {steps}).\n"
+                "  Copy one back, or start over with run.overwrite=true."
+            )
+        return None
+
+    def go_back_to(self, step: int) -> None:
+        """Put aside what is newer than `step`: damaged, or of a future that this run has left. Drafts are removed."""
+        together(lambda: self._clean(step), only_first=True, what=f"tidying {self.folder}")
+
+    def _clean(self, step: int) -> None:
+        for newer in (s for s in self.steps() if s > step):
+            self._put_aside(self.path(newer))
+        if self.folder.is_dir():
+            for draft in self.folder.glob(f".{PREFIX}*.tmp"):
+                shutil.rmtree(draft)
+
+    def _put_aside(self, path: Path) -> None:
+        aside = path.with_name(f"aside-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        log.warning("%s was put aside as %s.", path, aside.name)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a checkpoint, its files unchecked. Raises CheckpointError if there is none to read."""
+    try:
+        index = json.loads((path / INDEX).read_text())
+        return {**index, "files": dict(index["files"]), "step": int(index["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise CheckpointError(f"checkpoint {path} has no readable {INDEX}: {err}") from err
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The index of a checkpoint all of whose files are as written. Raises CheckpointError naming the first that is not."""
+    index = read_index(path)
+    for name, want in index["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != want["bytes"]:
+            came = "is missing" if size is None else f"has {size} bytes, not {want['bytes']}"
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} {came}.")
+        if sha256(file) != want["sha256"]:
+            raise CheckpointError(f"checkpoint {path} is damaged: the hash of {name} is not the one in {INDEX}.")
+    return index
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that engine.resume=PATH means: itself, or the last good one of a run or checkpoints folder."""
+    if (path / INDEX).is_file():
+        together(lambda: verify(path), only_first=True, what=f"reading {path}")
+        return path
+    for folder in (path / "checkpoints", path):
+        found = Checkpoints(folder, keep=1).last_good()
+        if found is not None:
+            return found
+    raise CheckpointError(f"{path} holds no checkpoint. engine.resume takes a run folder, its checkpoints/ or one step-...")
+
+
+def _fresh_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def together(work: Callable[[], Any], *, what: str, only_first: bool = False) -> Any:
+    """Do `work` on every rank (or on rank 0 alone, giving all its result); if it fails anywhere, fail everywhere."""
+    result, error = None, None
+    if not only_first or collectives.rank() == 0:
+        try:
+            result = work()
+        except Exception as err:  # held until the others know, so that nobody waits for a rank that left
+            error = err
+    failed = bool(collectives.any_rank(error is not None))
+    if error is not None:
+        known = isinstance(error, PoisonShieldError)
+        raise error if known else CheckpointError(f"rank {collectives.rank()}, {what}: {error}") from error
+    if failed:
+        raise CheckpointError(f"{what} failed on another rank; its message says why.")
+    return collectives.broadcast_object(result) if only_first else result

@@ -1,0 +1,61 @@
+"""What happens when loss or gradient is not finite: all ranks agree before any weight moves, then stop or skip."""
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.errors import PoisonShieldError
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(PoisonShieldError, FloatingPointError):
+    """A loss or gradient was infinite or not a number; the weights are those of the step before."""
+
+
+class Verdict(NamedTuple):
+    """What all ranks agreed on at a step boundary."""
+
+    finite: bool
+    stop: bool
+
+
+class FiniteGuard:
+    """Judges each step on all ranks at once. Costs one two-number message and one wait for the device a step.
+
+    The question "was anyone told to stop?" rides along, so that a signal is acted on by all ranks at the same step.
+    """
+
+    def __init__(self, policy: str, limit: int) -> None:
+        self.policy, self.limit, self.skipped = policy, limit, 0
+
+    def judge(self, step: int, loss: Tensor, norm: Tensor, keys: Sequence[str], *, stop: bool) -> Verdict:
+        """Agree on step `step` (from 0). Raises NonFiniteError under `stop`, or after too many skips."""
+        bad = ~(loss.isfinite() & norm.isfinite())
+        flags = torch.stack([bad, torch.as_tensor(stop, device=bad.device)])
+        any_bad, any_stop = collectives.any_rank(flags).tolist()
+        if any_bad:
+            self._refuse_or_skip(step, loss, norm, keys)
+        return Verdict(finite=not any_bad, stop=any_stop)
+
+    def _refuse_or_skip(self, step: int, loss: Tensor, norm: Tensor, keys: Sequence[str]) -> None:
+        rank, world = collectives.rank(), collectives.world_size()
+        seen = collectives.gather(torch.stack([loss, norm]).detach().float().reshape(1, 2)).tolist()
+        culprits = [r for r, (value, _) in enumerate(seen) if value - value != 0] or list(range(world))
+        where = f"rank {culprits[0]} of {world}"
+        what = f"step {step + 1}: loss {seen[culprits[0]][0]}, gradient norm {seen[culprits[0]][1]} on {where}"
+        if rank == culprits[0]:
+            what += f", samples {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+        self.skipped += 1
+        if self.policy == "skip" and self.skipped <= self.limit:
+            log.warning("%s. The step was dropped (%d of at most %d).", what, self.skipped, self.limit)
+            return
+        allowed = f" after {self.limit} dropped steps" if self.policy == "skip" else ""
+        raise NonFiniteError(
+            f"{what}{allowed}.\n  No weight moved; the last checkpoint is from before. Lower optimizer.lr, set "
+            "optimizer.clip_norm, or engine.nonfinite: skip to go on without such steps."
+        )

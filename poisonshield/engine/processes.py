@@ -1,0 +1,95 @@
+"""Start and end of the processes that train together: who am I, which device, one seed; torn down in every exit path."""
+
+import datetime
+import logging
+import os
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from poisonshield import collectives
+from poisonshield.engine.settings import EngineConfig
+from poisonshield.errors import BackendError
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = datetime.timedelta(minutes=30)  # the longest honest wait: rank 0 hashing a large checkpoint
+
+
+def choose_device(wish: str) -> torch.device:
+    """This process's device: its LOCAL_RANK's GPU if there is one (or `cuda` is demanded), else the CPU."""
+    if wish == "cpu" or (wish == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= count and count == 1 and "SLURM_PROCID" in os.environ:
+        local = 0  # Slurm shows each task its own GPU only
+    if local >= count:
+        raise BackendError(
+            f"local rank {local} on {socket.gethostname()} wants GPU {local}, but {count} can be seen there.\n"
+            "  Start fewer processes on this node, make more GPUs visible, or set engine.device: cpu."
+        )
+    return torch.device("cuda", local)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
+    """Join the other processes if a launcher started several, and give this one's device; leave them at the end.
+
+    Build the method inside: every rank is seeded alike here, so all start from the same weights. A group that exists
+    already is used and left in place.
+    """
+    collectives.map_launcher_environment()
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif config.backend == "deepspeed":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    ours = _join(device)
+    rank, world = collectives.rank(), collectives.world_size()
+    package_log = logging.getLogger("poisonshield")
+    level = package_log.level
+    if rank > 0:
+        package_log.setLevel(logging.ERROR)  # rank 0 speaks, the others only when they fail
+    seed_everything(seed)
+    try:
+        yield device
+    except Exception as err:
+        if world > 1:
+            log.error("rank %d of %d on %s failed: %s: %s", rank, world, socket.gethostname(), type(err).__name__, err)
+        raise
+    finally:
+        package_log.setLevel(level)
+        if ours:
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> bool:
+    """Make the process group if the environment names one; True if it is ours to end."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world < 2 or dist.is_initialized():
+        return False
+    rank, where = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
+    except (RuntimeError, ValueError) as err:
+        raise BackendError(
+            f"rank {rank} of {world} on {socket.gethostname()} could not join the others at {where}: {err}\n"
+            "  Are all processes started, with one MASTER_ADDR and MASTER_PORT? Where the host name resolves to loopback, "
+            "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network's interface."
+        ) from err
+    return True

@@ -1,0 +1,187 @@
+"""The training loop: one method over one stream, on any backend, saved whole and resumed exactly.
+
+It knows ranks, time and disk, and nothing of poisons, defenses or data formats.
+"""
+
+import logging
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import poisonshield
+from poisonshield import collectives
+from poisonshield.batch import Stream
+from poisonshield.engine import checkpoint
+from poisonshield.engine.guards import FiniteGuard
+from poisonshield.engine.metrics import Metrics
+from poisonshield.engine.optim import OptimConfig
+from poisonshield.engine.processes import choose_device, seed_everything
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.schedule import ScheduleConfig, lr_at
+from poisonshield.engine.settings import EngineConfig, backends
+from poisonshield.engine.signals import Preempted, StopSignals
+from poisonshield.errors import CheckpointError
+from poisonshield.method import Method
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Runs `method` over `stream` to the last step. Build and use it inside `processes(config, seed=seed)`.
+
+    fixed_record: the resolved config, plain values only; it goes to config.yaml and into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        stream: Stream,
+        config: EngineConfig,
+        *,
+        optimizer: OptimConfig,
+        schedule: ScheduleConfig,
+        run_folder: RunFolder,
+        seed: int,
+        fixed_record: dict[str, Any],
+    ) -> None:
+        self.method, self.stream, self.config, self.seed = method, stream, config, seed
+        self.optim_config, self.schedule = optimizer, schedule
+        self.folder, self.fixed_record = run_folder, fixed_record
+        self.device = choose_device(config.device)
+        self.backend = backends.get(config.backend)(config, optimizer, self.device)
+        self.checkpoints = checkpoint.Checkpoints(run_folder.checkpoints, keep=config.keep_checkpoints)
+        self.guard = FiniteGuard(config.nonfinite, config.nonfinite_limit)
+        self.step, self.total_steps = 0, config.total_steps(stream.steps_per_epoch)
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last step; {"steps", "seconds", and the last line's numbers}.
+
+        Raises Preempted (exit code 75) after saving if told to stop, NonFiniteError before a bad step moves a weight.
+        """
+        with StopSignals() as signals:
+            self._start()
+            try:
+                self._loop(signals)
+            finally:
+                self.metrics.close()
+        return {**self.metrics.latest, "steps": self.step, "seconds": self.metrics.seconds}
+
+    def _loop(self, signals: StopSignals) -> None:
+        batches = iter(self.stream)
+        while self.step < self.total_steps:
+            with self.metrics.waiting():
+                batch = next(batches).to(self.device, non_blocking=True)
+            output = self.backend.forward_backward(batch)
+            norm = self.backend.clip()
+            verdict = self.guard.judge(self.step, output.loss, norm, batch.keys, stop=signals.caught)
+            lr = self.lr()
+            if verdict.finite:
+                self.backend.step(lr)
+                self.metrics.add(output, batch)
+            else:
+                self.backend.discard()
+            self.step += 1
+            done = self.step == self.total_steps
+            if self.metrics.count and (done or self.step % self.config.log_every_steps == 0):
+                self.metrics.write(self.step, lr)
+            if done or verdict.stop or self._checkpoint_is_due():
+                self.save()
+            if verdict.stop and not done:
+                raise Preempted(self.step)
+
+    def lr(self) -> float:
+        """The learning rate of the step to come."""
+        per_epoch = self.stream.steps_per_epoch
+        return lr_at(
+            self.schedule, lr=self.optim_config.lr, step=self.step, total_steps=self.total_steps, steps_per_epoch=per_epoch
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole method's state on the CPU of rank 0, whatever shards it; empty on other ranks. All ranks call."""
+        return self.backend.state_dict()
+
+    def _start(self) -> None:
+        """From objects to the first step: claim the folder, hand the method over, go back to where a run stopped."""
+        resume = self.config.resume
+        claim = partial(self.folder.claim, self.fixed_record, resume=resume)
+        checkpoint.together(claim, only_first=True, what=f"claiming {self.folder.path}")
+        seed_everything(self.seed + collectives.rank())
+        layout = torch.channels_last if self.config.channels_last else torch.preserve_format
+        self.method.to(self.device, memory_format=layout).train()
+        self.backend.prepare(self.method)
+        self.metrics = Metrics(
+            self.folder, self.device, total_steps=self.total_steps, tensorboard=self.config.tensorboard
+        )
+        found = self.checkpoints.last_good() if resume == "auto" else checkpoint.locate(Path(resume)) if resume else None
+        if found is not None:
+            self._load(found)
+        if found is None or found.parent == self.checkpoints.folder:
+            self.checkpoints.go_back_to(self.step)
+        self._announce(found)
+        self.metrics.start_clock()
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every_steps
+        return every is not None and self.step % every == 0
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step boundary. All ranks call."""
+        record = {
+            "world_size": collectives.world_size(),
+            "backend": self.backend.name,
+            "zero_stage": self.config.zero_stage,
+            "versions": {"poisonshield": poisonshield.__version__, "torch": torch.__version__},
+            "config": self.fixed_record,
+        }
+        return self.checkpoints.save(self.step, record, self._write)
+
+    def _write(self, folder: Path) -> None:
+        rank = collectives.rank()
+        state = {
+            "random": checkpoint.random_states(),
+            "stream": self.stream.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "skipped": self.guard.skipped,
+            # Batch statistics and queues may differ between ranks; the backend keeps those of rank 0.
+            "buffers": dict(self.method.named_buffers()) if rank > 0 else {},
+        }
+        checkpoint.save_plain(state, folder / f"rank-{rank}.pt")
+        self.backend.save(folder)
+
+    def _load(self, folder: Path) -> None:
+        index, rank = checkpoint.read_index(folder), collectives.rank()
+        if index["backend"] != self.backend.name or index["zero_stage"] != self.config.zero_stage:
+            raise CheckpointError(
+                f"{folder} was written by backend {index['backend']}, zero_stage {index['zero_stage']}; this run uses "
+                f"{self.backend.name}, {self.config.zero_stage}.\n  Resume with the same two settings."
+            )
+        same_ranks = index["world_size"] == collectives.world_size()
+        self.backend.load(folder, index["world_size"])
+        state = checkpoint.load_plain(folder / f"rank-{rank if same_ranks else 0}.pt")
+        self.step, self.guard.skipped = index["step"], state["skipped"]
+        self.stream.load_state_dict(state["stream"])
+        self.metrics.load_state_dict(state["metrics"], step=self.step, same_ranks=same_ranks)
+        if same_ranks:
+            checkpoint.restore_random_states(state["random"])
+            buffers = dict(self.method.named_buffers())
+            for name, value in state["buffers"].items():
+                buffers[name].copy_(value)
+        else:
+            seed_everything(self.seed + rank + 7919 * self.step)
+            log.warning("%s has %d ranks, this run %d: global random states start anew.", folder, index["world_size"],
+                        collectives.world_size())  # fmt: skip
+
+    def _announce(self, found: Path | None) -> None:
+        c, world = self.config, collectives.world_size()
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        trainable = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
+        sharding = f", ZeRO {c.zero_stage}" if c.backend == "deepspeed" else ""
+        log.info("%s, %s trainable parameters", type(self.method).__name__, f"{trainable:,}")
+        log.info("%d x %s on %s, backend %s%s, %s, torch %s", world, where, socket.gethostname(), c.backend, sharding,
+                 c.precision, torch.__version__)  # fmt: skip
+        log.info("steps %d to %d (%d an epoch), %s", self.step + 1, self.total_steps, self.stream.steps_per_epoch,
+                 f"resumed from {found}" if found else "from the start")  # fmt: skip
+        log.info("results go to %s", self.folder.path)
