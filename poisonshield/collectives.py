@@ -3,7 +3,7 @@
 One rule makes the losses of W ranks those of one: every rank evaluates the loss of the *global* batch. The backward of
 a gather (or of a sum) adds what all ranks ask of a sample, so its gradient is W times the true one; the data-parallel
 wrapper averages parameter gradients over ranks, which divides by W. Parameters then receive exactly the gradient of the
-full batch. Losses that are a plain mean over samples need no gather: `mean` obeys the same rule with one multiplication.
+full batch. A plain mean over samples needs no gather: `mean` obeys the same rule with one multiplication.
 
     gather, sizes (3, 1, 2):   rank 0  [a b c]          every rank  [a b c | d | e f]
                                rank 1  [d]       --->               0     3   4   6     offsets
@@ -50,7 +50,7 @@ def map_launcher_environment(environ: MutableMapping[str, str] = os.environ) -> 
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
     if missing:
         raise ConfigError(
-            f"Slurm started {environ['SLURM_NTASKS']} tasks but {' and '.join(missing)} is not set, so they cannot meet.\n"
+            f"Slurm started {environ['SLURM_NTASKS']} tasks, but without {' and '.join(missing)} they cannot meet.\n"
             "  Export them before srun, as launch/slurm/train.sbatch does."
         )
     environ.update({ours: environ[theirs] for ours, theirs in names.items()})
@@ -96,7 +96,7 @@ def gather(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     largest, which costs W * max - sum rows of traffic. Raises ShapeError if x does not have the promised rows.
     """
     if sizes is not None and (len(sizes) != world_size() or len(x) != sizes[rank()]):
-        raise ShapeError(f"gather got {len(x)} rows on rank {rank()} of {world_size()}, but the sizes are {tuple(sizes)}.")
+        raise ShapeError(f"gather got {len(x)} rows on rank {rank()} of {world_size()}; the sizes are {tuple(sizes)}.")
     if _alone():
         return x
     if sizes is None or len(set(sizes)) == 1:
@@ -108,7 +108,7 @@ def gather(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
 
 
 def mean(per_sample: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """The local share of the global mean of per_sample [sizes[rank()]], scaled by W: its mean over ranks is the global mean.
+    """This rank's share of the global mean of per_sample [sizes[rank()]], times W: the mean over ranks is the global one.
 
     Nothing is sent. With equal sizes it is the plain mean; with unequal ones no rank's samples weigh more than others'.
     """
@@ -124,7 +124,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each scalar averaged over ranks, float32, in one message. All ranks must bring the same names in the same order."""
+    """Each scalar averaged over ranks, float32, in one message. All ranks bring the same names in the same order."""
     if not values:
         return {}
     packed = torch.stack([v.detach().to(torch.float32).reshape(()) for v in values.values()])
@@ -142,7 +142,7 @@ def _message_device() -> torch.device:
 
 @torch.no_grad()
 def any_rank(flag: Tensor | bool) -> Tensor:
-    """True where any rank says true: bool, of the shape of `flag`. Reading it waits for the device; all ranks must call."""
+    """True where any rank says true: bool, of the shape of `flag`. All ranks must call; reading it waits for the device."""
     flag = torch.as_tensor(flag)
     if _alone():
         return flag.bool()

@@ -22,9 +22,8 @@ def _worker(rank: int, world: int, folder: str, deepspeed: bool, fn: Callable, a
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
+    store, patience = f"file://{folder}/store", datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
     try:
         if deepspeed:  # the engine does the same; here for tests that use deepspeed without the engine
             import deepspeed as ds

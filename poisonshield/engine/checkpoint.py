@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: temporary folder, hash, flush, rename; the last good one is never removed first.
+"""Checkpoints that are whole or not there: temporary folder, hash, flush, rename; the last good is never removed first.
 
     checkpoints/step-00000120/   index.json   what it is, and size and SHA-256 of every other file
                                  rank-0.pt    random states, stream position, counters of rank 0 (one such file a rank)
@@ -59,8 +59,8 @@ def save_plain(value: Any, path: Path) -> None:
     for where, leaf in _leaves(value, ""):
         if type(leaf) not in (Tensor, torch.nn.Parameter, str, int, float, bool, bytes, type(None)):
             raise CheckpointError(
-                f"{path.name} cannot hold {where or 'its value'}: {type(leaf).__qualname__} is neither a tensor nor a plain "
-                "value.\n  Keep such state in buffers, or turn it into numbers, strings, lists and dicts in state_dict."
+                f"{path.name} cannot hold {where or 'its value'}: {type(leaf).__qualname__} is neither a tensor nor a "
+                "plain value.\n  Keep such state in buffers, or turn it into numbers, strings, lists and dicts in state_dict."
             )
     torch.save(value, path)
 
@@ -197,7 +197,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The index of a checkpoint all of whose files are as written. Raises CheckpointError naming the first that is not."""
+    """The index of a checkpoint whose files are all as written. Raises CheckpointError naming the first that is not."""
     index = read_index(path)
     for name, want in index["files"].items():
         file = path / name
@@ -219,7 +219,7 @@ def locate(path: Path) -> Path:
         found = Checkpoints(folder, keep=1).last_good()
         if found is not None:
             return found
-    raise CheckpointError(f"{path} holds no checkpoint. engine.resume takes a run folder, its checkpoints/ or one step-...")
+    raise CheckpointError(f"{path} holds no checkpoint. engine.resume takes a run folder or one checkpoints/step-... in it.")
 
 
 def _fresh_folder(path: Path) -> None:

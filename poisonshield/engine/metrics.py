@@ -107,7 +107,8 @@ def console_line(row: dict[str, Any], total_steps: int) -> str:
     parts = [f"step {row['step']:>{width}}/{total_steps}"]
     parts += [f"{name} {value:.2f}" for name, value in row.items() if name not in fixed]
     parts += [f"lr {row['lr']:.3f}" if row["lr"] >= 0.01 or row["lr"] == 0 else f"lr {row['lr']:.1e}"]
-    parts += [f"img/s {row['img/s']:.0f}", f"data {row['data']:.1f}%", f"mem {row['mem']:.1f} GiB", f"left {duration(row['left'])}"]
+    parts += [f"img/s {row['img/s']:.0f}", f"data {row['data']:.1f}%", f"mem {row['mem']:.1f} GiB"]
+    parts += [f"left {duration(row['left'])}"]
     return "  ".join(parts)
 
 

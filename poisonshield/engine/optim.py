@@ -10,7 +10,7 @@ from torch import nn
 class OptimConfig(BaseModel):
     """The `optimizer:` section. lr is the peak, for the global batch as it is: nothing rescales it.
 
-    exclude_norm_and_bias: no weight decay on biases and on the parameters of normalisation layers (all one-dimensional).
+    exclude_norm_and_bias: no weight decay on biases and normalisation parameters (all that are one-dimensional).
     clip_norm: largest norm of the whole gradient, null for none.
     """
 

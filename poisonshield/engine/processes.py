@@ -1,4 +1,4 @@
-"""Start and end of the processes that train together: who am I, which device, one seed; torn down in every exit path."""
+"""Start and end of the processes that train together: who am I, which device, one seed; torn down in every exit."""
 
 import datetime
 import logging
@@ -89,7 +89,7 @@ def _join(device: torch.device) -> bool:
     except (RuntimeError, ValueError) as err:
         raise BackendError(
             f"rank {rank} of {world} on {socket.gethostname()} could not join the others at {where}: {err}\n"
-            "  Are all processes started, with one MASTER_ADDR and MASTER_PORT? Where the host name resolves to loopback, "
-            "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network's interface."
+            "  Are all processes started, with one MASTER_ADDR and MASTER_PORT? Where the host name resolves to "
+            "loopback, set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network's interface."
         ) from err
     return True

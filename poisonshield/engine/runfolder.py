@@ -19,8 +19,8 @@ from poisonshield.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-RESULT_KEYS = ("data", "poison", "method", "defense", "seed", "test_top1", "knn_top1", "linear_top1", "steps", "seconds")
-_WHICH_RUN = RESULT_KEYS[:5]
+_WHICH_RUN = ("data", "poison", "method", "defense", "seed")
+RESULT_KEYS = (*_WHICH_RUN, "test_top1", "knn_top1", "linear_top1", "steps", "seconds")
 _HOW_TO_START = ("run.dir", "run.overwrite", "engine.resume")
 
 
@@ -29,8 +29,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path, self.overwrite = Path(path), overwrite
-        self.config, self.metrics, self.results = (self.path / n for n in ("config.yaml", "metrics.jsonl", "results.json"))
-        self.checkpoints, self.export, self.tensorboard = (self.path / n for n in ("checkpoints", "export", "tensorboard"))
+        self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
+        self.results, self.checkpoints = self.path / "results.json", self.path / "checkpoints"
+        self.export, self.tensorboard = self.path / "export", self.path / "tensorboard"
 
     def check(self, record: Mapping[str, Any], *, resume: str | bool) -> bool:
         """True if the run must start from an empty folder, False if it may go on. Changes nothing.
@@ -59,7 +60,7 @@ class RunFolder:
         write_whole(self.config, yaml.safe_dump(_plain(record), sort_keys=False))
 
     def add_result(self, row: Mapping[str, Any]) -> None:
-        """Add one row to results.json, in place of an earlier row of the same data, poison, method, defense and seed."""
+        """Add one row to results.json, in place of an earlier one of the same data, poison, method, defense and seed."""
         if set(row) != set(RESULT_KEYS):
             raise ConfigError(f"a result row has the keys {', '.join(RESULT_KEYS)}; this one has {', '.join(row)}.")
         rows = json.loads(self.results.read_text()) if self.results.exists() else []

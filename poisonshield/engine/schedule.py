@@ -1,8 +1,8 @@
 """Learning rate as a pure function of the step: nothing to save, nothing to get out of step on resume.
 
-Time runs in ticks, counted from 1 to N: a tick is one step, or one epoch with `per_epoch: true`. Warm-up raises the rate
-linearly, tick t of w giving lr * t / w. Cosine spans the whole run and is not restarted after warm-up, as in VESPR's code:
-at tick t >= w it is lr * (1 + cos(pi (t - 1) / N)) / 2.
+Time runs in ticks, counted from 1 to N: a tick is one step, or one epoch with `per_epoch: true`. Warm-up raises the
+rate linearly, tick t of w giving lr * t / w. Cosine spans the whole run and is not restarted after warm-up, as in
+VESPR's code: at tick t >= w it is lr * (1 + cos(pi (t - 1) / N)) / 2.
 """
 
 import math
@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ScheduleConfig(BaseModel):
-    """The `schedule:` section. At most one of the three warm-ups; one_cycle takes its rising part from it (0.3 if unset).
+    """The `schedule:` section. At most one of the three warm-ups; one_cycle's rising part is its warm-up, 0.3 if unset.
 
-    milestones: for `step`, fractions of the run after which the rate is multiplied by gamma. final_fraction: where cosine
-    and one_cycle end, as a part of lr. start_fraction: where one_cycle begins.
+    milestones: for `step`, fractions of the run after which the rate is multiplied by gamma. final_fraction: where
+    cosine and one_cycle end, as a part of lr. start_fraction: where one_cycle begins.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,7 +75,7 @@ def _between(start: float, end: float, part: float) -> float:
 
 
 def _one_cycle(tick: int, ticks: int, warmup: float, start: float, final: float) -> float:
-    """Up from start to 1 over `warmup` ticks, then down to final at the last one, each half a cosine wave (Smith 2018)."""
+    """Up from start to 1 over `warmup` ticks, then down to final at the last, each half a cosine wave (Smith 2018)."""
     top, last, now = warmup - 1, ticks - 1, tick - 1
     if now < top:
         return _between(start, 1.0, now / top)

@@ -1,4 +1,4 @@
-"""How a run is executed: backend, precision, length, disk. In a file of its own because trainer and backends both read it."""
+"""How a run is executed: backend, precision, length, disk. A file of its own, as trainer and backends both read it."""
 
 from typing import Literal
 

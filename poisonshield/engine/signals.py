@@ -1,7 +1,7 @@
 """Preemption: SIGTERM or SIGUSR1 raises a flag, ranks agree on it at the next step boundary, save and leave.
 
-The process then ends with exit code 75 ("try again later" in sysexits.h), so a wrapper can tell "requeue me" from done (0)
-and failed (1). Under torchrun the launcher itself ends with 1 whatever its workers say. A second signal is not caught.
+The process then ends with exit code 75 ("try again later" in sysexits.h), so a wrapper can tell "requeue me" from done
+(0) and failed (1). Under torchrun the launcher itself ends with 1 whatever its workers say. A second SIGTERM kills.
 """
 
 import logging
@@ -24,7 +24,7 @@ class Preempted(SystemExit):
 
 
 class StopSignals:
-    """While open, SIGTERM and SIGUSR1 only set `caught`. Outside the main thread signals cannot be caught and are not."""
+    """While open, SIGTERM and SIGUSR1 only set `caught`. Outside the main thread signals cannot be caught."""
 
     numbers = (signal.SIGTERM, signal.SIGUSR1)
 

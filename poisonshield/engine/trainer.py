@@ -94,10 +94,8 @@ class Trainer:
 
     def lr(self) -> float:
         """The learning rate of the step to come."""
-        per_epoch = self.stream.steps_per_epoch
-        return lr_at(
-            self.schedule, lr=self.optim_config.lr, step=self.step, total_steps=self.total_steps, steps_per_epoch=per_epoch
-        )
+        run = {"total_steps": self.total_steps, "steps_per_epoch": self.stream.steps_per_epoch}
+        return lr_at(self.schedule, lr=self.optim_config.lr, step=self.step, **run)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole method's state on the CPU of rank 0, whatever shards it; empty on other ranks. All ranks call."""
@@ -115,7 +113,9 @@ class Trainer:
         self.metrics = Metrics(
             self.folder, self.device, total_steps=self.total_steps, tensorboard=self.config.tensorboard
         )
-        found = self.checkpoints.last_good() if resume == "auto" else checkpoint.locate(Path(resume)) if resume else None
+        found = None
+        if resume:
+            found = self.checkpoints.last_good() if resume == "auto" else checkpoint.locate(Path(resume))
         if found is not None:
             self._load(found)
         if found is None or found.parent == self.checkpoints.folder:

@@ -23,7 +23,7 @@ IMAGES = 48
 
 
 class TinyStream:
-    """48 made-up images, a new order each epoch, cut into global batches of 8 and dealt to the ranks (5 and 3 of two)."""
+    """48 made-up images, a new order each epoch, in global batches of 8 dealt to one rank or two (4 and 4, or 5 and 3)."""
 
     steps_per_epoch = IMAGES // 8
 
@@ -103,7 +103,7 @@ class SyncedNorm(nn.Module):
 
 
 class AttackedMethod(TinyMethod):
-    """Adversarial training with a contrast between all samples: the inner loop asks for input gradients, inside forward.
+    """Adversarial training with a contrast between all samples; its inner loop asks for input gradients, inside forward.
 
     Gradients, not their signs, move the attack: signs amplify rounding, which is not what this is here to test.
     """
@@ -143,7 +143,8 @@ def make_trainer(
     config = EngineConfig(**{"max_steps": 15, "log_every_steps": 1, "device": "cpu", **engine})
     optim = OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 0.01, weight_decay=1e-4, clip_norm=clip_norm)
     schedule = ScheduleConfig(warmup_steps=3)
-    record = {"seed": 1, "engine": config.model_dump(), "optimizer": optim.model_dump(), "schedule": schedule.model_dump()}
+    parts = {"engine": config, "optimizer": optim, "schedule": schedule}
+    record = {"seed": 1, **{name: part.model_dump() for name, part in parts.items()}}
     return Trainer(
         method or TinyMethod(), stream or TinyStream(), config, optimizer=optim, schedule=schedule,
         run_folder=RunFolder(folder, overwrite=overwrite), seed=1, fixed_record=record,
