@@ -1,0 +1,110 @@
+"""The `poisonshield` command: parses, forwards, and turns our errors into one worded message. Imports commands when asked."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from poisonshield.errors import PoisonShieldError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Import and check data sets (tar shards with a manifest).")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[str, typer.Argument(help="A YAML file, for example configs/defend/vespr_cifar10_mini.yaml.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 defenses.0.eps=8/255")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs, results.png and report.html.")] = Path("poisonshield-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of data order, weights and poison.")] = 0,
+) -> None:
+    """Poison, collapse, VESPR: four small trainings on bundled CIFAR-10 images, in minutes on a CPU."""
+    from poisonshield.commands.demo import demo as run
+
+    run(out, seed)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train one experiment; the same as `python launch/train.py`."""
+    from poisonshield.commands.train import train as run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def evaluate(run_folder: Annotated[Path, typer.Argument(help="The run.dir of a finished run.")], overrides: Overrides = None) -> None:
+    """Classifier head, k-NN, linear probe and robust accuracy of a finished run, on clean test images."""
+    from poisonshield.commands.evaluate import evaluate as run
+
+    for name, value in run(run_folder, overrides or []).items():
+        print(f"{name:12s} {'-' if value is None else f'{value:.2f}'}")
+
+
+@app.command()
+def poison(config: Config, overrides: Overrides = None) -> None:
+    """Write the config's poison: lossless shards with a measured budget, or a recipe of some kilobytes."""
+    from poisonshield.commands.forge import forge_run
+
+    forge_run(config, overrides or [])
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, backends and why, and whether multi-process launch would work."""
+    from poisonshield.commands.doctor import doctor as run
+
+    run()
+
+
+@data_app.command("import")
+def data_import(
+    src: Annotated[Path, typer.Argument(help="A class-folder tree, torchvision's CIFAR-10 folder, or tar shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards and manifest.")],
+    size: Annotated[Optional[int], typer.Option(help="Resize the shorter side and centre-crop to this many pixels.")] = None,
+    class_list: Annotated[Optional[Path], typer.Option(help="File with one class folder a line: order and subset.")] = None,
+    jpeg_quality: Annotated[Optional[int], typer.Option(help="Write resized images as JPEG instead of PNG.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(help="Images in one tar.")] = 5000,
+    skip_broken: Annotated[bool, typer.Option(help="Drop images that do not decode, and list them in the manifest.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
+) -> None:
+    """Turn images into a data set of tar shards."""
+    from poisonshield.commands.data import import_data
+
+    import_data(
+        src,
+        out,
+        size=size,
+        class_list=class_list,
+        jpeg_quality=jpeg_quality,
+        samples_per_shard=samples_per_shard,
+        skip_broken=skip_broken,
+        overwrite=overwrite,
+    )
+
+
+@data_app.command("verify")
+def data_verify(folder: Annotated[Path, typer.Argument(help="A data set, or a folder with train/ and test/.")]) -> None:
+    """Check hashes and decode every sample; lists every problem."""
+    from poisonshield.commands.data import verify
+
+    if verify(folder):
+        raise typer.Exit(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Errors of ours end with status 1 and their words only; a preempted run ends with 75."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app(arguments, standalone_mode=True)
+    except PoisonShieldError as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Pictures of runs, drawn without a display."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from poisonshield.engine.runfolder import RunFolder
+
+READOUTS = {"test_top1": "classifier", "knn_top1": "k-NN", "linear_top1": "linear probe"}
+
+
+def _figure(columns: int, width: float):  # noqa: ANN202
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(width, 3.4), constrained_layout=True)
+
+
+def plot_run(folder: RunFolder) -> Path:
+    """Writes results.png of one run: losses over steps, and accuracy by readout."""
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    rows = json.loads(folder.results.read_text())
+    figure, (left, right) = _figure(2, 8.5)
+    for name in ("loss", "ssl", "ce"):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            left.plot(*zip(*points, strict=True), label=name)
+    left.set(xlabel="step", ylabel="training loss", title=folder.path.name)
+    left.legend()
+    _bars(right, [rows[-1]], [f"seed {rows[-1]['seed']}"])
+    return _save(figure, folder.path / "results.png")
+
+
+def plot_comparison(rows: Sequence[dict], labels: Sequence[str], path: Path) -> Path:
+    """Writes one bar group per readout with a bar per run; rows as in results.json."""
+    figure, axis = _figure(1, 8.0)
+    _bars(axis, rows, labels)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _bars(axis, rows: Sequence[dict], labels: Sequence[str]) -> None:  # noqa: ANN001
+    width = 0.8 / len(rows)
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        shown = [(k, row[key]) for k, key in enumerate(READOUTS) if row[key] is not None]
+        bars = axis.bar([k + i * width for k, _ in shown], [v for _, v in shown], width, label=label)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+    axis.set_xticks([k + 0.4 - width / 2 for k in range(len(READOUTS))], list(READOUTS.values()))
+    axis.set(ylabel="accuracy on clean test images, %", ylim=(0, 100))
+
+
+def _save(figure, path: Path) -> Path:  # noqa: ANN001
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,143 @@
+"""Arrows point down: who may import whom, as a table, and what `import poisonshield` may load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "poisonshield"
+
+FLOORS = {
+    "errors": 0, "registry": 0, "config": 0,
+    "ops": 1, "batch": 1, "collectives": 1,
+    "losses": 2, "attacks": 2, "models": 2, "data": 2, "method": 2,
+    "methods": 3, "defenses": 3, "poisons": 3, "evals": 3,
+    "engine": 4,
+    "build": 5, "commands": 5, "cli": 5,
+}  # fmt: skip
+
+# Same floor, and still allowed: foundations that their whole floor stands on.
+BESIDE = {
+    ("config", "errors"), ("config", "registry"), ("registry", "errors"),
+    ("batch", "ops"), ("losses", "method"), ("build", "commands"), ("commands", "build"), ("cli", "commands"),
+}  # fmt: skip
+
+# Heavy packages and the files that are their doors.
+DOORS = {
+    "deepspeed": {"engine/backends/deepspeed.py"},
+    "webdataset": {"data/tars.py", "data/writer.py", "data/importer.py"},
+    "timm": {"models/backbones.py"},
+    "triton": set(),
+    "diffusers": set(),
+    "wandb": set(),
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+
+
+def imported(tree):
+    """Dotted names that a file imports, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the floor"
+            if node.module == "poisonshield":
+                yield from (f"poisonshield.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def part_of(relative):
+    return relative.split("/")[0].removesuffix(".py")
+
+
+def upward_imports(relative, tree):
+    own = part_of(relative)
+    if own == "__init__":
+        return
+    for name in imported(tree):
+        parts = name.split(".")
+        if parts[0] != "poisonshield" or len(parts) == 1 or parts[1] == "__version__":
+            continue
+        other = parts[1]
+        assert other in FLOORS, f"{relative} imports poisonshield.{other}, which has no floor: add it to the table"
+        if other != own and FLOORS[other] >= FLOORS[own] and (own, other) not in BESIDE:
+            yield f"{relative} ({FLOORS[own]}) imports {'.'.join(parts[1:])} ({FLOORS[other]})"
+
+
+def test_imports_point_down():
+    wrong = [line for relative, tree in modules() for line in upward_imports(relative, tree)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_can_fail():
+    tree = ast.parse("from poisonshield.engine import trainer\nimport poisonshield.poisons.lsp")
+    assert list(upward_imports("methods/simclr.py", tree)) == [
+        "methods/simclr.py (3) imports engine (4)",
+        "methods/simclr.py (3) imports poisons.lsp (3)",
+    ]
+
+
+def test_only_the_top_floor_and_data_itself_import_data():
+    wrong = [
+        relative
+        for relative, tree in modules()
+        if part_of(relative) not in ("data", "build", "commands", "cli")
+        and any(n.startswith("poisonshield.data") for n in imported(tree))
+    ]
+    assert not wrong
+
+
+def test_every_part_has_a_floor():
+    parts = {part_of(relative) for relative, _ in modules()} - {"__init__"}
+    assert parts == set(FLOORS)
+
+
+def test_attacks_and_models_do_not_see_each_other():
+    for relative, tree in modules():
+        pair = {"attacks": "models", "models": "attacks"}.get(part_of(relative))
+        assert pair is None or not any(n.startswith(f"poisonshield.{pair}") for n in imported(tree)), relative
+
+
+@pytest.mark.parametrize("package", sorted(DOORS))
+def test_heavy_packages_come_in_by_their_door(package):
+    users = {relative for relative, tree in modules() if any(n.split(".")[0] == package for n in imported(tree))}
+    assert users <= DOORS[package], f"{package} is imported by {sorted(users - DOORS[package])}"
+
+
+def test_library_code_does_not_print():
+    wrong = [
+        f"{relative}:{node.lineno}"
+        for relative, tree in modules()
+        if part_of(relative) not in ("commands", "cli") and not relative.endswith("draw.py")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    ]
+    assert not wrong
+
+
+def test_no_file_is_called_utils():
+    assert not [p for p, _ in modules() if Path(p).stem in ("utils", "helpers", "common", "misc")]
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_takes_under_a_second_beyond_torch():
+    seconds = run_python(
+        "import torch, time; start = time.perf_counter(); import poisonshield; print(time.perf_counter() - start)"
+    )
+    assert float(seconds) < 1.0
+
+
+def test_import_loads_no_heavy_package():
+    loaded = run_python("import sys, poisonshield, poisonshield.build; print(*{m.split('.')[0] for m in sys.modules})").split()
+    assert "torch" in loaded
+    assert not set(loaded) & {"triton", "deepspeed", "diffusers", "webdataset", "timm", "matplotlib"}
