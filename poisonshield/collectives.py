@@ -108,7 +108,7 @@ def gather(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
 
 
 def mean(per_sample: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """This rank's share of the global mean of per_sample [sizes[rank()]], times W: the mean over ranks is the global one.
+    """This rank's share of the global mean of per_sample [sizes[rank()]], times W, so that the ranks' mean is the global.
 
     Nothing is sent. With equal sizes it is the plain mean; with unequal ones no rank's samples weigh more than others'.
     """
@@ -142,7 +142,7 @@ def _message_device() -> torch.device:
 
 @torch.no_grad()
 def any_rank(flag: Tensor | bool) -> Tensor:
-    """True where any rank says true: bool, of the shape of `flag`. All ranks must call; reading it waits for the device."""
+    """True where any rank says true, bool of the shape of `flag`. All ranks must call; reading it waits for the device."""
     flag = torch.as_tensor(flag)
     if _alone():
         return flag.bool()

@@ -77,9 +77,8 @@ def verify(folder: str) -> int:
         if not found:
             m = Manifest.load(place)
             marked = f", poisoned by {m.poison.get('name', 'an unnamed poison')}" if m.poison else ""
-            console.print(
-                f"{place}: {m.samples:,} samples in {len(m.shards)} shards are sound{marked}.", markup=False, soft_wrap=True
-            )
+            sound = f"{place}: {m.samples:,} samples in {len(m.shards)} shards are sound{marked}."
+            console.print(sound, markup=False, soft_wrap=True)
     if count:
         console.print(f"{count} problems", style="bold red")
     return count

@@ -1,4 +1,7 @@
-"""Data sets as tar shards with a manifest, and streams over them. Importing this loads neither webdataset nor torchvision."""
+"""Data sets as tar shards with a manifest, and streams over them.
+
+Importing this loads neither webdataset nor torchvision: they are imported where an image or a tar is first touched.
+"""
 
 from pathlib import Path
 from typing import Literal

@@ -58,7 +58,8 @@ class Preparation:
         if self.size is None:
             return "original files (other formats than JPEG and PNG stored as PNG)"
         stored = "PNG" if self.jpeg_quality is None else f"JPEG of quality {self.jpeg_quality}"
-        return f"shorter side resized to {self.size} (bilinear, antialiased), centre {self.size}x{self.size}, stored as {stored}"
+        resized = f"shorter side resized to {self.size} (bilinear, antialiased)"
+        return f"{resized}, centre {self.size}x{self.size}, stored as {stored}"
 
 
 def resize_and_crop(pixels: Tensor, size: int) -> Tensor:

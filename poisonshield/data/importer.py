@@ -63,7 +63,7 @@ def import_data(
     if not src.is_dir():
         raise DataError(f"source {src} is not a folder. Give the folder that holds the images, the tars or CIFAR-10.")
     if out.resolve().is_relative_to(src.resolve()):
-        raise DataError(f"output {out} lies in the source {src}. Choose a folder outside it, so that the source stays as it is.")
+        raise DataError(f"output {out} lies in the source {src}. Choose a folder outside it.")
     if src.name == "cifar-10-batches-py":
         src = src.parent
     if (src / "cifar-10-batches-py").is_dir():
@@ -107,7 +107,7 @@ def import_cifar10(src: Path, out: Path, settings: Settings = Settings()) -> dic
         except RuntimeError as err:
             raise DataError(
                 f"{src}/cifar-10-batches-py is not the official CIFAR-10: {err}\n"
-                "  Extract cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a) again. Other pickles are not opened."
+                "  Extract cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a) again; no other pickle is opened."
             ) from err
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)  # [N, 3, 32, 32]
         samples = ((f"{split}-{i:05d}", pixels[i], int(label)) for i, label in enumerate(data.targets))
@@ -239,7 +239,7 @@ def _manifest_beside(folder: Path, paths: list[Path]) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         hashes = {name: info["sha256"] for name, info in found.get("shards", {}).items() if "sha256" in info}
     except (ValueError, AttributeError, TypeError) as err:
-        raise DataError(f"{path} is not a manifest ({err}). Correct it, or move it away and give a class list.") from err
+        raise DataError(f"{path} is not a manifest ({err}). Move it away and give a class list.") from err
     for tar in paths:
         if hashes.get(tar.name) not in (None, hash_file(tar)):
             raise DataError(f"{tar} does not have the sha256 that {path} gives. Copy it again from its source.")

@@ -96,7 +96,7 @@ def parse_label(text: bytes, *, classes: int, key: str, shard: str) -> int:
 
 
 def index_tar(stream: BinaryIO, *, number: int, name: str, classes: int) -> Index:
-    """The samples of one plain tar, 1 in about 25 us. Raises DataError naming shard and key; stops at the first fault."""
+    """The samples of one plain tar, one in about 25 us. Raises DataError naming shard and key at the first fault."""
     images: dict[str, tuple[int, int, int]] = {}
     labels: dict[str, int] = {}
     with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -104,7 +104,7 @@ def index_tar(stream: BinaryIO, *, number: int, name: str, classes: int) -> Inde
             if member.isdir():
                 continue
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                raise DataError(f"{member.name} in {name} is a link or a device, plain files were wanted. Write it again.")
+                raise DataError(f"{member.name} in {name} is a link or a device, not a plain file. Write it again.")
             key, field = split_name(member.name)
             refuse_field(field, key=key, shard=name)
             known = labels if field == "cls" else images

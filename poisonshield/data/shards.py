@@ -1,8 +1,8 @@
 """A data set in a folder of tar shards, read by index.
 
 The tars are ordinary WebDataset shards, but they are not streamed: one pass at open verifies the hashes and notes where
-each image lies, and from then on any sample is one `pread`. That is why every sample comes exactly once an epoch for any
-number of ranks and workers, with no rule such as shards >= ranks * workers, and why resuming skips nothing by reading it.
+each image lies, and from then on any sample is one `pread`. That is why every sample comes exactly once an epoch for
+any number of ranks and workers, with no rule such as shards >= ranks * workers, and why a resume reads nothing twice.
 The trade-off: shards must be local or mounted files, opening costs one read of all bytes (`verify="once"` keeps the
 result beside the data), and a cold disk sees requests inside a window of shards instead of one long read.
 """
@@ -131,7 +131,8 @@ class ShardSet:
                 h, w = image.shape[1:]
                 raise DataError(
                     f"{self.where(i)} is {h}x{w} pixels, the manifest says {height}x{width} (height x width).\n"
-                    f"  Bring all to one size: poisonshield data import {self.folder} --size {min(height, width)} --out DIR"
+                    "  Bring all to one size: "
+                    f"poisonshield data import {self.folder} --size {min(height, width)} --out DIR"
                 )
             pixels[row] = image
         return pixels

@@ -47,7 +47,7 @@ def batch_of(
 
 
 class ResidentSource:
-    """A source decoded once into one uint8 tensor, N * 3 * H * W bytes (CIFAR-10: 154 MB), optionally changed on the way.
+    """A source decoded once into one uint8 tensor, N * 3 * H * W bytes (CIFAR-10: 154 MB), changed on the way if asked.
 
     stage: a `Batch -> Batch` on x in [0, 1] (a poison recipe, say), applied once to all pixels in chunks and rounded to
     the nearest of 256 levels. Raises DataError if the pixels exceed the machine's memory, or the stage changes the
@@ -84,7 +84,7 @@ def _staged(stage: Callable[[Batch], Batch], batch: Batch) -> Tensor:
     out = stage(batch)
     if out.keys != batch.keys or out.x.shape != batch.x.shape:
         raise DataError(
-            f"the stage turned {len(batch)} samples of {tuple(batch.x.shape)} into {len(out)} of {tuple(out.x.shape)}.\n"
+            f"a stage made {len(out)} samples of {tuple(out.x.shape)} from {len(batch)} of {tuple(batch.x.shape)}.\n"
             "  A stage on resident pixels keeps samples, order and size; put this one into the stream instead."
         )
     return out.x.detach().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()

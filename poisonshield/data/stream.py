@@ -1,7 +1,7 @@
 """The Stream over a source: endless, exactly once an epoch, resumable after any batch.
 
 The plan says which samples form batch (epoch, step); workers only read and decode what it says. The position counts
-batches handed out, so what workers have prefetched is forgotten on a restart and read again: nothing is lost or repeated.
+batches handed out, so what workers have prefetched is read again after a restart: nothing is lost or repeated.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,8 @@ class ShardStream:
 
     batch_size: global, over all `world` ranks. workers: processes that decode (0: none). stages: `Batch -> Batch`,
     applied in order on the device. Yields Batch with keys, x float32 [b, 3, H, W] in [0, 1], y int64 [b], epoch, and
-    rank_sizes when world > 1. Raises ConfigError if a batch has fewer samples than ranks; reading raises DataError, from
-    a worker too. One iterator at a time: the position belongs to the stream.
+    rank_sizes when world > 1. Raises ConfigError if a batch has fewer samples than ranks; reading raises DataError,
+    from a worker too. One iterator at a time: the position belongs to the stream.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ShardStream:
         window: int = 16,
     ) -> None:
         if not 0 <= rank < world or workers < 0:
-            raise ConfigError(f"rank {rank} of {world} with {workers} workers: rank in [0, world) and workers >= 0 wanted.")
+            raise ConfigError(f"rank {rank} of {world} with {workers} workers: 0 <= rank < world, workers >= 0 wanted.")
         self.plan = Plan(source.ids, source.shard, batch_size=batch_size, seed=seed, shuffle=shuffle, window=window)
         self.plan.check_world(world)
         self.source, self.rank, self.world, self.workers = source, rank, world, workers
@@ -85,7 +85,8 @@ class ShardStream:
                 + "\n  Resume with the data and settings of the saved run, or start a new run folder."
             )
         if not 0 <= state["step"] < self.plan.steps or state["epoch"] < 0:
-            raise CheckpointError(f"epoch {state['epoch']}, step {state['step']} is no position in {self.plan.steps} steps.")
+            where = f"epoch {state['epoch']}, step {state['step']}"
+            raise CheckpointError(f"{where} is no position: an epoch has {self.plan.steps} steps. The state is damaged.")
         self._epoch, self._step = state["epoch"], state["step"]
 
     def _walk(self) -> Iterator[tuple[int, int, Tensor]]:

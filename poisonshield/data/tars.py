@@ -43,7 +43,7 @@ def read_tar(path: Path, *, left_out: Counter[str]) -> Iterator[tuple[str, str, 
                 key = sample["__key__"]
                 images = [e for e in IMAGE_EXTENSIONS if e in sample]
                 if len(images) > 1:
-                    raise DataError(f"sample {key} in {path} has {len(images)} images, one was wanted. Split it up first.")
+                    raise DataError(f"sample {key} in {path} has {len(images)} images, one was wanted. Split it.")
                 if not images:
                     left_out["no image"] += 1
                     continue

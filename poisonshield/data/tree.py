@@ -37,7 +37,7 @@ def read_class_list(path: str | Path) -> dict[str, str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"class list {path} cannot be read: {err}. Give a text file with one folder name a line.") from err
+        raise DataError(f"class list {path} cannot be read: {err}. One folder name a line is wanted.") from err
     classes: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         folder, _, name = line.partition("#")[0].strip().partition(" ")

@@ -118,7 +118,7 @@ def unpack(path: Path) -> bytes:
         raise DataError(f"shard {path.name} is not a whole gzip file ({err}). Copy the shard again.") from err
     if len(data) > MAX_UNPACKED_BYTES:
         raise DataError(
-            f"shard {path.name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes; compressed shards are held in memory.\n"
+            f"shard {path.name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes; it would be held in memory.\n"
             f"  Write plain tars instead: poisonshield data import {path.parent} --out DIR"
         )
     return data

@@ -1,6 +1,6 @@
 """Tar shards and their manifest, the same bytes for the same samples.
 Everything is written under temporary names and renamed when all of it is whole; the manifest comes last. So an
-interrupted run leaves nothing that could be mistaken for a data set, and an old data set stays until the new one is done.
+interrupted run leaves nothing that could be mistaken for a data set, and an old one stays until the new one is done.
 """
 
 import gzip
@@ -83,7 +83,7 @@ class ShardWriter:
                 "  Lossy compression is itself a defense: it changes the perturbation and its budget. Write PNG."
             )
         if not key or "." in key or not key.isprintable() or key.startswith("/") or len(key.encode()) > 200:
-            raise DataError(f"key {key!r} is unfit: 1 to 200 printable bytes without dots or a leading slash were wanted.")
+            raise DataError(f"key {key!r} is unfit: 1 to 200 printable bytes, no dots, no leading slash were wanted.")
         if key in self._keys:
             raise DataError(f"sample {key} is written twice to {self.folder}; keys must be unique.")
         if not 0 <= int(label) < len(self.classes):

@@ -19,9 +19,9 @@ from poisonshield.ops.philox import philox_words, sample_ids, stream_of
 
 COUNTS = {"train": 5000, "test": 1000}
 PROVENANCE = (
-    "{count} of the {total} {split} images of CIFAR-10 (Krizhevsky 2009, Learning multiple layers of features from tiny "
-    "images), {each} of each of 10 classes, drawn with seed {seed} by poisonshield.data.bundled.draw. The files are JPEG "
-    "copies, of quality about 75, of the official pixels: near them, not equal. The number in a key is the "
+    "{count} of the {total} {split} images of CIFAR-10 (Krizhevsky 2009, Learning multiple layers of features from "
+    "tiny images), {each} of each of 10 classes, drawn with seed {seed} by poisonshield.data.bundled.draw. The files are "
+    "JPEG copies, of quality about 75, of the official pixels: near them, not equal. The number in a key is the "
     "position in the source shards."
 )
 
