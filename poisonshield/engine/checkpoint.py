@@ -60,7 +60,7 @@ def save_plain(value: Any, path: Path) -> None:
         if type(leaf) not in (Tensor, torch.nn.Parameter, str, int, float, bool, bytes, type(None)):
             raise CheckpointError(
                 f"{path.name} cannot hold {where or 'its value'}: {type(leaf).__qualname__} is neither a tensor nor a "
-                "plain value.\n  Keep such state in buffers, or turn it into numbers, strings, lists and dicts in state_dict."
+                "plain value.\n  Keep it in buffers, or turn it into numbers, strings, lists and dicts in state_dict."
             )
     torch.save(value, path)
 
@@ -219,7 +219,7 @@ def locate(path: Path) -> Path:
         found = Checkpoints(folder, keep=1).last_good()
         if found is not None:
             return found
-    raise CheckpointError(f"{path} holds no checkpoint. engine.resume takes a run folder or one checkpoints/step-... in it.")
+    raise CheckpointError(f"{path} holds no checkpoint. engine.resume takes a run folder or one checkpoints/step-....")
 
 
 def _fresh_folder(path: Path) -> None:

@@ -58,7 +58,7 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    ours = _join(device)
+    ours = _join(device, alone_too=config.backend == "deepspeed")
     rank, world = collectives.rank(), collectives.world_size()
     package_log = logging.getLogger("poisonshield")
     level = package_log.level
@@ -77,13 +77,16 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _join(device: torch.device) -> bool:
-    """Make the process group if the environment names one; True if it is ours to end."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world < 2 or dist.is_initialized():
+def _join(device: torch.device, *, alone_too: bool) -> bool:
+    """Make the process group if the environment names one (or, for deepspeed, one of this process); True if it is ours."""
+    world, backend = int(os.environ.get("WORLD_SIZE", "1")), "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized() or (world < 2 and not alone_too):
         return False
+    if world < 2:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return True
     rank, where = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
     except (RuntimeError, ValueError) as err:

@@ -60,7 +60,7 @@ class RunFolder:
         write_whole(self.config, yaml.safe_dump(_plain(record), sort_keys=False))
 
     def add_result(self, row: Mapping[str, Any]) -> None:
-        """Add one row to results.json, in place of an earlier one of the same data, poison, method, defense and seed."""
+        """Add a row to results.json, in place of an earlier one of the same data, poison, method, defense and seed."""
         if set(row) != set(RESULT_KEYS):
             raise ConfigError(f"a result row has the keys {', '.join(RESULT_KEYS)}; this one has {', '.join(row)}.")
         rows = json.loads(self.results.read_text()) if self.results.exists() else []

@@ -23,7 +23,7 @@ IMAGES = 48
 
 
 class TinyStream:
-    """48 made-up images, a new order each epoch, in global batches of 8 dealt to one rank or two (4 and 4, or 5 and 3)."""
+    """48 made-up images, a new order each epoch, in global batches of 8 for one rank or two (4 and 4, or 5 and 3)."""
 
     steps_per_epoch = IMAGES // 8
 
@@ -103,7 +103,7 @@ class SyncedNorm(nn.Module):
 
 
 class AttackedMethod(TinyMethod):
-    """Adversarial training with a contrast between all samples; its inner loop asks for input gradients, inside forward.
+    """Adversarial training with a contrast between all samples; its inner loop asks for input gradients in forward.
 
     Gradients, not their signs, move the attack: signs amplify rounding, which is not what this is here to test.
     """

@@ -43,7 +43,7 @@ class Backend(Protocol):
         """Write method and optimiser; each rank its own files, or rank 0 all."""
 
     def load(self, folder: Path, saved_world: int) -> None:
-        """Read what `save` wrote with `saved_world` ranks. Raises CheckpointError if it cannot serve those there are."""
+        """Read what `save` wrote with `saved_world` ranks. Raises CheckpointError if it cannot serve these ranks."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole method's state in float32 or as stored, on the CPU of rank 0; empty on other ranks."""

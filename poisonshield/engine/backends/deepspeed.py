@@ -1,0 +1,149 @@
+"""DeepSpeed, ZeRO 0 to 3; the only door to it. Its JSON is derived from ours and nothing of it is compiled.
+
+What ours differs in, and why: bf16 is autocast (DeepSpeed's `torch_autocast`), not bf16 weights, because the latter also
+turn buffers into bf16: batch statistics that stop moving and pixels normalised with eight bits. The learning rate is set
+by the trainer. A method's whole step is one call of the engine; its inner loops run through submodules, since a second
+call of the engine per backward fails at stages 0 to 2 and is silently wrong at stage 3.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.engine.optim import OptimConfig, build_optimizer
+from poisonshield.engine.settings import EngineConfig
+from poisonshield.errors import BackendError, CheckpointError
+from poisonshield.method import Method
+
+_FOLDER, _TAG = "deepspeed", "state"
+_BUCKET = 50_000_000  # elements sent at once; the default of 500 million is a buffer of 2 GB
+
+
+def deepspeed_config(config: EngineConfig, optimizer: OptimConfig) -> dict[str, Any]:
+    """The JSON that DeepSpeed gets. The micro batch size serves its own timers only: the stream decides batches."""
+    zero = {"stage": config.zero_stage, "reduce_bucket_size": _BUCKET}
+    if config.zero_stage < 3:
+        zero["allgather_bucket_size"] = _BUCKET
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 2**31,
+    }
+
+
+class DeepSpeed:
+    """Shards optimiser (1), gradients (2) and weights (3) over ranks. A checkpoint fits the number of ranks that wrote it."""
+
+    name: ClassVar[str] = "deepspeed"
+
+    def __init__(self, config: EngineConfig, optimizer: OptimConfig, device: torch.device) -> None:
+        self.config, self.optim_config, self.device = config, optimizer, device
+        self.json = deepspeed_config(config, optimizer)
+
+    def prepare(self, method: Method) -> None:
+        deepspeed = _import_deepspeed()
+        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+        self.method = method
+        trainable = [p for p in method.parameters() if p.requires_grad]
+        optimizer = build_optimizer(method, self.optim_config)
+        self.engine, *_ = deepspeed.initialize(
+            model=method, model_parameters=trainable, optimizer=optimizer, config=self.json
+        )
+        self.engine.checkpoint_engine = _weights_only(self.engine.checkpoint_engine)
+
+    def forward_backward(self, batch: Batch) -> StepOutput:
+        output = self.engine(batch)
+        self.engine.backward(output.loss)
+        return StepOutput(output.loss.detach(), {k: v.detach() for k, v in output.metrics.items()})
+
+    def clip(self) -> Tensor:
+        """The norm of the gradients that lie on this rank; DeepSpeed clips by the global one inside its step."""
+        if self.config.zero_stage == 0:
+            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        else:
+            parts = self.engine.optimizer.averaged_gradients.values()
+            gradients = [g for part in parts if part is not None for g in part if g is not None and g.numel()]
+        return torch.nn.utils.get_total_norm(gradients).to(self.device)
+
+    def step(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        if self.config.zero_stage < 3:
+            self.method.after_step()
+            return
+        # Weights are in pieces: averages and queues need them whole. Costs one all-gather of the method a step.
+        import deepspeed
+
+        overridden = any(type(m).after_step is not Method.after_step for m in self.method.modules() if isinstance(m, Method))
+        if overridden:
+            with deepspeed.zero.GatheredParameters(list(self.method.parameters()), modifier_rank=0):
+                self.method.after_step()
+
+    def discard(self) -> None:
+        raise BackendError("deepspeed cannot drop a step whole: set engine.nonfinite: stop.")
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder / _FOLDER), tag=_TAG)
+
+    def load(self, folder: Path, saved_world: int) -> None:
+        world = collectives.world_size()
+        if saved_world != world:
+            raise CheckpointError(
+                f"{folder} was written by {saved_world} ranks at ZeRO {self.config.zero_stage}, this run has {world}: each "
+                "rank holds a piece that fits no other number.\n"
+                f"  Start {saved_world} ranks again. To take the weights elsewhere: python {folder / _FOLDER}/zero_to_fp32.py "
+                f"{folder / _FOLDER} OUT --tag {_TAG}"
+            )
+        path, _ = self.engine.load_checkpoint(str(folder / _FOLDER), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {folder / _FOLDER}.")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        whole = {}
+        for name, value in self.method.state_dict(keep_vars=True).items():
+            with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
+                if collectives.rank() == 0:
+                    whole[name] = value.detach().cpu().clone()
+        return whole
+
+
+def _import_deepspeed() -> Any:
+    """deepspeed, quiet, and without the shared-memory op that it would otherwise compile on the CPU."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as err:
+        raise BackendError(
+            "engine.backend is deepspeed but deepspeed is not installed.\n"
+            "  pip install 'poisonshield[deepspeed]', or set engine.backend: plain."
+        ) from err
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _weights_only(writer: Any) -> Any:
+    """DeepSpeed's reader of checkpoint files, made to refuse everything but tensors, plain values and its own records."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    def load(path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler]):
+            try:
+                return torch.load(path, map_location=map_location, weights_only=True)
+            except Exception as err:  # torch raises many kinds; none of them names the file
+                raise CheckpointError(f"{path} cannot be read as tensors and plain values: {err}") from err
+
+    writer.load = load
+    return writer
