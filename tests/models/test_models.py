@@ -1,0 +1,84 @@
+"""Encoders: shapes, stems, strict export names; normalisation; batch norm over ranks when alone."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from poisonshield.errors import ConfigError
+from poisonshield.models.backbones import BackboneConfig, build_encoder
+from poisonshield.models.batchnorm import SyncedBatchNorm, synchronize
+from poisonshield.models.heads import projector
+from poisonshield.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+
+
+@pytest.mark.parametrize(("padding", "side"), [(1, 32), (2, 34)])
+def test_cifar_stem_keeps_the_side_and_legacy_padding_widens_it(padding, side):
+    backbone = build_encoder(BackboneConfig(name="resnet18", stem_padding=padding)).backbone
+    x = torch.rand(1, 3, 32, 32)
+    assert backbone.maxpool(backbone.conv1(x)).shape == (1, 64, side, side)
+    assert backbone.conv1.bias is None
+
+
+@pytest.mark.parametrize(
+    ("config", "dim"),
+    [
+        (BackboneConfig(name="resnet18"), 512),
+        (BackboneConfig(name="resnet18", stem="imagenet"), 512),
+        (BackboneConfig(name="resnet_mini", stem_stride=2), 128),
+        (BackboneConfig(name="resnet_mini", widths=(8, 8, 16, 24)), 24),
+    ],
+)
+def test_features_have_the_promised_width(config, dim):
+    encoder = build_encoder(config).eval()
+    assert encoder.feature_dim == dim and encoder(torch.rand(2, 3, 32, 32)).shape == (2, dim)
+
+
+def test_imagenet_backbone_loads_strictly_in_timm_and_torchvision():
+    import torchvision
+
+    encoder = build_encoder(BackboneConfig(name="resnet18", stem="imagenet")).eval()
+    theirs = timm.create_model("resnet18", num_classes=0).eval()
+    theirs.load_state_dict(encoder.backbone.state_dict(), strict=True)
+    vision = torchvision.models.resnet18()
+    vision.fc = nn.Identity()
+    vision.load_state_dict(encoder.backbone.state_dict(), strict=True)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(encoder(x), theirs(encoder.normalize(x)))
+    torch.testing.assert_close(encoder(x), vision.eval()(encoder.normalize(x)))
+
+
+def test_unknown_backbone_gets_the_nearest_name():
+    with pytest.raises(ConfigError, match="Did you mean resnet18"):
+        build_encoder(BackboneConfig(name="resnet_18"))
+
+
+def test_network_without_a_stem_to_change_is_refused():
+    with pytest.raises(ConfigError, match="Set model.stem: imagenet"):
+        build_encoder(BackboneConfig(name="vit_tiny_patch16_224", stem="cifar"))
+
+
+def test_normalisation_is_inside_and_in_pixel_units():
+    x = torch.rand(2, 3, 4, 4)
+    for c in range(3):
+        expected = (x[:, c] - IMAGENET_MEAN[c]) / IMAGENET_STD[c]
+        torch.testing.assert_close(Normalize()(x)[:, c], expected)
+
+
+def test_synchronized_batch_norm_alone_is_plain_batch_norm():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5, affine=False))
+    x = torch.rand(6, 3, 5, 5)
+    plain(x)
+    synced = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5, affine=False))
+    synced.load_state_dict(plain.state_dict())
+    synced = synchronize(synced, torch.device("cpu"))
+    assert isinstance(synced[1], SyncedBatchNorm) and list(synced.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(synced(x), plain(x))
+
+
+def test_projector_ends_in_batch_norm_without_affine():
+    head = projector(6, hidden=8, out=5)
+    assert head(torch.rand(4, 6)).shape == (4, 5)
+    assert not [p for n, p in head.named_parameters() if n.endswith("7.weight")]
+    assert all(layer.bias is None for layer in head if isinstance(layer, nn.Linear))
