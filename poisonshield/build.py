@@ -24,6 +24,7 @@ from poisonshield.errors import ConfigError, DataError
 from poisonshield.method import Method
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import synchronize
+from poisonshield.poisons._recipe import ENDING, load_recipe
 from poisonshield.poisons.base import Poison
 from poisonshield.registry import Registry
 
@@ -44,13 +45,14 @@ class DataConfig(Settings):
 
     train, test: a bundled name, or a folder with a manifest (or with train/ and test/ in it); test null takes the test
     split of `train`. poison: null, a poison's name, a block with `name:`, or the path of a recipe file: applied to the
-    training pixels while loading. batch_size is global. source: resident holds decoded pixels in memory, auto does so up
+    training pixels while loading; poison_ratio is the share of samples it takes. batch_size is global. source: resident holds decoded pixels in memory, auto does so up
     to resident_mib. verify: once trusts a verified index until files change.
     """
 
     train: str = "cifar10-mini"
     test: str | None = None
     poison: Any = None
+    poison_ratio: float = Field(1.0, ge=0, le=1)
     batch_size: int = Field(128, ge=1)
     source: Literal["auto", "resident", "tar"] = "auto"
     resident_mib: int = Field(4096, ge=0)
@@ -119,7 +121,7 @@ class Run:
         """How result tables call the poison that the run itself applies."""
         if self.poison is None:
             return "none"
-        return self.poison.name.removesuffix(".poison.safetensors")  # of a Choice, or of a recipe's path
+        return self.poison.name.removesuffix(ENDING)  # of a Choice, or of a recipe's path
 
     @property
     def defense_label(self) -> str:
@@ -141,6 +143,8 @@ def read_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> R
     poison = _pick_poison(checker, (tree.values.get("data") or {}))
     if settings is not None and method is not None and None not in defenses:
         _check_pairs(checker, settings, method, defenses)
+    if isinstance(poison, Path) and settings is not None and settings.data.poison_ratio < 1:
+        checker.problem(("data", "poison_ratio"), "data.poison_ratio: a recipe brings its own. Leave it out.")
     checker.finish()
     record = dump(settings, tree.values)
     record["method"] = _record(method, tree.values["method"])
@@ -154,7 +158,7 @@ def _pick_poison(checker: Checker, data: Any) -> Choice | Path | None:
     block = data.get("poison") if isinstance(data, dict) else None
     if block is None:
         return None
-    if isinstance(block, str) and ("/" in block or block.endswith(".safetensors")):
+    if isinstance(block, str) and ("/" in block or block.endswith(ENDING)):
         if not Path(block).is_file():
             checker.problem(("data", "poison"), f"data.poison: there is no recipe file {block}. Write one with `poisonshield poison`.")
         return Path(block)
@@ -219,8 +223,6 @@ def build_poison(run: Run, source: ShardSet) -> Poison | None:
     if run.poison is None:
         return None
     if isinstance(run.poison, Path):
-        from poisonshield.poisons._recipe import load_recipe
-
         return load_recipe(run.poison, classes=source.classes, image_size=source.image_size)
     cls = run.poison.cls
     if source.image_size is None:
@@ -228,6 +230,10 @@ def build_poison(run: Run, source: ShardSet) -> Poison | None:
     poison = cls(run.poison.config, num_classes=len(source.classes), image_size=source.image_size, seed=run.seed)
     if cls.needs_data:
         poison.fit(evaluate_batches(source, batch_size=1000))
+    else:
+        poison.fit(())
+    if run.settings.data.poison_ratio < 1:
+        poison.choose(source.ids, run.settings.data.poison_ratio)
     return poison
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.errors import DataError, PoisonShieldError, ShapeError
 from poisonshield.method import Method
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.ops.philox import KeyedRandom, philox_words, sample_ids, stream_of
 
 Norm = Literal["linf", "l2", "l0"]
 
@@ -35,6 +35,7 @@ class Poison(Method):
     def __init__(self, config: object, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
         super().__init__()
         self.config, self.num_classes, self.image_size, self.seed = config, num_classes, tuple(image_size), seed
+        self.register_buffer("last_drawn", torch.tensor(torch.iinfo(torch.int64).max))
 
     @abstractmethod
     def draw(self, batch: Batch) -> Tensor:
@@ -54,13 +55,36 @@ class Poison(Method):
         Raises ShapeError for pixels of another shape or range, DataError for labels outside the classes.
         """
         self._check(batch)
-        return self.draw(batch) if len(batch) else torch.zeros_like(batch.x)
+        if not len(batch):
+            return torch.zeros_like(batch.x)
+        chosen = self.chosen(sample_ids(batch.keys).to(batch.x.device))
+        return torch.where(chosen[:, None, None, None], self.draw(batch), 0.0)
 
     @torch.no_grad()
     def apply(self, batch: Batch) -> Batch:
         """The batch as it is released: x + delta, clipped to [0, 1] and rounded to the nearest of 256 levels."""
         x = (batch.x + self.delta(batch)).clamp_(0, 1)
         return batch.replace(x=x.mul_(255).round_().div_(255))
+
+    def choose(self, ids: Tensor, ratio: float) -> None:
+        """From now on poison exactly floor(ratio * N) of the samples ids int64 [N], drawn by seed, and leave the rest.
+
+        Every id draws a number; those with the smallest are chosen, so one number is all that a recipe has to keep.
+        """
+        lots = self._lots(ids).sort().values
+        count = math.floor(ratio * len(ids) + 1e-9)
+        self.last_drawn.fill_(lots[count - 1] if count else -1)
+
+    def chosen(self, ids: Tensor) -> Tensor:
+        """Which of the samples ids int64 [B] are poisoned, bool [B]."""
+        if self.last_drawn == torch.iinfo(torch.int64).max:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return self._lots(ids) <= self.last_drawn
+
+    def _lots(self, ids: Tensor) -> Tensor:
+        """62 random bits for each id: two samples with the same ones are not to be expected in a lifetime."""
+        words = philox_words(2, seed=self.seed, ids=ids, stream=stream_of("poison ratio"))
+        return (words[:, 0] << 30) ^ (words[:, 1] >> 2)
 
     def random(self, batch: Batch) -> KeyedRandom:
         """Numbers of (seed, key) alone: unlike batch.random they are the same in every epoch, as released pixels are."""

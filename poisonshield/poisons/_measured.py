@@ -1,0 +1,90 @@
+"""The budget as it is, not as it was asked for: measured on released pixels against the clean ones, sample by sample.
+
+Rounding to 256 levels moves a pixel by at most half a level, so l_inf may exceed its radius by 0.5/255 and l2 by
+0.5/255 * sqrt(pixels); nothing else is excused.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poisonshield.batch import Batch
+from poisonshield.errors import BudgetError
+from poisonshield.poisons.base import Poison
+
+SLACK = 1e-4  # levels; float32 arithmetic of a value that is rounded afterwards
+
+
+class MeasuredBudget:
+    """Feed it every released batch with `add`; `record()` is what the manifest states. Constant memory.
+
+    `add` raises BudgetError, naming the sample, if pixels are not levels in [0, 1], exceed the poison's budget, or are
+    not those that the poison gives for the clean image (a transposed, shifted or swapped perturbation keeps its norm).
+    """
+
+    def __init__(self, poison: Poison) -> None:
+        self.poison = poison
+        self.samples = self.pixels = 0
+        self.linf = self.l0 = 0
+        self.l2_max = self.l2_sum = self.squares = 0.0
+        self.clipped = 0
+
+    @torch.no_grad()
+    def add(self, clean: Batch, released: Tensor) -> None:
+        """clean.x and released float32 [B, 3, H, W], in [0, 1]."""
+        levels = released * 255
+        off = (levels - levels.round()).abs().amax() if len(clean) else torch.zeros(())
+        if not (off < 1e-2 and released.min() >= 0 and released.max() <= 1):
+            low, high = (float(v) for v in released.aminmax())
+            raise BudgetError(
+                f"released pixels lie in [{low:.3g}, {high:.3g}], up to {off:.2g} off a whole level; 256 levels in [0, 1] "
+                "were wanted.\n  Was the image normalised, or stored by something other than `poisonshield poison`?"
+            )
+        change = levels.round() - (clean.x * 255).round()  # whole levels, exact in float32
+        size = change.abs()
+        linf, l2 = size.flatten(1).amax(1), change.flatten(1).double().square().sum(1).sqrt()
+        l0 = (size.amax(1) > 0).flatten(1).sum(1)
+        self._refuse(clean, {"linf": linf, "l2": l2, "l0": l0}, change[0].numel())
+        wanted = self.poison.delta(clean)
+        differs = ((clean.x + wanted).clamp(0, 1).mul(255).round() != levels.round()).flatten(1).any(1)
+        if differs.any():
+            key = clean.keys[int(differs.to(torch.uint8).argmax())]
+            raise BudgetError(
+                f"sample {key}: released pixels are not those of poison {self.poison.name} with seed {self.poison.seed}, "
+                f"in {int(differs.sum())} of {len(clean)} samples.\n  Write them again; another seed, key order or a "
+                "transposed perturbation gives this."
+            )
+        moved = clean.x + wanted
+        self.clipped += int(((moved < 0) | (moved > 1)).sum())
+        self.samples += len(clean)
+        self.pixels += change.numel()
+        self.linf, self.l0 = max(self.linf, int(linf.max())), max(self.l0, int(l0.max()))
+        self.l2_max, self.l2_sum = max(self.l2_max, float(l2.max())), self.l2_sum + float(l2.sum())
+        self.squares += float(l2.square().sum())
+
+    def record(self) -> dict[str, Any]:
+        """linf in levels of 255; l2 (largest and mean of a sample) in pixel units; l0: most pixels changed; psnr in dB."""
+        mse = self.squares / max(self.pixels, 1) / 255**2
+        return {
+            "linf_levels": self.linf,
+            "l2_max": round(self.l2_max / 255, 6),
+            "l2_mean": round(self.l2_sum / max(self.samples, 1) / 255, 6),
+            "l0_max": self.l0,
+            "psnr_db": round(-10 * math.log10(mse), 3) if mse > 0 else None,
+            "clipped_fraction": round(self.clipped / max(self.pixels, 1), 6),
+        }
+
+    def _refuse(self, clean: Batch, measured: dict[str, Tensor], numel: int) -> None:
+        norm, radius = self.poison.norm, self.poison.budget()
+        if norm is None or radius is None:
+            return
+        allowed = {"linf": 255 * radius + 0.5, "l2": 255 * radius + 0.5 * math.sqrt(numel), "l0": radius}[norm] + SLACK
+        values = measured[norm]
+        if (values > allowed).any():
+            worst, unit = int(values.argmax()), "pixels" if norm == "l0" else "levels"
+            raise BudgetError(
+                f"sample {clean.keys[worst]}: {norm} is {float(values[worst]):.2f} {unit}, poison {self.poison.name} allows "
+                f"{allowed:.2f} after rounding.\n  Do its settings (eps, budget) fit what was written?"
+            )

@@ -1,0 +1,83 @@
+"""A poison as a file of some kilobytes: name, settings and seed as text, what it learned as tensors.
+
+`lsp.poison.safetensors` gives the same pixels as the shards it was written beside, applied while loading. safetensors
+holds numbers and text only, so a recipe from a stranger can run no code.
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from poisonshield.errors import ConfigError, DataError
+from poisonshield.poisons.base import Poison
+from poisonshield.registry import Registry
+
+ENDING = ".poison.safetensors"
+FORMAT = "poisonshield-recipe/1"
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: str
+    name: str
+    config: dict
+    seed: int
+    classes: list[str]
+    image_size: tuple[int, int]
+    data: str
+
+
+def save_recipe(poison: Poison, path: str | Path, *, classes: tuple[str, ...], data: str) -> Path:
+    """Write the poison to `path`. classes: names, label 0 first; data: digest of the set it was made for."""
+    header = _Header(
+        format=FORMAT,
+        name=poison.name,
+        config=poison.config.model_dump(mode="json"),
+        seed=poison.seed,
+        classes=list(classes),
+        image_size=poison.image_size,
+        data=data,
+    )
+    state = {k: v.detach().cpu().contiguous() for k, v in poison.state_dict().items()}
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_bytes(save(state, metadata={"poison": header.model_dump_json()}))
+    draft.replace(path)
+    return path
+
+
+def load_recipe(path: str | Path, *, classes: tuple[str, ...], image_size: tuple[int, int] | None) -> Poison:
+    """The poison of a recipe, ready to apply to a set of these classes and image size.
+
+    Raises DataError if the file is no recipe, or was made for other classes (names or order) or another image size.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = _Header.model_validate(json.loads((file.metadata() or {})["poison"]))
+            state = {k: file.get_tensor(k) for k in file.keys()}
+    except (OSError, KeyError, ValueError, ValidationError, SafetensorError) as err:
+        raise DataError(f"{path} is not a poison recipe ({err}). Write one with `poisonshield poison`.") from err
+    if header.format != FORMAT:
+        raise DataError(f"{path} is a recipe of format {header.format}, {FORMAT} was wanted. Write it again.")
+    if tuple(header.classes) != tuple(classes):
+        raise DataError(
+            f"{path} was made for {len(header.classes)} classes ({', '.join(header.classes[:3])}, ...), the data has "
+            f"{len(classes)} ({', '.join(classes[:3])}, ...), or in another order.\n"
+            "  Its patterns belong to labels: import the data with the same class list, or write the recipe again."
+        )
+    if image_size is None or tuple(header.image_size) != tuple(image_size):
+        got = "several sizes" if image_size is None else f"{image_size[0]}x{image_size[1]}"
+        h, w = header.image_size
+        raise DataError(f"{path} was made for images of {h}x{w}, the data has {got}. Import the data with --size.")
+    try:
+        cls = Registry("poisonshield.poisons", kind="poison").get(header.name)
+        config = cls.Config.model_validate(header.config)
+        poison = cls(config, num_classes=len(classes), image_size=image_size, seed=header.seed)
+        poison.load_state_dict(state)
+    except (ConfigError, ValidationError, RuntimeError) as err:
+        raise DataError(f"{path} does not fit this version of poisonshield: {err}") from err
+    return poison
