@@ -171,18 +171,20 @@ def _record(choice: Choice, block: Any) -> dict[str, Any]:
 
 def _check_pairs(checker: Checker, settings: RunConfig, method: Choice, defenses: tuple[Choice, ...]) -> None:
     """Pairs that cannot work together, found by building the whole stack around an empty encoder."""
-    try:
+    with torch.random.fork_rng():
         encoder = torch.nn.Identity()
         encoder.feature_dim = 1
-        inner = method.cls(method.config, encoder=encoder, num_classes=2)
+        try:
+            inner = method.cls(method.config, encoder=encoder, num_classes=2)
+        except ConfigError as err:
+            checker.problem(("method",), f"method: {err}")
+            return
         for i, choice in enumerate(defenses):
             try:
                 inner = choice.cls(choice.config, num_classes=2, seed=0).wrap(inner)
             except ConfigError as err:
                 checker.problem(("defenses", i), f"defenses[{i}]: {err}")
                 return
-    except ConfigError as err:
-        checker.problem(("method",), f"method: {err}")
     if settings.data.batch_size < 2:
         checker.problem(("data", "batch_size"), "data.batch_size: batch norm needs at least 2 samples.")
 

@@ -29,11 +29,19 @@ def demo(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    print_config: Annotated[bool, typer.Option(help="Print the resolved settings, and DeepSpeed's, then stop.")] = False,
+) -> None:
     """Train one experiment; the same as `python launch/train.py`."""
+    from poisonshield.commands.train import resolved
     from poisonshield.commands.train import train as run
 
-    run(config, overrides or [])
+    if print_config:
+        print(resolved(config, overrides or []))
+    else:
+        run(config, overrides or [])
 
 
 @app.command()

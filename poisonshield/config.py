@@ -5,6 +5,7 @@ pydantic's complaints into one worded ConfigError that lists every problem at on
 derives from `Settings`; budgets are typed `Pixels`, so that `8/255` is accepted and `8` is refused with a hint.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -67,7 +68,9 @@ class Tree:
     marks: dict[tuple, str] = field(default_factory=dict)
 
     def where(self, path: tuple) -> str:
-        """The file and line of a path, or of its nearest ancestor that has one."""
+        """The file and line of a path; if it has none, of the first thing within it, else of its nearest ancestor."""
+        if path not in self.marks:
+            path = next((p for p in self.marks if path and p[: len(path)] == path), path)
         while path and path not in self.marks:
             path = path[:-1]
         return self.marks.get(path, "config")
@@ -102,7 +105,7 @@ def _load_file(path: Path, seen: tuple[Path, ...]) -> Tree:
     parent = tree.values.pop("extends", None)
     if parent is None:
         return tree
-    base = _load_file(path.parent / parent, (*seen, path.resolve()))
+    base = _load_file(Path(os.path.normpath(path.parent / parent)), (*seen, path.resolve()))
     base.values = _merge(base, tree, base.values, tree.values, ())
     return base
 

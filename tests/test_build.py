@@ -35,7 +35,8 @@ def test_run_read_from_its_own_record_is_the_same(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(run.record))))
     again = read_run(path)
-    assert again.record == run.record and again.settings == run.settings
+    assert again.record == run.record
+    assert (again.method, again.defenses, again.poison) == (run.method, run.defenses, run.poison)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +45,12 @@ def test_run_read_from_its_own_record_is_the_same(tmp_path):
         ("defenses.0.step_sise=1/255", "defenses[0].step_sise is not a setting of vespr. Did you mean step_size?"),
         ("defenses.0.eps=4", "defenses[0].eps: 4 is outside [0, 1]: budgets are in pixel units. Did you mean 4/255?"),
         ("engine.max_steps=many", "engine.max_steps: Input should be a valid integer"),
-        ("engine.zero_stage=2", "zero_stage 2 needs backend: deepspeed"),
         ("engine.backend=deepsped", "Did you mean deepspeed?"),
         ("method.name=simcrl", "'simcrl' is not a method. Did you mean simclr?"),
         ("data.poison=lps", "'lps' is not a poison. Did you mean lsp?"),
         ("data.poison=gone.poison.safetensors", "there is no recipe file gone.poison.safetensors"),
         ("optimiser.lr=1", "optimiser is not a setting of a run. Did you mean optimizer?"),
         ("defenses=vespr", "a list is wanted"),
-        ("method.name=supervised", "vespr adds a classifier to a self-supervised method, and supervised has one"),
-        ("defenses.0.attack_views=[5]", "attack_views [5]: simclr has 2 views"),
         ("data.batch_size=1", "batch norm needs at least 2 samples"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
     ],
@@ -61,6 +59,25 @@ def test_mistake_is_worded(override, words):
     with pytest.raises(ConfigError) as err:
         read_run(MINI, [override])
     assert words in str(err.value) and f"command line: {override}" in str(err.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("engine.zero_stage=2", "base_cifar10_mini.yaml:21: engine: zero_stage 2 needs backend: deepspeed"),
+        ("method.name=supervised", "yaml:15: defenses[0]: vespr adds a classifier to a self-supervised method"),
+        ("defenses.0.attack_views=[5]", "yaml:15: defenses[0]: vespr.attack_views [5]: simclr has 2 views"),
+        ("data.poison_ratio=0.5", "data.poison_ratio: a recipe brings its own"),
+    ],
+)
+def test_pair_that_cannot_work_is_worded_at_its_block(override, words, tmp_path):
+    overrides = [override]
+    if "ratio" in override:
+        (tmp_path / "r.poison.safetensors").touch()
+        overrides.append(f"data.poison={tmp_path / 'r.poison.safetensors'}")
+    with pytest.raises(ConfigError) as err:
+        read_run(MINI, overrides)
+    assert words in str(err.value)
 
 
 def test_all_mistakes_of_a_file_come_with_their_lines(tmp_path):

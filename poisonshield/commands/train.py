@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from poisonshield import collectives
@@ -60,6 +61,18 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
             plot_run(folder)
         collectives.barrier()
     return folder.path
+
+
+def resolved(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> str:
+    """The checked settings as YAML, defaults filled in; with engine.backend: deepspeed also the JSON derived from them."""
+    run = read_run(config, overrides)
+    text = yaml.safe_dump(json.loads(json.dumps(run.record)), sort_keys=False)
+    if run.settings.engine.backend == "deepspeed":
+        from poisonshield.engine.backends.deepspeed import deepspeed_config
+
+        text += "\n# DeepSpeed gets:\n"
+        text += json.dumps(deepspeed_config(run.settings.engine, run.settings.optimizer), indent=2)
+    return text.rstrip()
 
 
 def export(run: Run, state: dict[str, torch.Tensor], folder: RunFolder) -> None:

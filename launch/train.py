@@ -1,0 +1,13 @@
+"""What `deepspeed`, `torchrun` and `srun` start on every rank: `poisonshield train`, and nothing more.
+
+deepspeed launch/train.py CONFIG engine.backend=deepspeed engine.zero_stage=2
+torchrun --nproc_per_node 2 launch/train.py CONFIG
+"""
+
+import sys
+
+from poisonshield.cli import main
+
+if __name__ == "__main__":
+    # DeepSpeed's launcher puts --local_rank=N first; it sets LOCAL_RANK as well, which is the one that is read.
+    main(["train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))])
