@@ -22,6 +22,11 @@ from torch import Tensor
 from poisonshield.errors import ConfigError, ShapeError
 
 
+# torch 2.14 renamed both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
@@ -63,13 +68,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty((world_size() * len(x), *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous())
+        _all_gather(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         own = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(own, grad.contiguous())
+        _reduce_scatter(own, grad.contiguous())
         return own
 
 

@@ -26,7 +26,7 @@ class SyncedBatchNorm(_BatchNorm):
             return super().forward(x)
         dims = [d for d in range(x.dim()) if d != 1]
         count = x.numel() // x.shape[1]
-        wide = x.float()
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         local_mean = wide.mean(dims)
         centred = (wide - local_mean.view(1, -1, *[1] * (x.dim() - 2))).square().sum(dims)
         stats = torch.cat([local_mean, centred, local_mean.new_full((1,), count)])

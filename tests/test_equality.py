@@ -1,0 +1,97 @@
+"""However many processes share the work, and whatever shards it, VESPR's losses are those of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dist import run_dist
+from torch import nn
+
+from poisonshield.build import build_method, build_stream, build_training_set, open_data, read_run, spread_batch_norm
+from poisonshield.engine.processes import processes
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.trainer import Trainer
+
+MINI = str(Path(__file__).resolve().parents[1] / "configs" / "defend" / "vespr_cifar10_mini.yaml")
+# 2 ranks of 32. At lr 0.001 rounding grows less than tenfold in 20 steps; at 0.1 it does so in each of the first ones.
+SHORT = ("engine.max_steps=20", "engine.log_every_steps=1", "engine.device=cpu", "schedule.name=constant",
+         "optimizer.lr=0.001", "model.widths=[8,16,16,32]", "method.hidden=64", "method.out=64")  # fmt: skip
+ATTACK = ("defenses.0.eps=4/255", "defenses.0.step_size=0.6/255", "defenses.0.steps=4")
+NO_ATTACK = ("defenses.0.attack_views=[]",)
+BACKENDS = {
+    "plain": (),
+    **{f"zero{s}": ("engine.backend=deepspeed", f"engine.zero_stage={s}") for s in range(4)},
+}
+
+
+def smooth(module):
+    """ReLU becomes SiLU, in place. At ReLU's kink one rounding error flips a whole gradient element, so that two equal
+    computations with sums in another order drift apart within some steps, on one process as on two."""
+    for child in module.modules():
+        for name, part in child.named_children():
+            if isinstance(part, nn.ReLU):
+                setattr(child, name, nn.SiLU())
+    return module
+
+
+def losses(folder, overrides):
+    """The loss of each of 20 steps of a run built as `poisonshield train` builds it, but for the activation."""
+    run = read_run(MINI, [*SHORT, *overrides, f"run.dir={folder}"])
+    data = open_data(run)
+    training = build_training_set(run, data)
+    with processes(run.settings.engine, seed=run.seed) as device:
+        method = spread_batch_norm(run, smooth(build_method(run, data.num_classes)), device)
+        Trainer(
+            method,
+            build_stream(run, training, method, device),
+            run.settings.engine,
+            optimizer=run.settings.optimizer,
+            schedule=run.settings.schedule,
+            run_folder=RunFolder(folder),
+            seed=run.seed,
+            fixed_record=run.record,
+        ).fit()
+    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def every_backend(rank, world, folder):
+    """On two ranks, one after the other: {backend: (losses with attack, losses without)}."""
+    return {
+        name: (losses(f"{folder}/{name}-attack", over + ATTACK), losses(f"{folder}/{name}-calm", over + NO_ATTACK))
+        for name, over in BACKENDS.items()
+    }
+
+
+def local_norm(rank, world, folder):
+    """Two ranks with batch norm of their own."""
+    return losses(f"{folder}/local", NO_ATTACK + ("model.batch_norm=local",))
+
+
+def apart(a, b):
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return losses(folder / "attack", ATTACK), losses(folder / "calm", NO_ATTACK)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return run_dist(every_backend, 2, str(tmp_path_factory.mktemp("shared")), deepspeed=True, timeout_s=400)[0]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", BACKENDS)
+def test_losses_of_two_ranks_are_those_of_one(name, alone, shared):
+    (attack, calm), (attack_2, calm_2) = alone, shared[name]
+    assert len(attack) == 20 and len(set(attack)) == 20
+    assert apart(calm, calm_2) < 1e-5
+    assert apart(attack[:5], attack_2[:5]) < 1e-4
+    assert apart(attack, attack_2) < 1e-3
+
+
+@pytest.mark.dist
+def test_batch_norm_of_each_rank_alone_breaks_it(alone, tmp_path):
+    assert apart(alone[1], run_dist(local_norm, 2, str(tmp_path))[0]) > 1e-3
