@@ -1,0 +1,140 @@
+"""Train, evaluate, doctor and demo as commands: what they leave behind and what they say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from poisonshield.cli import app, main
+from poisonshield.commands import demo as demo_command
+from poisonshield.commands.demo import STORIES, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
+TINY = ["engine.max_steps=3", "engine.log_every_steps=1", "engine.device=cpu", "method.hidden=16", "method.out=16"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "vespr"
+    assert invoke("train", MINI, *TINY, "evaluate.robust_samples=50", f"run.dir={folder}").exit_code == 0
+    return folder
+
+
+def test_run_folder_is_complete(run):
+    files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "results.json", "results.png", "evaluation.json"} <= files
+    assert {"export/backbone.safetensors", "export/method.safetensors", "checkpoints/step-00000003/index.json"} <= files
+    assert (run / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_row_has_the_agreed_keys(run):
+    rows = json.loads((run / "results.json").read_text())
+    assert len(rows) == 1 and list(rows[0]) == [
+        "data", "poison", "method", "defense", "seed", "test_top1", "knn_top1", "linear_top1", "steps", "seconds"
+    ]  # fmt: skip
+    assert (rows[0]["data"], rows[0]["poison"], rows[0]["defense"]) == ("cifar10-mini", "regions", "vespr")
+    assert all(0 <= rows[0][k] <= 100 for k in ("test_top1", "knn_top1", "linear_top1")) and rows[0]["steps"] == 3
+
+
+def test_config_is_resolved_and_runs_again(run):
+    record = yaml.safe_load((run / "config.yaml").read_text())
+    assert record["defenses"][0]["eps"] == "8/255" and record["engine"]["max_steps"] == 3
+    printed = invoke("train", run / "config.yaml", "--print-config").stdout
+    assert yaml.safe_load(printed) == record
+
+
+def test_backbone_loads_strictly_into_timm(run):
+    from timm.models.resnet import BasicBlock, ResNet
+
+    network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(16, 32, 64, 128))
+    network.conv1 = torch.nn.Conv2d(3, 64, 3, 2, 1, bias=False)
+    network.maxpool = torch.nn.Identity()
+    network.load_state_dict(load_file(run / "export" / "backbone.safetensors"), strict=True)
+
+
+def test_full_resnet_backbone_loads_strictly_into_timm_and_torchvision(tmp_path):
+    from torchvision.models import resnet18
+
+    over = ["model.name=resnet18", "model.stem=imagenet", "engine.max_steps=1", "data.batch_size=4", "defenses=[]",
+            "method.hidden=8", "method.out=8", "engine.device=cpu", "evaluate.robust_steps=0"]  # fmt: skip
+    from poisonshield.build import build_method, read_run
+    from poisonshield.commands.train import export
+    from poisonshield.engine.runfolder import RunFolder
+
+    checked = read_run(MINI, [*over, f"run.dir={tmp_path}"])
+    export(checked, build_method(checked, 10).state_dict(), RunFolder(tmp_path))
+    state = load_file(tmp_path / "export" / "backbone.safetensors")
+    timm.create_model("resnet18", num_classes=0).load_state_dict(state, strict=True)
+    network = resnet18()
+    network.fc = torch.nn.Identity()
+    network.load_state_dict(state, strict=True)
+
+
+def test_evaluation_again_gives_the_same_numbers(run):
+    before = json.loads((run / "evaluation.json").read_text())
+    out = invoke("evaluate", run).stdout
+    said = {k: float(v) for k, v in re.findall(r"^(\w+) +([\d.]+)$", out, re.MULTILINE)}
+    assert said == {k: pytest.approx(v, abs=0.006) for k, v in before.items() if k != "settings"}
+    assert set(said) == {"test_top1", "knn_top1", "linear_top1", "robust_top1"}
+
+
+def test_evaluation_of_an_unfinished_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(tmp_path)])
+    assert end.value.code == 1 and "is not a finished run" in capsys.readouterr().err
+
+
+def test_run_folder_of_other_settings_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", MINI, *TINY, "seed=5", f"run.dir={run}"])
+    assert "holds a run with other settings: seed" in capsys.readouterr().err
+
+
+def test_deepspeed_json_is_shown_beside_ours():
+    out = invoke("train", MINI, "engine.backend=deepspeed", "engine.zero_stage=2", "--print-config").stdout
+    ours, theirs = out.split("# DeepSpeed gets:")
+    assert yaml.safe_load(ours)["engine"]["zero_stage"] == 2
+    assert json.loads(theirs)["zero_optimization"]["stage"] == 2
+
+
+def test_doctor_names_versions_devices_and_launchers():
+    out = invoke("doctor").stdout
+    for word in ("versions", torch.__version__.partition("+")[0], "devices", "cpu", "engine backends", "plain", "deepspeed", "torchrun",
+                 "cifar10-mini"):  # fmt: skip
+        assert word in out
+
+
+def test_demo_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monkeypatch):
+    """Four trainings of three steps: the numbers mean nothing here, the pieces must all be there."""
+    train = demo_command.train
+    quick = ["engine.max_steps=3", "model.widths=[8,8,8,8]", "engine.device=cpu"]
+    monkeypatch.setattr(demo_command, "train", lambda config, over: train(config, [*over, *quick]))
+    result = invoke("demo", "--out", tmp_path / "demo", "--seed", 1)
+    assert result.exit_code == 0 and all(story.title in result.stdout for story in STORIES)
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [(r["poison"], r["defense"]) for r in rows] == [
+        ("none", "none"), ("regions", "none"), ("regions", "ssl+ce"), ("regions", "vespr")
+    ]  # fmt: skip
+    assert {r["seed"] for r in rows} == {1}
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    for row in rows:
+        assert f"{row['test_top1']:.1f}" in page
+    assert "300,000 parameters" in page
+
+
+def test_summary_states_the_share_that_came_back():
+    rows = [{"test_top1": v} for v in (60.0, 30.0, 40.0, 48.0)]
+    assert "30.0 points" in summary(rows) and "60 % of the loss is back" in summary(rows)
+    assert "back" not in summary([{"test_top1": v} for v in (30.0, 60.0, 1.0, 1.0)])
