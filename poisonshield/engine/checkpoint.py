@@ -32,8 +32,11 @@ PREFIX = "step-"
 
 def sha256(path: Path) -> str:
     """The file's SHA-256 in hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -165,7 +168,7 @@ class Checkpoints:
         if steps:
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged (steps {steps}).\n"
-                "  Copy one back, or start over with run.overwrite=true."
+                "  Copy one back, or start over with engine.resume=false."
             )
         return None
 

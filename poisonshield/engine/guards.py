@@ -1,6 +1,7 @@
 """What happens when loss or gradient is not finite: all ranks agree before any weight moves, then stop or skip."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,13 +44,17 @@ class FiniteGuard:
         return Verdict(finite=not any_bad, stop=any_stop)
 
     def _refuse_or_skip(self, step: int, loss: Tensor, norm: Tensor, keys: Sequence[str]) -> None:
-        rank, world = collectives.rank(), collectives.world_size()
-        seen = collectives.gather(torch.stack([loss, norm]).detach().float().reshape(1, 2)).tolist()
-        culprits = [r for r, (value, _) in enumerate(seen) if value - value != 0] or list(range(world))
-        where = f"rank {culprits[0]} of {world}"
-        what = f"step {step + 1}: loss {seen[culprits[0]][0]}, gradient norm {seen[culprits[0]][1]} on {where}"
-        if rank == culprits[0]:
-            what += f", samples {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+        world = collectives.world_size()
+        losses, norms = collectives.gather(torch.stack([loss, norm]).detach().float().reshape(1, 2)).T.tolist()
+        culprit = next((r for r, value in enumerate(losses) if not math.isfinite(value)), None)
+        worst = next((value for value in norms if not math.isfinite(value)), norms[0])
+        if culprit is None and world > 1:  # gradients are summed over ranks by now: nobody knows whose it was
+            what = f"step {step + 1}: gradient norm {worst} after a finite loss on each of {world} ranks"
+        else:
+            culprit = culprit or 0
+            names = collectives.broadcast_object([*keys[:4], "..."] if len(keys) > 4 else list(keys), source=culprit)
+            what = f"step {step + 1}: loss {losses[culprit]}, gradient norm {worst} on rank {culprit} of {world}"
+            what += f", samples {', '.join(names)}"
         self.skipped += 1
         if self.policy == "skip" and self.skipped <= self.limit:
             log.warning("%s. The step was dropped (%d of at most %d).", what, self.skipped, self.limit)

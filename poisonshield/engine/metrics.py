@@ -32,7 +32,7 @@ class Metrics:
         self.sums: dict[str, torch.Tensor] = {}
         self.count = self.images = 0
         self.seconds, self.latest = 0.0, {}  # of the whole run; the last row
-        self._wait_s, self._since = 0.0, time.perf_counter()
+        self._wait_s, self._since, self._since_step = 0.0, time.perf_counter(), 0
         self._board = _tensorboard(folder.tensorboard) if tensorboard and collectives.rank() == 0 else None
 
     @contextmanager
@@ -60,9 +60,10 @@ class Metrics:
         row["img/s"] = self.images / elapsed
         row["data"] = 100.0 * self._wait_s / elapsed
         row["mem"] = _memory_gib(self.device)
-        row["left"] = elapsed / self.count * (self.total_steps - step)
+        row["left"] = elapsed / (step - self._since_step) * (self.total_steps - step)
         row["seconds"] = self.seconds
-        self.sums, self.count, self.images, self._wait_s, self._since = {}, 0, 0, 0.0, now
+        self.sums, self.count, self.images = {}, 0, 0
+        self._wait_s, self._since, self._since_step = 0.0, now, step
         self.latest = row
         if collectives.rank() == 0:
             self._report(row)
@@ -81,18 +82,18 @@ class Metrics:
         seconds = self.seconds + time.perf_counter() - self._since
         return {"sums": sums, "count": self.count, "seconds": seconds, "latest": self.latest}
 
-    def load_state_dict(self, state: dict[str, Any], *, step: int, same_ranks: bool) -> None:
-        """Go on after `step`: later lines of metrics.jsonl, written by a run that died, are dropped."""
+    def load_state_dict(self, state: dict[str, Any], *, same_ranks: bool) -> None:
+        """Put back what state_dict gave; with another number of ranks the unfinished interval is let go."""
         if same_ranks:
             self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
             self.count = state["count"]
         self.seconds, self.latest = state["seconds"], state["latest"]
+
+    def start(self, step: int) -> None:
+        """Set-up is over, time counts from now, after `step`. Later lines, written by a run that died, are dropped."""
         if collectives.rank() == 0:
             drop_lines_after(self.folder.metrics, step)
-
-    def start_clock(self) -> None:
-        """Set-up is over: the first interval begins now."""
-        self._since = time.perf_counter()
+        self._since, self._since_step = time.perf_counter(), step
 
     def close(self) -> None:
         """Flush TensorBoard."""

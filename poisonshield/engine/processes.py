@@ -78,14 +78,14 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
 
 
 def _join(device: torch.device, *, alone_too: bool) -> bool:
-    """Make the process group if the environment names one (or, for deepspeed, one of this process); True if it is ours."""
+    """Make the group that the environment names (or, for deepspeed, one of this process); True if it is to be left."""
     world, backend = int(os.environ.get("WORLD_SIZE", "1")), "nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized() or (world < 2 and not alone_too):
         return False
     if world < 2:
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return True
+        return False  # it stays: DeepSpeed keeps hold of the first group it sees, and a second run here would need it
     rank, where = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ScheduleConfig(BaseModel):
     """The `schedule:` section. At most one of the three warm-ups; one_cycle's rising part is its warm-up, 0.3 if unset.
 
-    milestones: for `step`, fractions of the run after which the rate is multiplied by gamma. final_fraction: where
-    cosine and one_cycle end, as a part of lr. start_fraction: where one_cycle begins.
+    milestones: for `step`, fractions m of the run; from tick m * N on, the rate is multiplied by gamma. final_fraction:
+    where cosine and one_cycle end, as a part of lr. start_fraction: where one_cycle begins.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -118,10 +118,10 @@ class Trainer:
             found = self.checkpoints.last_good() if resume == "auto" else checkpoint.locate(Path(resume))
         if found is not None:
             self._load(found)
-        if found is None or found.parent == self.checkpoints.folder:
-            self.checkpoints.go_back_to(self.step)
+        ours = found is None or found.parent.resolve() == self.checkpoints.folder.resolve()
+        self.checkpoints.go_back_to(self.step if ours else -1)  # another run's start leaves all of this one's behind
         self._announce(found)
-        self.metrics.start_clock()
+        self.metrics.start(self.step)
 
     def _checkpoint_is_due(self) -> bool:
         every = self.config.checkpoint_every_steps
@@ -163,7 +163,7 @@ class Trainer:
         state = checkpoint.load_plain(folder / f"rank-{rank if same_ranks else 0}.pt")
         self.step, self.guard.skipped = index["step"], state["skipped"]
         self.stream.load_state_dict(state["stream"])
-        self.metrics.load_state_dict(state["metrics"], step=self.step, same_ranks=same_ranks)
+        self.metrics.load_state_dict(state["metrics"], same_ranks=same_ranks)
         if same_ranks:
             checkpoint.restore_random_states(state["random"])
             buffers = dict(self.method.named_buffers())

@@ -1,7 +1,8 @@
 """The smallest method and stream that could still break an engine, and the pieces to run them."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ class TinyStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+
+
+class Interrupted(TinyStream):
+    """Calls `what` (to raise, or to send a signal) when batch `at`, counted from 0, is asked for."""
+
+    def __init__(self, at: int, what: Callable[[], object], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.at, self.what = at, what
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.step == self.at + 1:
+                self.what()
+            yield batch
 
 
 class TinyMethod(Method):
@@ -160,6 +175,37 @@ def train(folder: Path, *, method_class: type[Method] = TinyMethod, **settings: 
         return trainer, trainer.fit()
 
 
+def by_hand(
+    rates: list[float],
+    *,
+    method_class: type[Method] = TinyMethod,
+    bad_steps: tuple[int, ...] = (),
+    optimizer: str = "sgd",
+    clip_norm: float = 1.0,
+) -> Method:
+    """The method after the same run as `train`'s, its loop written out: one step for each rate, bad ones dropped."""
+    torch.manual_seed(1)
+    method = method_class()
+    torch.manual_seed(1)
+    kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    optim = kind(method.parameters(), weight_decay=1e-4, lr=1.0, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+    for rate, batch in zip(rates, TinyStream(bad_steps)):
+        before = weights(method)
+        loss = method(batch).loss
+        optim.zero_grad()
+        loss.backward()
+        norm = sum(p.grad.double().pow(2).sum().item() for p in method.parameters()) ** 0.5
+        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+            method.load_state_dict(before)
+            continue
+        for p in method.parameters():
+            p.grad *= min(1.0, clip_norm / (norm + 1e-6))
+        optim.param_groups[0]["lr"] = rate
+        optim.step()
+        method.after_step()
+    return method
+
+
 def losses(folder: Path) -> list[float]:
     """The loss of every logged step."""
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -168,6 +214,12 @@ def losses(folder: Path) -> list[float]:
 def weights(method: nn.Module) -> dict[str, Tensor]:
     """A copy of everything a method holds."""
     return {name: value.detach().clone() for name, value in method.state_dict().items()}
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference between two states of the same names."""
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

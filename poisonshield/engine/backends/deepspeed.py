@@ -1,9 +1,9 @@
 """DeepSpeed, ZeRO 0 to 3; the only door to it. Its JSON is derived from ours and nothing of it is compiled.
 
-What ours differs in, and why: bf16 is autocast (DeepSpeed's `torch_autocast`), not bf16 weights, because the latter also
-turn buffers into bf16: batch statistics that stop moving and pixels normalised with eight bits. The learning rate is set
-by the trainer. A method's whole step is one call of the engine; its inner loops run through submodules, since a second
-call of the engine per backward fails at stages 0 to 2 and is silently wrong at stage 3.
+What ours differs in, and why: bf16 is autocast (DeepSpeed's `torch_autocast`), not bf16 weights, because the latter
+also turn buffers into bf16: batch statistics that stop moving and pixels normalised with eight bits. The learning rate
+is set by the trainer. A method's whole step is one call of the engine; its inner loops run through submodules, since a
+second call of the engine per backward fails at stages 0 to 2 and is silently wrong at stage 3.
 """
 
 import logging
@@ -41,7 +41,7 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimConfig) -> dict[str, 
 
 
 class DeepSpeed:
-    """Shards optimiser (1), gradients (2) and weights (3) over ranks. A checkpoint fits the number of ranks that wrote it."""
+    """Shards optimiser (1), gradients (2) and weights (3); a sharded checkpoint fits only as many ranks as wrote it."""
 
     name: ClassVar[str] = "deepspeed"
 
@@ -50,14 +50,28 @@ class DeepSpeed:
         self.json = deepspeed_config(config, optimizer)
 
     def prepare(self, method: Method) -> None:
+        scalars = [name for name, p in method.named_parameters() if p.dim() == 0]
+        if scalars:  # deepspeed fails on them with a message about views
+            raise BackendError(
+                f"deepspeed takes no parameters without dimensions: {', '.join(scalars)} of {type(method).__name__}.\n"
+                "  Give them the shape [1], or set engine.backend: plain."
+            )
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
-        self.method = method
+        # Stages flatten weights anyway, and the first broadcast fails on channels-last ones.
+        self.method = method.to(memory_format=torch.contiguous_format)
         trainable = [p for p in method.parameters() if p.requires_grad]
         optimizer = build_optimizer(method, self.optim_config)
+        # ZeRO 3 finds tensors in tuples and dicts only, and without them never gathers a method's own parameters again
+        # for the backward. Its hooks run between these two.
+        inner = [m for m in method.modules() if isinstance(m, Method)]
+        for module in inner:
+            module.register_forward_hook(lambda _module, _inputs, output: (output.loss, output.metrics))
         self.engine, *_ = deepspeed.initialize(
             model=method, model_parameters=trainable, optimizer=optimizer, config=self.json
         )
+        for module in inner:
+            module.register_forward_hook(lambda _module, _inputs, output: StepOutput(*output))
         self.engine.checkpoint_engine = _weights_only(self.engine.checkpoint_engine)
 
     def forward_backward(self, batch: Batch) -> StepOutput:
@@ -84,8 +98,8 @@ class DeepSpeed:
         # Weights are in pieces: averages and queues need them whole. Costs one all-gather of the method a step.
         import deepspeed
 
-        overridden = any(type(m).after_step is not Method.after_step for m in self.method.modules() if isinstance(m, Method))
-        if overridden:
+        inner = [m for m in self.method.modules() if isinstance(m, Method)]
+        if any(type(m).after_step is not Method.after_step for m in inner):
             with deepspeed.zero.GatheredParameters(list(self.method.parameters()), modifier_rank=0):
                 self.method.after_step()
 
@@ -97,16 +111,17 @@ class DeepSpeed:
 
     def load(self, folder: Path, saved_world: int) -> None:
         world = collectives.world_size()
-        if saved_world != world:
+        files = folder / _FOLDER
+        if saved_world != world and self.config.zero_stage > 0:
             raise CheckpointError(
-                f"{folder} was written by {saved_world} ranks at ZeRO {self.config.zero_stage}, this run has {world}: each "
-                "rank holds a piece that fits no other number.\n"
-                f"  Start {saved_world} ranks again. To take the weights elsewhere: python {folder / _FOLDER}/zero_to_fp32.py "
-                f"{folder / _FOLDER} OUT --tag {_TAG}"
+                f"{folder} was written by {saved_world} ranks at ZeRO {self.config.zero_stage}, this run has {world}: "
+                "each rank holds a piece that fits no other number.\n"
+                f"  Start {saved_world} ranks again. To take the weights elsewhere: "
+                f"python {files}/zero_to_fp32.py {files} OUT --tag {_TAG}"
             )
-        path, _ = self.engine.load_checkpoint(str(folder / _FOLDER), tag=_TAG)
+        path, _ = self.engine.load_checkpoint(str(files), tag=_TAG)
         if path is None:
-            raise CheckpointError(f"DeepSpeed found nothing to load in {folder / _FOLDER}.")
+            raise CheckpointError(f"DeepSpeed found nothing to load in {files}.")
 
     def state_dict(self) -> dict[str, Tensor]:
         import deepspeed
@@ -130,16 +145,26 @@ def _import_deepspeed() -> Any:
             "  pip install 'poisonshield[deepspeed]', or set engine.backend: plain."
         ) from err
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_worth_saying)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """False for "ZeRO with an untested optimizer": SGD and AdamW are tested with every stage here."""
+    return "untested optimizer" not in record.getMessage()
+
+
 def _weights_only(writer: Any) -> Any:
-    """DeepSpeed's reader of checkpoint files, made to refuse everything but tensors, plain values and its own records."""
+    """DeepSpeed's reader of checkpoint files, made to refuse all but tensors, plain values and its own records."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    records = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
     def load(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler]):
+        with torch.serialization.safe_globals(records):
             try:
                 return torch.load(path, map_location=map_location, weights_only=True)
             except Exception as err:  # torch raises many kinds; none of them names the file

@@ -1,5 +1,6 @@
 """PyTorch and nothing else: one process, or DistributedDataParallel where torchrun started several."""
 
+import inspect
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,14 @@ from poisonshield.engine.checkpoint import load_plain, save_plain
 from poisonshield.engine.optim import OptimConfig, build_optimizer
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.method import Method
+
+
+# torch 2.14 renamed it.
+_BUFFER_SWITCH = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 class Plain:
@@ -31,7 +40,7 @@ class Plain:
         if collectives.world_size() > 1:
             # Buffers are not broadcast: batch statistics are either synced in the forward or meant to be local.
             # No device_ids: the batch is on the device already, and DDP would try to take a Batch apart.
-            self.module = DistributedDataParallel(method, broadcast_buffers=False)
+            self.module = DistributedDataParallel(method, **{_BUFFER_SWITCH: False})
 
     def forward_backward(self, batch: Batch) -> StepOutput:
         if self.config.nonfinite == "skip":

@@ -1,0 +1,190 @@
+"""Whose folder it is: another run's is refused, one's own is emptied or gone on with; results are rows of a table."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from poisonshield.engine.runfolder import RESULT_KEYS, RunFolder
+from poisonshield.errors import ConfigError
+
+RECORD = {
+    "seed": 1,
+    "run": {"dir": "runs/a", "overwrite": False},
+    "data": {"train": "mini", "milestones": (0.6, 0.9), "poison": None, "extra": {}},
+    "defenses": [{"name": "vespr", "eps": "8/255"}],
+    "engine": {"epochs": 2, "resume": False},
+}
+ROW = {
+    "data": "mini", "poison": "lsp", "method": "simclr", "defense": "vespr", "seed": 1,
+    "test_top1": 80.5, "knn_top1": 70.0, "linear_top1": None, "steps": 100, "seconds": 12.5,
+}  # fmt: skip
+
+
+def changed(**leaves):
+    """RECORD with some leaves changed, e.g. data__train="other"; None drops nothing, it is a value."""
+    record = json.loads(json.dumps(RECORD))
+    for path, value in leaves.items():
+        *parents, last = path.split("__")
+        here = record
+        for part in parents:
+            here = here[int(part) if part.isdigit() else part]
+        here[last] = value
+    return record
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder as it is after that run: settings, metrics, results, one file in each subfolder."""
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(RECORD, resume=False)
+    folder.metrics.write_text('{"step": 1}\n')
+    folder.add_result(ROW)
+    for sub in (folder.checkpoints, folder.export, folder.tensorboard):
+        sub.mkdir()
+        (sub / "file").write_text("x")
+    (folder.path / "notes.txt").write_text("mine")
+    return folder
+
+
+def left(folder):
+    return sorted(p.name for p in folder.path.iterdir())
+
+
+ALL = ["checkpoints", "config.yaml", "export", "metrics.jsonl", "notes.txt", "results.json", "tensorboard"]
+
+
+def test_settings_are_written_as_plain_yaml(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "b")
+    folder.claim({**RECORD, "path": Path("x/y")}, resume=False)
+    plain = json.loads(json.dumps(RECORD))
+    assert yaml.safe_load(folder.config.read_text()) == {**plain, "path": "x/y"}
+    assert list(yaml.safe_load(folder.config.read_text()))[:2] == ["seed", "run"]
+
+
+@pytest.mark.parametrize("resume", [False, "auto", "runs/b"])
+def test_empty_folder_is_free(tmp_path, resume):
+    assert RunFolder(tmp_path / "new").check(RECORD, resume=resume) is (resume is False)
+    assert not (tmp_path / "new").exists()  # a check leaves no trace
+
+
+def test_run_of_the_same_settings_starts_anew_in_an_emptied_folder(folder, caplog):
+    with caplog.at_level(logging.WARNING, "poisonshield"):
+        folder.claim(RECORD, resume=False)
+    assert left(folder) == ["config.yaml", "notes.txt"] and "Starting anew: removing" in caplog.text
+
+
+@pytest.mark.parametrize("resume", ["auto", "elsewhere/checkpoints/step-00000010"])
+def test_resumed_run_of_the_same_settings_keeps_everything(folder, resume, caplog):
+    with caplog.at_level(logging.WARNING, "poisonshield"):
+        folder.claim(RECORD, resume=resume)
+    assert left(folder) == ALL and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        {"run__dir": "runs/moved"}, {"run__overwrite": True}, {"engine__resume": "auto"},
+        {"data__milestones": [0.6, 0.9]}, {"seed": 1.0},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_how_a_run_is_started_is_not_one_of_its_settings(folder, leaf, resume, caplog):
+    with caplog.at_level(logging.WARNING, "poisonshield"):
+        folder.check(changed(**leaf), resume=resume)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("leaf", "named"),
+    [
+        ({"seed": 2}, "seed"),
+        ({"data__train": "other"}, "data.train"),
+        ({"data__poison": "lsp"}, "data.poison"),
+        ({"data__milestones": [0.6, 0.8]}, "data.milestones.1"),
+        ({"defenses__0__eps": "4/255"}, "defenses.0.eps"),
+        ({"defenses": []}, "defenses, defenses.0.name, defenses.0.eps"),
+        ({"data__window": 3}, "data.window"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_run_of_other_settings_is_refused_by_name(folder, leaf, named, resume):
+    with pytest.raises(ConfigError, match="holds a run with other settings") as error:
+        folder.claim(changed(**leaf), resume=resume)
+    assert f"other settings: {named}.\n" in str(error.value) and "run.overwrite=true" in str(error.value)
+    assert left(folder) == ALL and yaml.safe_load(folder.config.read_text())["seed"] == 1
+
+
+def test_setting_that_is_gone_is_a_change(folder):
+    record = changed()
+    del record["data"]["train"]
+    with pytest.raises(ConfigError, match=r"other settings: data\.train\."):
+        folder.check(record, resume="auto")
+
+
+def test_longer_run_may_go_on_and_says_so_but_not_start_anew(folder, caplog):
+    longer = changed(engine__epochs=3)
+    with caplog.at_level(logging.WARNING, "poisonshield"):
+        folder.claim(longer, resume="auto")
+    assert left(folder) == ALL and "changed settings: engine.epochs." in caplog.text
+    assert yaml.safe_load(folder.config.read_text())["engine"]["epochs"] == 3
+    with pytest.raises(ConfigError, match="engine.epochs"):
+        folder.claim(changed(engine__epochs=4), resume=False)
+
+
+def test_explicit_checkpoint_is_taken_at_its_word(folder, caplog):
+    with caplog.at_level(logging.WARNING, "poisonshield"):
+        folder.claim(changed(seed=2), resume="runs/b")
+    assert left(folder) == ALL and "changed settings: seed." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("record", "resume", "emptied"),
+    [
+        (changed(seed=2), False, True),
+        (changed(seed=2), "auto", True),
+        (RECORD, False, True),
+        (RECORD, "auto", False),  # the same run, started again with the same command after it was stopped
+    ],
+    ids=["other", "other, resumed", "same", "same, resumed"],
+)
+def test_overwrite_discards_another_run_but_not_its_own_progress(folder, record, resume, emptied):
+    RunFolder(folder.path, overwrite=True).claim(record, resume=resume)
+    assert left(folder) == (["config.yaml", "notes.txt"] if emptied else ALL)
+    assert yaml.safe_load(folder.config.read_text())["seed"] == record["seed"]
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "just words"])
+def test_unreadable_settings_are_a_worded_error(folder, text):
+    folder.config.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is not readable as a run's settings|holds a run with other"):
+        folder.check(RECORD, resume="auto")
+
+
+def test_results_are_rows_with_fixed_keys(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.add_result(dict(reversed(ROW.items())))
+    (row,) = json.loads(folder.results.read_text())
+    assert list(row) == list(RESULT_KEYS) == list(ROW) and row == ROW
+
+
+def test_row_of_the_same_run_is_replaced_and_of_another_is_added(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = [ROW, {**ROW, "seed": 2}, {**ROW, "poison": "ar"}, {**ROW, "defense": "none"}, {**ROW, "method": "moco"}]
+    for row in rows:
+        folder.add_result(row)
+    assert json.loads(folder.results.read_text()) == rows
+    better = {**ROW, "seed": 2, "test_top1": 90.0}
+    folder.add_result(better)
+    assert json.loads(folder.results.read_text()) == [rows[0], *rows[2:], better]
+
+
+@pytest.mark.parametrize("row", [{k: ROW[k] for k in RESULT_KEYS[:-1]}, {**ROW, "note": "x"}], ids=["less", "more"])
+def test_row_of_other_keys_is_refused(tmp_path, row):
+    with pytest.raises(ConfigError, match="a result row has the keys data, poison, method"):
+        RunFolder(tmp_path).add_result(row)
+    assert not (tmp_path / "results.json").exists()
