@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from poisonshield.data.manifest import FILE_NAME, Manifest
@@ -12,15 +13,16 @@ console = Console()
 
 
 def import_data(
-    src: str,
-    out: str,
+    src: str | Path,
+    out: str | Path,
     *,
     size: int | None = None,
     jpeg_quality: int | None = None,
-    class_list: str | None = None,
+    class_list: str | Path | None = None,
     pattern: str = "*",
     skip_broken: bool = False,
     overwrite: bool = False,
+    samples_per_shard: int = 5000,
 ) -> dict[str, Manifest]:
     """Bring images into `out` and print what was written. See data.importer.import_data for the arguments."""
     from poisonshield.data import importer
@@ -34,13 +36,14 @@ def import_data(
         pattern=pattern,
         skip_broken=skip_broken,
         overwrite=overwrite,
+        samples_per_shard=samples_per_shard,
     )
     table = Table("data set", "samples", "classes", "pixels", "shards", "MB", "digest")
     for split, m in manifests.items():
         pixels = f"{m.image_size[0]}x{m.image_size[1]}" if m.image_size else "differ"
         megabytes = sum(s.bytes for s in m.shards.values()) / 1e6
         table.add_row(
-            str(Path(out) / split),
+            escape(str(Path(out) / split)),
             f"{m.samples:,}",
             str(len(m.classes)),
             pixels,
@@ -54,7 +57,7 @@ def import_data(
     return manifests
 
 
-def verify(folder: str) -> int:
+def verify(folder: str | Path) -> int:
     """Check every byte and every image of a data set, or of the data sets in its subfolders; print all problems.
 
     Returns how many there are. Raises DataError if the folder holds no data set.

@@ -94,7 +94,9 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def color_jitter(x: Tensor, u: Tensor, *, strength: float, hue: float) -> Tensor:
-    """Brightness, contrast and saturation by factors in 1 +- strength, hue by +- hue turns, in random order. u [B, 8]."""
+    """Brightness, contrast and saturation by factors in 1 +- strength, hue by +- hue turns, in random order.
+
+    Takes u [B, 8]."""
     factor = 1 + strength * (2 * u[:, :3] - 1)
     turn = hue * (2 * u[:, 3] - 1)
     order = u[:, 4:8].argsort(1)  # [B, 4]
@@ -110,7 +112,9 @@ def color_jitter(x: Tensor, u: Tensor, *, strength: float, hue: float) -> Tensor
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of standard deviation sigma [B] in pixels; weights are renormalised at the border. sigma 0 is identity."""
+    """Gaussian of standard deviation sigma [B] in pixels; weights are renormalised at the border.
+
+    sigma 0 is the identity."""
 
     def matrix(size: int) -> Tensor:
         at = torch.arange(size, device=x.device, dtype=x.dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from poisonshield.data.index import Index, refuse_repeated_keys
+from poisonshield.data.index import Index, repeated_keys
 from poisonshield.data.manifest import Manifest
 from poisonshield.data.shards import ShardSet
 from poisonshield.data.verify import index_shard, refuse_missing, verify_file
@@ -17,7 +17,8 @@ def problems(folder: str | Path) -> list[str]:
     """One worded problem each: files, hashes, fields, labels, keys, and every image decoded and measured.
 
     Empty if the data set is sound. Costs a full decode. A shard whose hash is wrong is decoded all the same if its tar
-    can be walked, because naming the broken image helps more than naming the file.
+    can be walked, because naming the broken image helps more than naming the file. Images of samples whose fields,
+    labels or keys are wrong are not decoded.
     """
     folder, found, parts = Path(folder), [], []
     try:
@@ -29,10 +30,12 @@ def problems(folder: str | Path) -> list[str]:
     for number, name in enumerate(names):
         if (folder / name).is_file():
             _note(found, lambda name=name: verify_file(folder, manifest, name))
-            _note(found, lambda number=number: parts.append(index_shard(folder, manifest, number)))
+            faults: list[DataError] = []
+            _note(found, lambda number=number: parts.append(index_shard(folder, manifest, number, faults=faults)))
+            found += map(str, faults)
     if parts:
         index = Index.join(parts)
-        _note(found, lambda: refuse_repeated_keys(index.keys, index.shard, names))
+        found += map(str, repeated_keys(index.keys, index.shard, names))
         found += _pixel_problems(ShardSet(folder, manifest, index))
     return found
 

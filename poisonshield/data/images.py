@@ -1,13 +1,11 @@
 """One image on its way into a data set: told apart by its first bytes, checked by decoding, resized if asked."""
 
-import io
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from poisonshield.data.decode import decode, encode_jpeg, encode_png
-from poisonshield.errors import ConfigError, DataError
+from poisonshield.data.decode import decode, decode_by_pillow, encode_jpeg, encode_png
+from poisonshield.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,19 +37,19 @@ class Preparation:
     def __call__(self, data: bytes, *, name: str) -> Encoded:
         """The image to store. Raises DataError calling it `name` if it cannot be decoded."""
         extension = _kind(data)
-        pixels = decode(data, extension, name=name) if extension else _decode_other(data, name=name)
+        pixels = decode(data, extension, name=name) if extension else decode_by_pillow(data, name=name)
         if self.size is None and extension:
             return Encoded(data, extension, tuple(pixels.shape[1:]))
-        return self.pixels(pixels)
+        return self.pixels(pixels, name=name)
 
-    def pixels(self, pixels: Tensor) -> Encoded:
+    def pixels(self, pixels: Tensor, *, name: str) -> Encoded:
         """The same for an image that is already decoded, uint8 [3, H, W]."""
         if self.size is not None:
             pixels = resize_and_crop(pixels, self.size)
         size = tuple(pixels.shape[1:])
         if self.jpeg_quality is not None:
-            return Encoded(encode_jpeg(pixels, quality=self.jpeg_quality), "jpg", size)
-        return Encoded(encode_png(pixels), "png", size)
+            return Encoded(encode_jpeg(pixels, quality=self.jpeg_quality, name=name), "jpg", size)
+        return Encoded(encode_png(pixels, name=name), "png", size)
 
     def describe(self) -> str:
         """One phrase for the provenance."""
@@ -75,18 +73,3 @@ def _kind(data: bytes) -> str:
         return "jpg"
     return "png" if data.startswith(b"\x89PNG") else ""
 
-
-def _decode_other(data: bytes, *, name: str) -> Tensor:
-    """Formats that torchvision does not read, by Pillow: BMP, TIFF, WebP, the first frame of a GIF."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            array = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        raise DataError(
-            f"{name}: {len(data)} bytes are not a whole image ({err}).\n"
-            "  Restore the file from its source, or import with --skip-broken to go on without it."
-        ) from err
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()

@@ -5,9 +5,12 @@ fields (`.pyd`, `.pkl`, `.pth`, `.npy` ...) run code when they are decoded.
 """
 
 import tarfile
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -41,12 +44,15 @@ class Index:
         return cls(keys=tuple(k for p in parts for k in p.keys), **arrays)
 
     def save(self, path: Path, *, stamp: str) -> None:
-        """Write whole or not at all; `stamp` says which files it belongs to."""
-        temporary = path.with_name(path.name + ".tmp")
+        """Write whole or not at all; `stamp` says which files it belongs to. Several processes may save at once."""
+        temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
         keys = np.frombuffer("\n".join(self.keys).encode(), np.uint8)
-        with open(temporary, "wb") as f:
-            np.savez(f, keys=keys, stamp=np.array(stamp), **{name: getattr(self, name) for name in self.ARRAYS})
-        temporary.replace(path)
+        try:
+            with open(temporary, "wb") as f:
+                np.savez(f, keys=keys, stamp=np.array(stamp), **{name: getattr(self, name) for name in self.ARRAYS})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, *, stamp: str) -> "Index | None":
@@ -57,7 +63,7 @@ class Index:
                     return None
                 keys = tuple(saved["keys"].tobytes().decode().split("\n"))
                 return cls(keys=keys, **{name: saved[name] for name in cls.ARRAYS})
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
 
 
@@ -95,33 +101,54 @@ def parse_label(text: bytes, *, classes: int, key: str, shard: str) -> int:
     return int(digits)
 
 
-def index_tar(stream: BinaryIO, *, number: int, name: str, classes: int) -> Index:
-    """The samples of one plain tar, one in about 25 us. Raises DataError naming shard and key at the first fault."""
+def index_tar(
+    stream: BinaryIO, *, number: int, name: str, classes: int, faults: list[DataError] | None = None
+) -> Index:
+    """The samples of one plain tar, one in about 25 us. Raises DataError naming shard and key at the first fault.
+
+    faults: a list that takes all of them instead; the index then holds the samples that have none.
+    """
     images: dict[str, tuple[int, int, int]] = {}
     labels: dict[str, int] = {}
+    refused: set[str] = set()
+
+    def refuse(key: str, fault: DataError) -> None:
+        if faults is None:
+            raise fault
+        faults.append(fault)
+        refused.add(key)
+
+    def take(member: tarfile.TarInfo, key: str, field: str) -> None:
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise DataError(f"{member.name} in {name} is a link or a device, not a plain file. Write it again.")
+        refuse_field(field, key=key, shard=name)
+        if key in (labels if field == "cls" else images):
+            raise _twice(key, name)
+        if field == "cls":
+            stream.seek(member.offset_data)
+            labels[key] = parse_label(stream.read(min(member.size, 64)), classes=classes, key=key, shard=name)
+        else:
+            images[key] = (member.offset_data, member.size, IMAGE_EXTENSIONS.index(field))
+
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
-            if member.isdir():
-                continue
-            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                raise DataError(f"{member.name} in {name} is a link or a device, not a plain file. Write it again.")
-            key, field = split_name(member.name)
-            refuse_field(field, key=key, shard=name)
-            known = labels if field == "cls" else images
-            if key in known:
-                raise _twice(key, name)
-            if field == "cls":
-                stream.seek(member.offset_data)
-                labels[key] = parse_label(stream.read(min(member.size, 64)), classes=classes, key=key, shard=name)
-            else:
-                images[key] = (member.offset_data, member.size, IMAGE_EXTENSIONS.index(field))
+            if not member.isdir():
+                key, field = split_name(member.name)
+                try:
+                    take(member, key, field)
+                except DataError as fault:
+                    refuse(key, fault)
             tar.members.clear()  # tarfile would keep every header, a kilobyte each
-    if lonely := sorted(images.keys() ^ labels.keys()):
+    if lonely := sorted((images.keys() ^ labels.keys()) - refused):
         missing = "no .cls label" if lonely[0] in images else "no image"
-        raise DataError(f"sample {lonely[0]} in {name} has {missing} ({len(lonely)} such). Write the shard again.")
+        words = f"sample {lonely[0]} in {name} has {missing} ({len(lonely)} such). Write the shard again."
+        refuse(lonely[0], DataError(words))
+        refused.update(lonely)
     for key in images:
-        if "." in key or not key.isprintable():
-            raise DataError(f"sample {key!r} in {name}: keys have no dots and no control characters. Import it again.")
+        if key not in refused and ("." in key or not key.isprintable()):
+            words = f"sample {key!r} in {name}: keys have no dots and no control characters. Import it again."
+            refuse(key, DataError(words))
+    images = {key: place for key, place in images.items() if key not in refused}
     table = np.array(list(images.values()), dtype=np.int64).reshape(-1, 3)
     return Index(
         keys=tuple(images),
@@ -142,9 +169,15 @@ def _twice(key: str, shard: str) -> DataError:
 
 def refuse_repeated_keys(keys: tuple[str, ...], shard_of: np.ndarray, names: list[str]) -> None:
     """Raise DataError naming the first key that two shards share."""
+    for fault in repeated_keys(keys, shard_of, names):
+        raise fault
+
+
+def repeated_keys(keys: tuple[str, ...], shard_of: np.ndarray, names: list[str]) -> Iterator[DataError]:
+    """One DataError for each key that came before, with the shard where it comes again."""
     if len(set(keys)) < len(keys):
         seen: set[str] = set()
         for position, key in enumerate(keys):
             if key in seen:
-                raise _twice(key, names[shard_of[position]])
+                yield _twice(key, names[shard_of[position]])
             seen.add(key)

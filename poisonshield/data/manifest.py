@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,7 @@ class Manifest(BaseModel):
     @field_validator("classes")
     @classmethod
     def _classes_are_distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({c for c in classes if classes.count(c) > 1}):
+        if twice := sorted(c for c, count in Counter(classes).items() if count > 1):
             raise ValueError(f"class names appear twice: {', '.join(twice[:5])}")
         return classes
 

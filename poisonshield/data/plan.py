@@ -2,8 +2,8 @@
 
 Shards are permuted and taken in windows; samples are shuffled inside a window, so a cold disk is asked for a few shards
 at a time. With no more shards than a window (CIFAR-10 by default) that is a full shuffle. Larger sets give up some
-mixing for locality. Order is by Philox words of the sample's key, not by a library's shuffle, so it is the same on every machine
-and version, and within one window it does not depend on how the samples were dealt to shards.
+mixing for locality. Order is by Philox words of the sample's key, not by a library's shuffle, so it is the same on
+every machine and version, and within one window it does not depend on how the samples were dealt to shards.
 
 An epoch of N samples at global batch G is ceil(N / G) batches whose sizes differ by at most one, each cut into one
 contiguous part per rank. So each sample comes once, all ranks take the same number of steps, and no batch is tiny
@@ -65,8 +65,8 @@ class Plan:
         if self.sizes[-1] < world:
             raise ConfigError(
                 f"{len(self.ids)} samples in {self.steps} batches of {self.sizes[-1]} or {self.sizes[0]} leave nothing "
-                f"for some of {world} ranks.\n  A global batch size of {2 * world} is always enough if there are so many "
-                "samples; or start fewer processes."
+                f"for some of {world} ranks.\n  A global batch size of {2 * world} is always enough if there are so "
+                "many samples; or start fewer processes."
             )
 
     def order(self, epoch: int) -> Tensor:

@@ -86,7 +86,7 @@ class ShardStream:
             )
         if not 0 <= state["step"] < self.plan.steps or state["epoch"] < 0:
             where = f"epoch {state['epoch']}, step {state['step']}"
-            raise CheckpointError(f"{where} is no position: an epoch has {self.plan.steps} steps. The state is damaged.")
+            raise CheckpointError(f"{where} is no position: an epoch has {self.plan.steps} steps. State is damaged.")
         self._epoch, self._step = state["epoch"], state["step"]
 
     def _walk(self) -> Iterator[tuple[int, int, Tensor]]:

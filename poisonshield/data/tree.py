@@ -1,5 +1,6 @@
 """Class-folder trees as people keep them: which files belong to which class, and what each is called."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,8 @@ def read_class_list(path: str | Path) -> dict[str, str]:
         classes[folder] = name.strip() or folder
     if not classes:
         raise DataError(f"class list {path} names no class. Write one folder name a line.")
-    names = list(classes.values())
-    return {f: name if names.count(name) == 1 else f"{name} ({f})" for f, name in classes.items()}
+    uses = Counter(classes.values())
+    return {f: name if uses[name] == 1 else f"{name} ({f})" for f, name in classes.items()}
 
 
 def list_tree(folder: Path, *, root: Path, classes: dict[str, str] | None = None, exact: bool = False) -> Tree:

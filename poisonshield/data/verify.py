@@ -13,7 +13,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from poisonshield.data.index import Index, index_tar, refuse_repeated_keys
+from poisonshield.data.index import Index, index_tar, refuse_repeated_keys, split_name
 from poisonshield.data.manifest import Manifest
 from poisonshield.errors import DataError
 
@@ -33,7 +33,7 @@ def refuse_missing(folder: Path, manifest: Manifest) -> None:
 def stamp_of(folder: Path, manifest: Manifest) -> str:
     """A hash that changes with the manifest, and with the size or modification time of any shard."""
     files = [(folder / name).stat() for name in manifest.shards]
-    what = [manifest.digest, str(len(manifest.classes)), *(f"{s.st_size}:{s.st_mtime_ns}" for s in files)]
+    what = [manifest.model_dump_json(), *(f"{s.st_size}:{s.st_mtime_ns}" for s in files)]
     return hashlib.sha256("\n".join(what).encode()).hexdigest()
 
 
@@ -78,19 +78,26 @@ def hash_file(path: Path) -> str:
     return found.hexdigest()
 
 
-def index_shard(folder: Path, manifest: Manifest, number: int) -> Index:
-    """Where the samples of one shard lie. Raises DataError for a field, label, key or count that does not fit."""
+def index_shard(
+    folder: Path, manifest: Manifest, number: int, *, faults: list[DataError] | None = None
+) -> Index:
+    """Where the samples of one shard lie. Raises DataError for a field, label, key or count that does not fit.
+
+    faults: a list that takes those of single samples, all of them, instead of raising the first.
+    """
     name = list(manifest.shards)[number]
     path, info, classes = folder / name, manifest.shards[name], len(manifest.classes)
     try:
         if name.endswith(".gz"):
-            index = index_tar(io.BytesIO(unpack(path)), number=number, name=name, classes=classes)
+            index = index_tar(io.BytesIO(unpack(path)), number=number, name=name, classes=classes, faults=faults)
         else:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                index = index_tar(view, number=number, name=name, classes=classes)
-    except tarfile.TarError as err:
-        raise DataError(f"shard {name} in {folder} is not a tar ({err}). Write or copy it again.") from err
-    if len(index.keys) != info.samples:
+                index = index_tar(view, number=number, name=name, classes=classes, faults=faults)
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError) as err:  # ValueError: mmap's, for an empty file or a seek beyond its end
+        raise DataError(f"shard {name} in {folder} is not a whole tar ({err}). Write or copy it again.") from err
+    if len(index.keys) != info.samples and not faults:
         raise DataError(
             f"shard {name} holds {len(index.keys)} samples, the manifest says {info.samples}. Import the images again."
         )
@@ -106,7 +113,7 @@ def _last_key(path: Path) -> str:
                 last = member.name
     except (tarfile.TarError, OSError, EOFError, zlib.error):
         pass
-    return f" at sample {last.partition('.')[0]}" if last else ""
+    return f" at sample {split_name(last)[0]}" if last else ""
 
 
 def unpack(path: Path) -> bytes:

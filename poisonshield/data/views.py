@@ -22,8 +22,9 @@ _RATIO = (3 / 4, 4 / 3)
 class ViewsConfig(Settings):
     """name: auto takes what the method asks for. size: output side in pixels; null keeps the image's.
 
-    crop_flip: shift by up to `padding` pixels and mirror; images above 64 px get a random resized crop (area 0.08 to 1).
-    ssl: random resized crop (area min_area to 1), jitter (p 0.8), grayscale (p gray_p), blur (p blur_p, sigma 0.1 to 2), mirror.
+    crop_flip: shift by up to `padding` pixels and mirror; images above 64 px get a random resized crop, area 0.08 to 1.
+    ssl: random resized crop (area min_area to 1), jitter (p 0.8), grayscale (p gray_p), blur (p blur_p, sigma 0.1
+    to 2), mirror.
     none: the pixels as they are.
     """
 
@@ -69,7 +70,8 @@ def none(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
     return x
 
 
-_PIPELINES: dict[str, Callable[[Tensor, KeyedRandom, ViewsConfig], Tensor]] = {"crop_flip": crop_flip, "ssl": ssl, "none": none}
+_Pipeline = Callable[[Tensor, KeyedRandom, ViewsConfig], Tensor]
+_PIPELINES: dict[str, _Pipeline] = {"crop_flip": crop_flip, "ssl": ssl, "none": none}
 
 
 class Views:

@@ -6,6 +6,7 @@ interrupted run leaves nothing that could be mistaken for a data set, and an old
 import gzip
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from poisonshield.data.decode import IMAGE_EXTENSIONS, encode_png
 from poisonshield.data.manifest import FILE_NAME, Manifest, ShardInfo, refuse_address
 from poisonshield.data.tars import tar_writer
-from poisonshield.errors import DataError
+from poisonshield.errors import ConfigError, DataError
 
 
 class ShardWriter:
@@ -25,7 +26,8 @@ class ShardWriter:
     every lossy format is refused. image_size: None when sizes differ, or not known yet: the attribute may be set until
     the writer closes. compress: .tar.gz shards, for small sets that travel inside a package.
     Raises DataError for a data set that is already there (unless overwrite), a repeated or unfit key, a label outside
-    the classes, another image size. Leaving the block by an exception leaves the folder as it was.
+    the classes, another image size, a class name that comes twice; ConfigError for an empty shard size. Leaving the
+    block by an exception leaves the folder as it was.
     """
 
     def __init__(
@@ -44,11 +46,18 @@ class ShardWriter:
         self.folder, self.classes, self.image_size = Path(folder), tuple(classes), image_size
         self.samples_per_shard, self.provenance, self.poison = samples_per_shard, provenance, poison
         self.ending = ".tar.gz" if compress else ".tar"
+        if samples_per_shard < 1:
+            raise ConfigError(f"samples_per_shard is {samples_per_shard}, at least 1 was wanted.")
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            twice = next((c for c in self.classes if self.classes.count(c) > 1), None)
+            what = f"class name {twice!r} comes twice" if twice is not None else "there is no class"
+            raise DataError(f"{what} in what is to be written to {self.folder}. Name each class once.")
         if (self.folder / FILE_NAME).exists() and not overwrite:
             raise DataError(
                 f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
                 "  Choose another folder, remove this one, or set overwrite."
             )
+        self._new_folders = [p for p in (self.folder, *self.folder.parents) if not p.exists()]  # innermost first
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keys: set[str] = set()
         self._shards: dict[str, ShardInfo] = {}
@@ -70,7 +79,7 @@ class ShardWriter:
             raise DataError(f"sample {key} is {image.dtype} {tuple(image.shape)}, uint8 (3, H, W) was wanted.")
         if self.image_size is not None and tuple(image.shape[1:]) != tuple(self.image_size):
             raise DataError(f"sample {key} is {tuple(image.shape[1:])} pixels, {tuple(self.image_size)} was declared.")
-        self.write_encoded(key, encode_png(image), "png", label)
+        self.write_encoded(key, encode_png(image, name=f"sample {key}"), "png", label)
 
     def write_encoded(self, key: str, data: bytes, extension: str, label: int) -> None:
         """Add one image file as it is. Its pixels are not looked at; `poisonshield data verify` does that."""
@@ -97,6 +106,27 @@ class ShardWriter:
 
     def close(self) -> Manifest:
         """Finish the last shard and write the manifest. Raises DataError if no sample was written."""
+        try:
+            manifest = self._finish()
+        except BaseException:
+            self.abandon()
+            raise
+        _remove_old(self.folder)
+        for shard in self._whole:
+            os.replace(shard.temporary, shard.path)
+        manifest.save(self.folder)
+        return manifest
+
+    def abandon(self) -> None:
+        """Remove what this writer wrote; what was in the folder before stays."""
+        for shard in (*self._whole, *filter(None, [self._shard])):
+            shard.abandon()
+        with suppress(OSError):  # somebody else put a file there
+            for folder in self._new_folders:
+                folder.rmdir()
+
+    def _finish(self) -> Manifest:
+        """Everything that can fail, before anything old is touched."""
         if self._shard is not None:
             self._finish_shard()
         if not self._shards:
@@ -109,16 +139,8 @@ class ShardWriter:
             provenance=self.provenance,
             poison=self.poison,
         )
-        _remove_old(self.folder)
-        for shard in self._whole:
-            os.replace(shard.temporary, shard.path)
-        manifest.save(self.folder)
+        manifest.model_dump_json()  # a poison dict with things in it that JSON cannot hold
         return manifest
-
-    def abandon(self) -> None:
-        """Remove what this writer wrote; what was in the folder before stays."""
-        for shard in (*self._whole, *filter(None, [self._shard])):
-            shard.abandon()
 
     def _finish_shard(self) -> None:
         self._shards[self._shard.path.name] = self._shard.finish()
@@ -147,14 +169,17 @@ class _Shard:
         return ShardInfo(samples=self.samples, bytes=self._file.written, sha256=self._file.hash.hexdigest())
 
     def abandon(self) -> None:
-        self._close()
+        with suppress(OSError):  # a full disk is a usual reason to be here
+            self._close()
         self.temporary.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        self._tar.close()
-        if self._zip is not None:
-            self._zip.close()
-        self._file.close()
+        try:
+            self._tar.close()
+            if self._zip is not None:
+                self._zip.close()
+        finally:
+            self._file.close()
 
 
 class _HashedFile:
@@ -177,9 +202,11 @@ class _HashedFile:
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
 
 
 def _remove_old(folder: Path) -> None:

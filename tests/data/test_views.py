@@ -52,7 +52,8 @@ def test_crop_boxes_are_distributed_as_torchvisions():
 
     torch.manual_seed(0)
     image = torch.zeros(3, 32, 32)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(8000)]).float()
+    draws = [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(8000)]
+    theirs = torch.tensor(draws).float()
     ours = augment.crop_boxes(uniforms(8000, 22), 32, 32, area=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
     for column in range(4):
         a, b = ours[:, column].sort().values, theirs[:, column].sort().values
@@ -79,7 +80,8 @@ def test_shifted_crop_equals_pad_crop_flip():
 def test_hue_equals_torchvision(shift):
     x = images()
     x[0] = 0.5  # grey has no hue
-    torch.testing.assert_close(augment.shift_hue(x, torch.full((6,), shift)), tv.adjust_hue(x, shift), atol=1e-5, rtol=0)
+    ours = augment.shift_hue(x, torch.full((6,), shift))
+    torch.testing.assert_close(ours, tv.adjust_hue(x, shift), atol=1e-5, rtol=0)
 
 
 def test_color_jitter_equals_torchvisions_operations_in_the_drawn_order():

@@ -20,9 +20,9 @@ from poisonshield.ops.philox import philox_words, sample_ids, stream_of
 COUNTS = {"train": 5000, "test": 1000}
 PROVENANCE = (
     "{count} of the {total} {split} images of CIFAR-10 (Krizhevsky 2009, Learning multiple layers of features from "
-    "tiny images), {each} of each of 10 classes, drawn with seed {seed} by poisonshield.data.bundled.draw. The files are "
-    "JPEG copies, of quality about 75, of the official pixels: near them, not equal. The number in a key is the "
-    "position in the source shards."
+    "tiny images), {each} of each of {classes} classes, drawn with seed {seed} by poisonshield.data.bundled.draw. The "
+    "files are JPEG copies, of quality about 75, of the official pixels: near them, not equal. The number in a key "
+    "is the position in the source shards."
 )
 
 
@@ -39,6 +39,7 @@ def draw_split(source: Path, out: Path, *, split: str, count: int, seed: int) ->
     if len(chosen) != each * len(classes):
         raise DataError(f"{source} has fewer than {each} {split} images in some class; draw a smaller number.")
     words = {"count": f"{len(chosen):,}", "total": f"{len(samples):,}", "split": split, "each": each, "seed": seed}
+    words["classes"] = len(classes)
     with ShardWriter(
         out,
         classes=classes,
