@@ -51,17 +51,24 @@ def build_encoder(config: BackboneConfig) -> Encoder:
     if config.name == "resnet_mini":
         from timm.models.resnet import BasicBlock, ResNet
 
-        backbone = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=config.widths)
+        # The usual stem has 64 channels, which would cost more than all that follows.
+        stem = {"stem_type": "deep", "stem_width": config.widths[0] // 2}
+        backbone = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=config.widths, **stem)
     elif timm.is_model(config.name):
         backbone = timm.create_model(config.name, num_classes=0)
     else:
         known = timm.list_models()
         raise ConfigError(f"model.name: {config.name!r} is not a timm model.{suggest(config.name, known)}")
     if config.stem == "cifar":
-        if not isinstance(getattr(backbone, "conv1", None), nn.Conv2d) or not hasattr(backbone, "maxpool"):
+        first = getattr(backbone, "conv1", None)
+        if not isinstance(first, (nn.Conv2d, nn.Sequential)) or not hasattr(backbone, "maxpool"):
             raise ConfigError(f"model.stem: {config.name} has no stem to replace. Set model.stem: imagenet.")
-        width = backbone.conv1.out_channels
-        backbone.conv1 = nn.Conv2d(3, width, 3, config.stem_stride, config.stem_padding, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        old = first if isinstance(first, nn.Conv2d) else first[0]
+        new = nn.Conv2d(3, old.out_channels, 3, config.stem_stride, config.stem_padding, bias=False)
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+        if old is first:
+            backbone.conv1 = new
+        else:
+            first[0] = new
         backbone.maxpool = nn.Identity()
     return Encoder(backbone, backbone.num_features)

@@ -57,9 +57,8 @@ def test_config_is_resolved_and_runs_again(run):
 def test_backbone_loads_strictly_into_timm(run):
     from timm.models.resnet import BasicBlock, ResNet
 
-    network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(16, 32, 64, 128))
-    network.conv1 = torch.nn.Conv2d(3, 64, 3, 2, 1, bias=False)
-    network.maxpool = torch.nn.Identity()
+    stem = {"stem_type": "deep", "stem_width": 8}
+    network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(16, 32, 64, 128), **stem)
     network.load_state_dict(load_file(run / "export" / "backbone.safetensors"), strict=True)
 
 
