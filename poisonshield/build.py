@@ -3,7 +3,7 @@
 `read_run` touches no process group, data or network: every mistake in a config is reported from here, all at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from poisonshield.errors import ConfigError, DataError
 from poisonshield.method import Method
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import synchronize
-from poisonshield.poisons._recipe import ENDING, load_recipe
+from poisonshield.poisons._recipe import ENDING, load_recipe, read_recipe
 from poisonshield.poisons.base import Poison
 from poisonshield.registry import Registry
 
@@ -121,7 +121,7 @@ class Run:
         """How result tables call the poison that the run itself applies."""
         if self.poison is None:
             return "none"
-        return self.poison.name.removesuffix(ENDING)  # of a Choice, or of a recipe's path
+        return read_recipe(self.poison)[0].name if isinstance(self.poison, Path) else self.poison.name
 
     @property
     def defense_label(self) -> str:
@@ -171,7 +171,7 @@ def _record(choice: Choice, block: Any) -> dict[str, Any]:
 
 def _check_pairs(checker: Checker, settings: RunConfig, method: Choice, defenses: tuple[Choice, ...]) -> None:
     """Pairs that cannot work together, found by building the whole stack around an empty encoder."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         encoder = torch.nn.Identity()
         encoder.feature_dim = 1
         try:
@@ -191,10 +191,10 @@ def _check_pairs(checker: Checker, settings: RunConfig, method: Choice, defenses
 
 @dataclass(frozen=True)
 class OpenData:
-    """The opened and verified data sets of a run."""
+    """The opened and verified data sets of a run; the test images are decoded already where they fit."""
 
     train: ShardSet
-    test: ShardSet
+    test: Source
 
     @property
     def num_classes(self) -> int:
@@ -203,9 +203,8 @@ class OpenData:
 
 
 def open_data(run: Run) -> OpenData:
-    """Opens and verifies both sets. Raises DataError if they do not fit each other, or lack a common image size."""
-    data = run.settings.data
-    train = open_dataset(data.train, "train", verify=data.verify)
+    """Opens and verifies both sets. Raises DataError if they do not fit each other, or the test images are not clean."""
+    data, train = run.settings.data, open_train(run)
     test = open_dataset(data.test or data.train, "test", verify=data.verify)
     if train.classes != test.classes:
         raise DataError(
@@ -217,21 +216,55 @@ def open_data(run: Run) -> OpenData:
             f"data.train and data.test are the same set ({data.train}); accuracy on it would mean nothing.\n"
             "  Set data.test to the clean test images."
         )
-    return OpenData(train, test)
+    if test.manifest.poison is not None:
+        raise DataError(
+            f"{test.folder} is poisoned, and accuracy is measured on clean images only.\n"
+            "  Set data.test to the clean test images."
+        )
+    if train.image_size != test.image_size:
+        raise DataError(
+            f"images of {train.folder} are {train.image_size}, those of {test.folder} are {test.image_size} (height, width).\n"
+            "  Import both with one --size."
+        )
+    return OpenData(train, ResidentSource(test) if _is_held(run, test) else test)
 
 
-def build_poison(run: Run, source: ShardSet) -> Poison | None:
-    """The run's poison, ready to apply to the training set; fitted to it where it needs to see the data."""
+def open_train(run: Run) -> ShardSet:
+    """Opens and verifies the training set. Raises DataError if it is poisoned and the run would poison it again."""
+    data = run.settings.data
+    train = open_dataset(data.train, "train", verify=data.verify)
+    if train.manifest.poison is not None and run.poison is not None:
+        raise DataError(
+            f"{train.folder} is poisoned already ({train.manifest.poison.get('name', 'by an unnamed poison')}), and "
+            "data.poison would poison it again.\n  Set data.poison=null, or data.train to the clean images."
+        )
+    return train
+
+
+def _is_held(run: Run, source: ShardSet) -> bool:
+    """Whether the decoded pixels of a set are to be held in memory."""
+    settings, size = run.settings.data, source.image_size
+    fits = size is not None and len(source) * 3 * size[0] * size[1] <= settings.resident_mib * 2**20
+    return settings.source == "resident" or (settings.source == "auto" and fits)
+
+
+def build_poison(
+    run: Run, source: ShardSet, *, watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
+) -> Poison | None:
+    """The run's poison, ready to apply to the training set; fitted to it where it needs to see the data.
+
+    watch: wraps the batches that it is fitted to, to time or to count them.
+    """
     if run.poison is None:
         return None
     if isinstance(run.poison, Path):
-        return load_recipe(run.poison, classes=source.classes, image_size=source.image_size)
+        return load_recipe(run.poison, classes=source.classes, image_size=source.image_size, data=source.digest)
     cls = run.poison.cls
     if source.image_size is None:
         raise DataError(f"poison {cls.name} needs images of one size, and {source.folder} holds several. Import it with --size.")
     poison = cls(run.poison.config, num_classes=len(source.classes), image_size=source.image_size, seed=run.seed)
     if cls.needs_data:
-        poison.fit(evaluate_batches(source, batch_size=1000))
+        poison.fit(watch(evaluate_batches(source, batch_size=1000)))
     else:
         poison.fit(())
     if run.settings.data.poison_ratio < 1:
@@ -253,12 +286,9 @@ class TrainingSet:
 
 def build_training_set(run: Run, data: OpenData) -> TrainingSet:
     """The training set poisoned and purified as the run says; held in memory, poisoned once, where it fits."""
-    train, settings = data.train, run.settings.data
-    poison = build_poison(run, train)
+    train, poison = data.train, build_poison(run, data.train)
     before = tuple(d.before for d in build_defenses(run, data.num_classes))
-    size = train.image_size
-    fits = size is not None and len(train) * 3 * size[0] * size[1] <= settings.resident_mib * 2**20
-    if settings.source == "resident" or (settings.source == "auto" and fits):
+    if _is_held(run, train):
         return TrainingSet(ResidentSource(train, None if poison is None else poison.apply), before)
     return TrainingSet(train, (() if poison is None else (poison.apply,)) + before)
 
@@ -270,7 +300,7 @@ def build_defenses(run: Run, num_classes: int) -> list[Defense]:
 
 def build_method(run: Run, num_classes: int) -> Method:
     """Encoder, method and defenses around it, with weights drawn from the run's seed; torch's generator is restored."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         encoder = build_encoder(run.settings.model)
         method = run.method.cls(run.method.config, encoder=encoder, num_classes=num_classes)

@@ -83,7 +83,8 @@ def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
     block belonged to the old name. Raises ConfigError for missing files, bad YAML and impossible overrides.
     """
     tree = _load_file(Path(path), ())
-    for text in overrides:
+    # A name starts its block afresh, so it goes first: else the order of overrides would decide what is lost.
+    for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith("name")):
         _override(tree, text)
     return tree
 

@@ -27,7 +27,7 @@ BESIDE = {
 # Heavy packages and the files that are their doors.
 DOORS = {
     "deepspeed": {"engine/backends/deepspeed.py"},
-    "webdataset": {"data/tars.py", "data/writer.py", "data/importer.py"},
+    "webdataset": {"data/tars.py"},
     "timm": {"models/backbones.py"},
     "triton": set(),
     "diffusers": set(),

@@ -39,7 +39,7 @@ def finish(process):
 
 def kill_somewhere(folder, rng):
     """Start, let it do a random number of steps and a random part of one (or of a save), kill -9. True if it did."""
-    process, goal = start(folder), rng.randint(1, STEPS // 7)
+    process, goal = start(folder), rng.randint(1, STEPS // 10)
     while steps_logged(folder) == 0 and process.poll() is None:
         time.sleep(0.01)
     begun = steps_logged(folder)  # a resumed run takes the file back to its checkpoint first
@@ -60,8 +60,7 @@ def test_weights_after_five_kills_are_those_of_an_uninterrupted_run(tmp_path):
     finish(start(tmp_path / "whole"))
     rng = random.Random(int.from_bytes(os.urandom(4), "big"))
     killed = tmp_path / "killed"
-    kills = sum(kill_somewhere(killed, rng) for _ in range(5))
-    assert kills >= 3  # a late one may find the run done
+    assert sum(kill_somewhere(killed, rng) for _ in range(5)) == 5
     finish(start(killed))
     whole, again = (load_file(f / "export" / "method.safetensors") for f in (tmp_path / "whole", killed))
     assert whole.keys() == again.keys()

@@ -99,6 +99,27 @@ def test_eps_in_levels():
     assert "defenses[0].eps: 4 is outside [0, 1]: budgets are in pixel units. Did you mean 4/255?" in text
 
 
+def test_unknown_network():
+    assert "model.name: 'resnet81' is not a timm model. Did you mean resnet18?" in said("model.name=resnet81")
+
+
+def test_poisoned_test_images(data, tmp_path):
+    manifest = json.loads((data / "test" / "manifest.json").read_text()) | {"poison": {"name": "lsp"}}
+    (data / "test" / "manifest.json").write_text(json.dumps(manifest))
+    assert "is poisoned, and accuracy is measured on clean images only" in said(f"data.train={data}")
+
+
+def test_poisoning_twice(data):
+    manifest = json.loads((data / "train" / "manifest.json").read_text()) | {"poison": {"name": "lsp"}}
+    (data / "train" / "manifest.json").write_text(json.dumps(manifest))
+    assert "is poisoned already (lsp), and data.poison would poison it again" in said(f"data.train={data}")
+
+
+def test_broken_test_image(data):
+    key = change_member(data / "test", "shard-00000.tar", ".jpg", lambda raw: raw[: len(raw) // 2])
+    assert f"sample {key} in shard-00000.tar" in said(f"data.train={data}")
+
+
 def test_missing_shard(data):
     (data / "train" / "shard-00001.tar").unlink()
     text = said(f"data.train={data}")

@@ -57,7 +57,7 @@ def demo(out: Path, seed: int = 0) -> list[dict]:
     rows = []
     for i, story in enumerate(STORIES):
         console.print(f"[bold]{i + 1} of {len(STORIES)}: {story.title}")
-        folder = train(str(CONFIG), [f"seed={seed}", f"run.dir={out / story.folder}", *story.overrides])
+        folder = train(str(CONFIG), [f"seed={seed}", f"run.dir={json.dumps(str(out / story.folder))}", *story.overrides])
         rows.append(json.loads((folder / "results.json").read_text())[-1])
     minutes = (time.perf_counter() - start) / 60
     titles = [s.title for s in STORIES]

@@ -13,7 +13,7 @@ from poisonshield.data import evaluate_batches
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.engine.runfolder import RunFolder
-from poisonshield.errors import CheckpointError
+from poisonshield.errors import CheckpointError, ConfigError
 from poisonshield.evals.classifier import classifier
 from poisonshield.evals.features import extract
 from poisonshield.evals.knn import knn
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict[str, float | None]:
-    """The readouts of a finished run folder, written to its results. Overrides may change `evaluate.*` and `data.*`.
+    """The readouts of a finished run folder, written to its results. Overrides may say how they are read.
 
-    Raises CheckpointError if the run has not finished.
+    Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
     """
     folder = RunFolder(folder)
     weights = folder.export / "method.safetensors"
@@ -36,6 +36,12 @@ def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) ->
             f"{folder.path} is not a finished run: it lacks {folder.config.name} or export/{weights.name}.\n"
             "  Train it first, or go on with engine.resume=auto."
         )
+    for text in overrides:
+        if not text.startswith(("evaluate.", "data.batch_size", "data.source", "data.workers", "engine.device")):
+            raise ConfigError(
+                f"{text}: a finished run keeps what it was trained with. evaluate.*, data.source, data.workers, "
+                "data.batch_size and engine.device may change."
+            )
     run = read_run(folder.config, overrides)
     data = open_data(run)
     device = choose_device(run.settings.engine.device)
@@ -92,7 +98,7 @@ def write_results(
     """Adds the run's row to results.json, and all readouts with their settings to evaluation.json."""
     poison = run.poison_label
     if poison == "none" and data.train.manifest.poison:
-        poison = data.train.manifest.poison["name"]
+        poison = data.train.manifest.poison.get("name", "unnamed")
     row = {
         "data": run.settings.data.train,
         "poison": poison,

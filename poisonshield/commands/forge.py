@@ -7,7 +7,7 @@ hashes and all, and the budget is measured on the pixels that lie there; the man
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from poisonshield import __version__
-from poisonshield.build import Run, build_poison, open_data, read_run
+from poisonshield.batch import Batch
+from poisonshield.build import Run, build_poison, open_train, read_run
 from poisonshield.data import ShardSet, read_batch
 from poisonshield.data.manifest import FILE_NAME
 from poisonshield.data.writer import ShardWriter
@@ -31,18 +32,32 @@ CHUNK_PIXELS = 2**22  # pixels in memory at once: 4,096 images of 32 px, 83 of 2
 
 
 class Clock:
-    """Seconds by kind of work."""
+    """Seconds by kind of work; work inside other work counts for itself alone."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
+        self._inside = [0.0]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._inside.append(0.0)
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.seconds[name] += elapsed - self._inside.pop()
+            self._inside[-1] += elapsed
+
+    def reading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, the time to get each counted as "read"."""
+        batches = iter(batches)
+        while True:
+            with self("read"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def forge_run(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
@@ -59,9 +74,9 @@ def forge_run(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     if (out / FILE_NAME).exists() and not folder.overwrite and run.settings.forge.format != "recipe":
         raise ConfigError(f"{out} holds a data set already. Choose another run.dir, or set run.overwrite=true.")
     with clock("open"):
-        source = open_data(run).train
+        source = open_train(run)
     with clock("fit"):
-        poison = build_poison(run, source)
+        poison = build_poison(run, source, watch=clock.reading)
     folder.path.mkdir(parents=True, exist_ok=True)
     recipe = folder.path / f"{poison.name}{ENDING}"
     if run.settings.forge.format != "shards":

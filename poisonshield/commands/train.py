@@ -20,7 +20,7 @@ from poisonshield.build import (
 )
 from poisonshield.commands.evaluate import fresh_method, readouts, write_results
 from poisonshield.commands.plots import plot_run
-from poisonshield.engine.processes import processes
+from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
 
@@ -38,8 +38,10 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
     folder.check(run.record, resume=engine.resume)
     data = open_data(run)
     training = build_training_set(run, data)
+    method = build_method(run, data.num_classes)
+    refuse_missing(engine)
     with processes(engine, seed=run.seed) as device:
-        method = spread_batch_norm(run, build_method(run, data.num_classes), device)
+        method = spread_batch_norm(run, method, device)
         log.info("%s: %s on %s, poison %s, defense %s", run.origin, run.method.name, run.settings.data.train,
                  run.poison_label, run.defense_label)  # fmt: skip
         trainer = Trainer(

@@ -6,12 +6,12 @@ Blunts poisons that fit inside its radius; costs `steps` more forward and input-
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from poisonshield.attacks import PGD, budget, frozen_stats
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.config import Pixels, Settings
+from poisonshield.config import Number, Settings
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import Method
@@ -26,10 +26,18 @@ class Adversarial(Defense):
         """Attack settings; eps and step_size in pixel units of the chosen norm."""
 
         norm: Literal["linf", "l2"] = "linf"
-        eps: Pixels = 8 / 255
-        step_size: Pixels = 2 / 255
+        eps: Number = Field(8 / 255, ge=0)
+        step_size: Number = Field(2 / 255, ge=0)
         steps: int = Field(10, ge=1)
         random_start: bool = True
+
+        @model_validator(mode="after")
+        def _linf_is_in_pixels(self) -> "Adversarial.Config":
+            for name in ("eps", "step_size"):
+                value = getattr(self, name)
+                if self.norm == "linf" and value > 1:
+                    raise ValueError(f"{name} {value:g} of linf is outside [0, 1]. Did you mean {value:g}/255?")
+            return self
 
     def wrap(self, method: Method) -> Method:
         """Raises ConfigError for a method without a classifier."""

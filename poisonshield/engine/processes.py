@@ -1,6 +1,7 @@
 """Start and end of the processes that train together: who am I, which device, one seed; torn down in every exit."""
 
 import datetime
+import importlib.util
 import logging
 import os
 import random
@@ -41,6 +42,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
+
+
+def refuse_missing(config: EngineConfig) -> None:
+    """Raise BackendError for a package that the settings need and this environment lacks; nothing is imported."""
+    for package, wanted in (("deepspeed", config.backend == "deepspeed"), ("tensorboard", config.tensorboard)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise BackendError(f"{package} is asked for and not installed: pip install 'poisonshield[{package}]'.")
 
 
 @contextmanager

@@ -37,7 +37,8 @@ class RunFolder:
         """True if the run must start from an empty folder, False if it may go on. Changes nothing.
 
         Raises ConfigError if the folder holds a run with other settings: any other without resume, any outside `engine`
-        and `run` with resume=auto. An explicit checkpoint path and overwrite are taken at their word.
+        and `run` with resume=auto; and, without resume, if it holds checkpoints or results, which a new start would
+        lose. An explicit checkpoint path and overwrite are taken at their word.
         """
         changed = self._changes(record)
         if self.overwrite:
@@ -47,6 +48,11 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run with other settings: {', '.join(serious)}.\n"
                 "  Choose another run.dir, put the settings back, or discard that run with run.overwrite=true."
+            )
+        if resume is False and (self.results.exists() or any(self.checkpoints.glob("step-*"))):
+            raise ConfigError(
+                f"{self.path} holds a run of these settings already.\n"
+                "  Go on with engine.resume=auto, choose another run.dir, or discard it with run.overwrite=true."
             )
         if changed:
             log.warning("Going on in %s with changed settings: %s.", self.path, ", ".join(changed))

@@ -52,16 +52,21 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with every batch norm made to span ranks: torch's own on CUDA, SyncedBatchNorm elsewhere."""
+    """The module with every batch norm made to span ranks: torch's own on CUDA, SyncedBatchNorm elsewhere.
+
+    Raises BackendError for a kind that does more than normalise (timm's, with an activation inside): torch's
+    conversion would drop what it does not know.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SyncedBatchNorm)]
+    for norm in norms:
+        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
+            raise BackendError(
+                f"{type(norm).__name__} cannot be synchronised over ranks. "
+                "Set model.batch_norm: local (losses then depend on the number of ranks), or take another network."
+            )
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for child in module.modules():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            child.__class__ = SyncedBatchNorm  # same attributes: only forward differs
-        elif isinstance(child, _BatchNorm) and not isinstance(child, SyncedBatchNorm):
-            raise BackendError(
-                f"{type(child).__name__} cannot be synchronised over ranks on {device.type}. "
-                "Set model.batch_norm: local (losses then depend on the number of ranks), or run on CUDA."
-            )
+    for norm in norms:
+        norm.__class__ = SyncedBatchNorm  # same attributes: only forward differs
     return module
 

@@ -5,21 +5,27 @@ holds numbers and text only, so a recipe from a stranger can run no code.
 """
 
 import json
+import logging
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.poisons.base import Poison
 from poisonshield.registry import Registry
 
+log = logging.getLogger(__name__)
+
 ENDING = ".poison.safetensors"
 FORMAT = "poisonshield-recipe/1"
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
+    """The text of a recipe. classes: names, label 0 first; data: digest of the set that it was made for."""
+
     model_config = ConfigDict(extra="forbid")
 
     format: str
@@ -33,7 +39,7 @@ class _Header(BaseModel):
 
 def save_recipe(poison: Poison, path: str | Path, *, classes: tuple[str, ...], data: str) -> Path:
     """Write the poison to `path`. classes: names, label 0 first; data: digest of the set it was made for."""
-    header = _Header(
+    header = Header(
         format=FORMAT,
         name=poison.name,
         config=poison.config.model_dump(mode="json"),
@@ -50,19 +56,30 @@ def save_recipe(poison: Poison, path: str | Path, *, classes: tuple[str, ...], d
     return path
 
 
-def load_recipe(path: str | Path, *, classes: tuple[str, ...], image_size: tuple[int, int] | None) -> Poison:
-    """The poison of a recipe, ready to apply to a set of these classes and image size.
-
-    Raises DataError if the file is no recipe, or was made for other classes (names or order) or another image size.
-    """
+def read_recipe(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
+    """What a recipe file says, and its tensors. Raises DataError if it is none."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = _Header.model_validate(json.loads((file.metadata() or {})["poison"]))
+            header = Header.model_validate(json.loads((file.metadata() or {})["poison"]))
             state = {k: file.get_tensor(k) for k in file.keys()}
     except (OSError, KeyError, ValueError, ValidationError, SafetensorError) as err:
         raise DataError(f"{path} is not a poison recipe ({err}). Write one with `poisonshield poison`.") from err
     if header.format != FORMAT:
         raise DataError(f"{path} is a recipe of format {header.format}, {FORMAT} was wanted. Write it again.")
+    return header, state
+
+
+def load_recipe(
+    path: str | Path, *, classes: tuple[str, ...], image_size: tuple[int, int] | None, data: str | None = None
+) -> Poison:
+    """The poison of a recipe, ready to apply to a set of these classes and image size.
+
+    data: digest of that set; another one than the recipe's is warned of. Raises DataError if the file is no recipe, or
+    was made for other classes (names or order) or another image size.
+    """
+    header, state = read_recipe(path)
+    if data is not None and data != header.data:
+        log.warning("%s was made for another data set; what it chose by looking at pixels may not fit this one.", path)
     if tuple(header.classes) != tuple(classes):
         raise DataError(
             f"{path} was made for {len(header.classes)} classes ({', '.join(header.classes[:3])}, ...), the data has "

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -71,6 +71,12 @@ class AR(Poison):
         eps: Number | None = Field(default=None, gt=0)  # an l2 radius, so it may well exceed 1
         crop: int | None = Field(default=None, ge=0)
         min_response: float | None = Field(default=None, ge=0)
+
+        @model_validator(mode="after")
+        def _linf_is_in_pixels(self) -> "AR.Config":
+            if self.budget == "linf" and self.eps is not None and self.eps > 1:
+                raise ValueError(f"eps {self.eps:g} of budget linf is outside [0, 1]. Did you mean {self.eps:g}/255?")
+            return self
 
     name: ClassVar[str] = "ar"
     grain: ClassVar[Literal["sample", "class"]] = "sample"

@@ -3,7 +3,7 @@
 Bounded in l0 only, so adversarial training in an l_inf or l2 ball does not help against it; cutting pixels out does.
 Source: Wu et al. 2022, "One-pixel shortcut" (2205.12141). Its search compares every image with every candidate; here two
 moments per (class, cell, channel) give the same scores, since |v - x| is x or 1 - x. They are sums of whole levels, exact
-in int64, so the choice depends neither on the order nor on the batches in which the data came.
+in float64, so the choice depends neither on the order nor on the batches in which the data came.
 """
 
 from collections.abc import Iterable
@@ -62,14 +62,15 @@ class OnePixel(Poison):
         """Choose cells and corners in one pass; memory is two numbers per class, cell and channel."""
         cells = self.grid[0] * self.grid[1]
         counts = torch.zeros(self.num_classes, dtype=torch.int64)
-        sums, squares = torch.zeros(2, self.num_classes, 3, cells, dtype=torch.int64)
+        sums, squares = torch.zeros(2, self.num_classes, 3 * cells, dtype=torch.float64)
         for batch in batches:
             self._check(batch)
-            levels = (batch.x * 255).round().to("cpu", torch.int64)
-            y = batch.y.to("cpu")
-            counts += torch.bincount(y, minlength=self.num_classes)
-            sums.index_add_(0, y, self._pooled(levels))
-            squares.index_add_(0, y, self._pooled(levels.square()))
+            levels = (batch.x * 255).round().to("cpu", torch.float64)  # whole numbers, exact up to 2^53
+            member = torch.nn.functional.one_hot(batch.y.to("cpu"), self.num_classes).T.double()  # [K, B]
+            counts += member.sum(1).long()
+            sums += member @ self._pooled(levels)
+            squares += member @ self._pooled(levels.square())
+        sums, squares = (t.long().view(self.num_classes, 3, cells) for t in (sums, squares))
         taken = torch.zeros(cells, 8, dtype=torch.bool)
         for k in range(self.num_classes):
             scores = self._scores(int(counts[k]) * self.patch**2, sums[k], squares[k])
@@ -96,10 +97,12 @@ class OnePixel(Poison):
         return delta
 
     def _pooled(self, levels: Tensor) -> Tensor:
-        """Sums over the pixels of each cell: int64 [B, 3, H, W] -> [B, 3, cells]."""
+        """Sums over the pixels of each cell: [B, 3, H, W] -> [B, 3 * cells]."""
         gh, gw = self.grid
         levels = levels[:, :, : gh * self.patch, : gw * self.patch]
-        return levels.reshape(-1, 3, gh, self.patch, gw, self.patch).sum((3, 5)).flatten(2)
+        if self.patch > 1:
+            levels = levels.reshape(-1, 3, gh, self.patch, gw, self.patch).sum((3, 5))
+        return levels.flatten(1)
 
     def _scores(self, count: int, sums: Tensor, squares: Tensor) -> Tensor:
         """float64 [cells, 8] of one class from its sums over `count` values a channel, int64 [3, cells]."""

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from dist import run_dist
 from tiny import tiny_batch, tiny_encoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from poisonshield import collectives
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.errors import ConfigError
 from poisonshield.losses.ntxent import ntxent
@@ -53,6 +55,39 @@ def test_fast_attack_equals_the_full_reference_attack(flagged):
         fast = model.attacked(batch.views[i], i, batch)
         assert (fast != slow[i]).sum() == 0
         assert torch.equal(fast, batch.views[i]) == (i not in flagged)
+
+
+def attack_without_talking(rank, world):
+    """On two ranks: attacked pixels while every collective of torch raises, and with batch norm over ranks."""
+    import torch.distributed as dist
+
+    from poisonshield.models.batchnorm import synchronize
+
+    model = synchronize(joint(steps=3), torch.device("cpu"))
+    names = [n for n in dir(dist) if n.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "barrier"))]
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("the attack talks to other ranks")
+
+    before = [(dist, n, getattr(dist, n)) for n in names]
+    before += [(collectives, n, getattr(collectives, n)) for n in ("_all_gather", "_reduce_scatter")]
+    for place, n, _ in before:
+        setattr(place, n, refuse)
+    try:
+        quiet = model.attacked(tiny_batch().views[0], 0, tiny_batch())
+        with pytest.raises(AssertionError, match="talks to other ranks"):
+            dist.all_reduce(torch.zeros(1))
+    finally:
+        for place, n, function in before:
+            setattr(place, n, function)
+    return len(names), quiet.tolist()
+
+
+@pytest.mark.dist
+def test_attack_uses_no_collective():
+    (count, one), (_, two) = run_dist(attack_without_talking, 2)
+    assert count > 10 and one == two
+    assert torch.equal(torch.tensor(one), joint(steps=3).attacked(tiny_batch().views[0], 0, tiny_batch()))
 
 
 def test_attack_leaves_the_model_and_random_state_alone():

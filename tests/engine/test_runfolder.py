@@ -70,7 +70,21 @@ def test_empty_folder_is_free(tmp_path, resume):
     assert not (tmp_path / "new").exists()  # a check leaves no trace
 
 
-def test_run_of_the_same_settings_starts_anew_in_an_emptied_folder(folder, caplog):
+def test_results_of_the_same_settings_are_not_thrown_away_by_starting_again(folder):
+    with pytest.raises(ConfigError, match="holds a run of these settings already.\n  Go on with engine.resume=auto"):
+        folder.claim(RECORD, resume=False)
+    assert left(folder) == ALL
+
+
+def test_checkpoints_alone_are_kept_too(folder):
+    folder.results.unlink()
+    (folder.checkpoints / "step-00000004").mkdir()
+    with pytest.raises(ConfigError, match="run.overwrite=true"):
+        folder.check(RECORD, resume=False)
+
+
+def test_run_that_left_neither_starts_anew_in_an_emptied_folder(folder, caplog):
+    folder.results.unlink()
     with caplog.at_level(logging.WARNING, "poisonshield"):
         folder.claim(RECORD, resume=False)
     assert left(folder) == ["config.yaml", "notes.txt"] and "Starting anew: removing" in caplog.text
@@ -93,6 +107,7 @@ def test_resumed_run_of_the_same_settings_keeps_everything(folder, resume, caplo
 )  # fmt: skip
 @pytest.mark.parametrize("resume", [False, "auto"])
 def test_how_a_run_is_started_is_not_one_of_its_settings(folder, leaf, resume, caplog):
+    folder.results.unlink()
     with caplog.at_level(logging.WARNING, "poisonshield"):
         folder.check(changed(**leaf), resume=resume)
     assert not caplog.text

@@ -44,7 +44,7 @@ def slurm(tmp_path):
             self.log.write_text("")
             given = {
                 "PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(self.log), "SLURM_JOB_ID": "41234",
-                "SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "16",
+                "SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "16",
             }  # fmt: skip
             given |= environment
             return subprocess.Popen(
@@ -83,7 +83,7 @@ def test_processes_meet_at_the_first_node_and_go_on_from_a_checkpoint(slurm):
     assert show == "scontrol show hostnames node-[7-8]"
     assert where == "MASTER node-7:11234 OMP 2"
     assert srun == (
-        "srun --kill-on-bad-exit=1 --ntasks-per-node=8 --cpus-per-task=2 "
+        "srun --kill-on-bad-exit=1 --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=2 "
         "python launch/train.py config.yaml engine.resume=auto seed=1"
     )
 
@@ -94,7 +94,7 @@ def test_deepspeed_starts_one_launcher_a_node_with_a_hostfile(slurm, tmp_path):
     assert kept.read_text() == "node-7 slots=4\nnode-8 slots=4\n"
     assert not list(tmp_path.glob(".hostfile-*"))
     srun = " ".join(slurm.calls())
-    assert "--ntasks-per-node=1 bash -c" in srun and "deepspeed --hostfile" in srun and "--no_ssh" in srun
+    assert "--nodes=2 --ntasks=2 --cpus-per-task=16 bash -c" in srun and "deepspeed --hostfile" in srun and "--no_ssh" in srun
     assert "config.yaml engine.backend=deepspeed engine.resume=auto engine.zero_stage=2" in srun
 
 

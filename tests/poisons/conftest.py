@@ -1,10 +1,14 @@
-"""Real images for the poisons' acceptance tests: bundled ones always, whole CIFAR-10 where it lies beside the checkout."""
+"""Real images for the poisons' acceptance tests: a shard of CIFAR-10 where it lies beside the checkout, else bundled."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from poisonshield.batch import Batch
 from poisonshield.data import open_dataset, read_batch
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -15,13 +19,15 @@ def mini() -> Batch:
 
 
 @pytest.fixture(scope="session")
-def cifar10(cifar10_folder, tmp_path_factory) -> Batch:
-    """5,000 real CIFAR-10 images, one shard of the full set, imported as a user would."""
+def cifar10(tmp_path_factory) -> Batch:
+    """5,000 real CIFAR-10 images: a shard of the full set, imported as a user would, or the bundled sample."""
     from poisonshield.data.importer import import_data
 
-    out = tmp_path_factory.mktemp("cifar10")
-    manifests = import_data(cifar10_folder, out, pattern="*train-00003*")
-    source = open_dataset(out / next(iter(manifests)))
+    source = open_dataset("cifar10-mini", "train")
+    if (SHARED / "cifar10" / "manifest.json").is_file():
+        out = tmp_path_factory.mktemp("cifar10")
+        manifests = import_data(SHARED / "cifar10", out, pattern="*train-00003*")
+        source = open_dataset(out / next(iter(manifests)))
     return read_batch(source, torch.arange(len(source)))
 
 
