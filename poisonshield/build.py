@@ -45,8 +45,8 @@ class DataConfig(Settings):
 
     train, test: a bundled name, or a folder with a manifest (or with train/ and test/ in it); test null takes the test
     split of `train`. poison: null, a poison's name, a block with `name:`, or the path of a recipe file: applied to the
-    training pixels while loading; poison_ratio is the share of samples it takes. batch_size is global. source: resident holds decoded pixels in memory, auto does so up
-    to resident_mib. verify: once trusts a verified index until files change.
+    training pixels while loading; poison_ratio is the share of samples it takes. batch_size is global. source: resident
+    holds decoded pixels in memory, auto does so up to resident_mib. verify: once trusts a verified index until files change.
     """
 
     train: str = "cifar10-mini"
@@ -137,7 +137,9 @@ def read_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> R
     method = checker.choice(METHODS, ("method",), tree.values["method"]) if "method" in tree.values else None
     blocks = tree.values.get("defenses") or []
     if not isinstance(blocks, list):
-        checker.problem(("defenses",), "defenses: a list is wanted, one `- name: ...` entry per defense (or [] for none).")
+        checker.problem(
+            ("defenses",), "defenses: a list is wanted, one `- name: ...` entry per defense (or [] for none)."
+        )
         blocks = []
     defenses = tuple(checker.choice(DEFENSES, ("defenses", i), block) for i, block in enumerate(blocks))
     poison = _pick_poison(checker, (tree.values.get("data") or {}))
@@ -160,7 +162,10 @@ def _pick_poison(checker: Checker, data: Any) -> Choice | Path | None:
         return None
     if isinstance(block, str) and ("/" in block or block.endswith(ENDING)):
         if not Path(block).is_file():
-            checker.problem(("data", "poison"), f"data.poison: there is no recipe file {block}. Write one with `poisonshield poison`.")
+            checker.problem(
+                ("data", "poison"),
+                f"data.poison: there is no recipe file {block}. Write one with `poisonshield poison`.",
+            )
         return Path(block)
     return checker.choice(POISONS, ("data", "poison"), block)
 
@@ -261,7 +266,9 @@ def build_poison(
         return load_recipe(run.poison, classes=source.classes, image_size=source.image_size, data=source.digest)
     cls = run.poison.cls
     if source.image_size is None:
-        raise DataError(f"poison {cls.name} needs images of one size, and {source.folder} holds several. Import it with --size.")
+        raise DataError(
+            f"poison {cls.name} needs images of one size, and {source.folder} holds several. Import it with --size."
+        )
     poison = cls(run.poison.config, num_classes=len(source.classes), image_size=source.image_size, seed=run.seed)
     if cls.needs_data:
         poison.fit(watch(evaluate_batches(source, batch_size=1000)))
@@ -331,4 +338,3 @@ def spread_batch_norm(run: Run, method: Method, device: torch.device) -> Method:
     if collectives.world_size() > 1 and run.settings.model.batch_norm == "synced":
         return synchronize(method, device)
     return method
-

@@ -14,12 +14,16 @@ data_app = typer.Typer(no_args_is_help=True, help="Import and check data sets (t
 app.add_typer(data_app, name="data")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, for example configs/defend/vespr_cifar10_mini.yaml.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 defenses.0.eps=8/255")]
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 defenses.0.eps=8/255")
+]
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for runs, results.png and report.html.")] = Path("poisonshield-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for runs, results.png and report.html.")] = Path(
+        "poisonshield-demo"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of data order, weights and poison.")] = 0,
 ) -> None:
     """Poison, collapse, VESPR: four small trainings on bundled CIFAR-10 images, in minutes on a CPU."""
@@ -32,7 +36,9 @@ def demo(
 def train(
     config: Config,
     overrides: Overrides = None,
-    print_config: Annotated[bool, typer.Option(help="Print the resolved settings, and DeepSpeed's, then stop.")] = False,
+    print_config: Annotated[
+        bool, typer.Option(help="Print the resolved settings, and DeepSpeed's, then stop.")
+    ] = False,
 ) -> None:
     """Train one experiment; the same as `python launch/train.py`."""
     from poisonshield.commands.train import resolved
@@ -45,7 +51,9 @@ def train(
 
 
 @app.command()
-def evaluate(run_folder: Annotated[Path, typer.Argument(help="The run.dir of a finished run.")], overrides: Overrides = None) -> None:
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(help="The run.dir of a finished run.")], overrides: Overrides = None
+) -> None:
     """Classifier head, k-NN, linear probe and robust accuracy of a finished run, on clean test images."""
     from poisonshield.commands.evaluate import evaluate as run
 
@@ -73,12 +81,18 @@ def doctor() -> None:
 def data_import(
     src: Annotated[Path, typer.Argument(help="A class-folder tree, torchvision's CIFAR-10 folder, or tar shards.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards and manifest.")],
-    size: Annotated[Optional[int], typer.Option(help="Resize the shorter side and centre-crop to this many pixels.")] = None,
-    class_list: Annotated[Optional[Path], typer.Option(help="File with one class folder a line: order and subset.")] = None,
+    size: Annotated[
+        Optional[int], typer.Option(help="Resize the shorter side and centre-crop to this many pixels.")
+    ] = None,
+    class_list: Annotated[
+        Optional[Path], typer.Option(help="File with one class folder a line: order and subset.")
+    ] = None,
     pattern: Annotated[str, typer.Option(help="Which tars, as a file name pattern.")] = "*",
     jpeg_quality: Annotated[Optional[int], typer.Option(help="Write resized images as JPEG instead of PNG.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Images in one tar.")] = 5000,
-    skip_broken: Annotated[bool, typer.Option(help="Drop images that do not decode, and list them in the manifest.")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option(help="Drop images that do not decode, and list them in the manifest.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a data set that is already there.")] = False,
 ) -> None:
     """Turn images into a data set of tar shards."""

@@ -147,7 +147,9 @@ def _merge(into: Tree, child: Tree, old: Any, new: Any, path: tuple) -> Any:
 def _override(tree: Tree, text: str) -> None:
     key, sep, raw = text.partition("=")
     if not sep or not key:
-        raise ConfigError(f"{text!r} is not an override. Write key.path=value, for example seed=1 or defenses.0.eps=4/255.")
+        raise ConfigError(
+            f"{text!r} is not an override. Write key.path=value, for example seed=1 or defenses.0.eps=4/255."
+        )
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as err:
@@ -231,7 +233,11 @@ class Checker:
             text = f"{label} is missing; {owner} needs it."
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(item["input"], (dict, list)) or str(item["input"]) in message else f" (given: {item['input']!r})"
+            given = (
+                ""
+                if isinstance(item["input"], (dict, list)) or str(item["input"]) in message
+                else f" (given: {item['input']!r})"
+            )
             text = f"{label}: {message}{given}" if label else f"{message}"
         self.problem(path, text)
 

@@ -82,7 +82,9 @@ def test_pair_that_cannot_work_is_worded_at_its_block(override, words, tmp_path)
 
 def test_all_mistakes_of_a_file_come_with_their_lines(tmp_path):
     path = tmp_path / "wrong.yaml"
-    path.write_text(f"extends: {MINI}\nseed: x\nmethod:\n  name: simclr\n  temperatur: 1\ndefenses:\n  - name: vespr\n    eps: 8\n")
+    path.write_text(
+        f"extends: {MINI}\nseed: x\nmethod:\n  name: simclr\n  temperatur: 1\ndefenses:\n  - name: vespr\n    eps: 8\n"
+    )
     with pytest.raises(ConfigError) as err:
         read_run(path)
     lines = str(err.value).splitlines()

@@ -1,5 +1,6 @@
 """However many processes share the work, and whatever shards it, VESPR's losses are those of one process."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -34,11 +35,18 @@ def smooth(module):
     return module
 
 
+@functools.cache
+def opened():
+    """The data of every run here."""
+    run = read_run(MINI)
+    data = open_data(run)
+    return data, build_training_set(run, data)
+
+
 def losses(folder, overrides):
     """The loss of each step of a run built as `poisonshield train` builds it, but for the activation."""
     run = read_run(MINI, [*SHORT, *overrides, f"run.dir={folder}"])
-    data = open_data(run)
-    training = build_training_set(run, data)
+    data, training = opened()
     with processes(run.settings.engine, seed=run.seed) as device:
         method = spread_batch_norm(run, smooth(build_method(run, data.num_classes)), device)
         Trainer(

@@ -138,6 +138,8 @@ def test_import_takes_under_a_second_beyond_torch():
 
 
 def test_import_loads_no_heavy_package():
-    loaded = run_python("import sys, poisonshield, poisonshield.build; print(*{m.split('.')[0] for m in sys.modules})").split()
+    loaded = run_python(
+        "import sys, poisonshield, poisonshield.build; print(*{m.split('.')[0] for m in sys.modules})"
+    ).split()
     assert "torch" in loaded
     assert not set(loaded) & {"triton", "deepspeed", "diffusers", "webdataset", "timm", "matplotlib"}

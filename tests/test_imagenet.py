@@ -18,10 +18,10 @@ LIGHT = ["data.batch_size=4", "data.workers=0", "engine.precision=fp32", "engine
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """105 class folders with two training photos and, for the first ones, a test photo; JPEG, sides of 225 to 300."""
+    """105 class folders with a training photo and a test photo; JPEG, sides of 225 to 300."""
     root, draw = tmp_path_factory.mktemp("imagenet"), torch.Generator().manual_seed(0)
     for c, folder in enumerate([*CLASSES, *(f"x{i:08d}" for i in range(5))]):
-        for split, count in (("train", 2), ("val", 1)):
+        for split, count in (("train", 1), ("val", 1)):
             for i in range(count):
                 path = root / split / folder / f"{folder}_{i}.JPEG"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def command(arguments):
 def test_import_takes_the_listed_classes_at_224_pixels(imported):
     train, test = ShardSet.open(imported / "train"), ShardSet.open(imported / "test")
     assert train.classes == test.classes == tuple(CLASSES)
-    assert (len(train), len(test), train.image_size) == (200, 100, (224, 224))
+    assert (len(train), len(test), train.image_size) == (100, 100, (224, 224))
     assert train.extension(0) == "jpg"
 
 
@@ -57,7 +57,7 @@ def test_poison_then_vespr_runs_on_it(imported, tmp_path):
     command(["poison", ROOT / "configs/poison/lsp_in100.yaml", f"data.train={imported}", f"run.dir={tmp_path / 'lsp'}"])
     poisoned = ShardSet.open(tmp_path / "lsp" / "train")
     measured = poisoned.manifest.poison["measured"]
-    assert poisoned.manifest.poison["poisoned"] == 200
+    assert poisoned.manifest.poison["poisoned"] == 100
     assert measured["l2_max"] == pytest.approx(16 / 255 * (3 * 224 * 224) ** 0.5, rel=0.02)
     data = [f"data.train={tmp_path / 'lsp' / 'train'}", f"data.test={imported}"]
     attack = ["defenses.0.steps=1", f"run.dir={tmp_path / 'vespr'}"]

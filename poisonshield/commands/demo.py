@@ -57,7 +57,9 @@ def demo(out: Path, seed: int = 0) -> list[dict]:
     rows = []
     for i, story in enumerate(STORIES):
         console.print(f"[bold]{i + 1} of {len(STORIES)}: {story.title}")
-        folder = train(str(CONFIG), [f"seed={seed}", f"run.dir={json.dumps(str(out / story.folder))}", *story.overrides])
+        folder = train(
+            str(CONFIG), [f"seed={seed}", f"run.dir={json.dumps(str(out / story.folder))}", *story.overrides]
+        )
         rows.append(json.loads((folder / "results.json").read_text())[-1])
     minutes = (time.perf_counter() - start) / 60
     titles = [s.title for s in STORIES]
@@ -74,7 +76,9 @@ def summary(rows: list[dict]) -> str:
     """Two sentences with this run's own numbers: the damage, and the share of it that VESPR brings back."""
     clean, poisoned, _, vespr = (row["test_top1"] for row in rows)
     gap = clean - poisoned
-    text = f"The poison costs supervised training {gap:.1f} points of clean-test accuracy ({clean:.1f} to {poisoned:.1f})."
+    text = (
+        f"The poison costs supervised training {gap:.1f} points of clean-test accuracy ({clean:.1f} to {poisoned:.1f})."
+    )
     if gap > 0:
         text += f" VESPR, on the same poisoned images, reaches {vespr:.1f}: {100 * (vespr - poisoned) / gap:.0f} % of the loss is back."
     return text
@@ -87,7 +91,9 @@ def _print_table(console, rows: list[dict], titles: list[str]) -> None:  # noqa:
     for name in ("training", "classifier", "k-NN", "linear probe", "seconds"):
         table.add_column(name, justify="left" if name == "training" else "right")
     for row, title in zip(rows, titles, strict=True):
-        table.add_row(title, *(f"{row[k]:.1f}" for k in ("test_top1", "knn_top1", "linear_top1")), f"{row['seconds']:.0f}")
+        table.add_row(
+            title, *(f"{row[k]:.1f}" for k in ("test_top1", "knn_top1", "linear_top1")), f"{row['seconds']:.0f}"
+        )
     console.print(table)
 
 
@@ -130,7 +136,9 @@ def _example_sheet(run) -> bytes:  # noqa: ANN001
         "poisoned": poisoned.x,
         f"difference x {_MAGNIFICATION}": (0.5 + _MAGNIFICATION * (poisoned.x - batch.x)).clamp(0, 1),
     }
-    figure, axes = pyplot.subplots(len(pictures), data.num_classes, figsize=(data.num_classes, 3.4), constrained_layout=True)
+    figure, axes = pyplot.subplots(
+        len(pictures), data.num_classes, figsize=(data.num_classes, 3.4), constrained_layout=True
+    )
     for line, (name, x) in zip(axes, pictures.items(), strict=True):
         line[0].set_ylabel(name, fontsize=8)
         for axis, image, label in zip(line, x, data.train.classes, strict=True):

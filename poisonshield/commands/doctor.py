@@ -13,7 +13,18 @@ from poisonshield import __version__
 from poisonshield.data import bundled_names
 from poisonshield.engine.settings import backends
 
-_PACKAGES = ("torch", "torchvision", "timm", "triton", "deepspeed", "diffusers", "webdataset", "safetensors", "pydantic", "tensorboard")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "triton",
+    "deepspeed",
+    "diffusers",
+    "webdataset",
+    "safetensors",
+    "pydantic",
+    "tensorboard",
+)
 
 
 def doctor() -> None:
@@ -27,7 +38,8 @@ def doctor() -> None:
 def report() -> dict[str, dict[str, str]]:
     """The facts by section."""
     return {
-        "versions": {"poisonshield": __version__, "python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": {"poisonshield": __version__, "python": platform.python_version()}
+        | {p: _version(p) for p in _PACKAGES},
         "devices": _devices(),
         "engine backends": {name: _backend(name) for name in backends.names()},
         "launch": _launch(),
@@ -67,8 +79,12 @@ def _launch() -> dict[str, str]:
         beside = os.path.join(os.path.dirname(sys.executable), command)
         path = shutil.which(command) or (beside if os.path.exists(beside) else None)
         facts[command] = path or "not found"
-    given = {k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_JOB_ID") if k in os.environ}
+    given = {
+        k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_JOB_ID") if k in os.environ
+    }
     facts["environment"] = ", ".join(f"{k}={v}" for k, v in given.items()) or "no launcher: one process"
     distributed = torch.distributed.is_available()
-    facts["process groups"] = "gloo" + (", nccl" if torch.distributed.is_nccl_available() else "") if distributed else "torch lacks them"
+    facts["process groups"] = (
+        "gloo" + (", nccl" if torch.distributed.is_nccl_available() else "") if distributed else "torch lacks them"
+    )
     return facts

@@ -59,7 +59,9 @@ def fresh_method(run: Run, data: OpenData, state: dict[str, torch.Tensor], devic
     return method.to(device, memory_format=torch.channels_last).eval()
 
 
-def readouts(run: Run, data: OpenData, method: Method, training: TrainingSet, device: torch.device) -> dict[str, float | None]:
+def readouts(
+    run: Run, data: OpenData, method: Method, training: TrainingSet, device: torch.device
+) -> dict[str, float | None]:
     """test_top1 (classifier head), knn_top1, linear_top1, robust_top1, in percent; None where there is no classifier.
 
     k-NN and the linear probe see the training set as it was trained on (poisoned, purified), without augmentation.

@@ -72,4 +72,3 @@ def _kind(data: bytes) -> str:
     if data.startswith(b"\xff\xd8"):
         return "jpg"
     return "png" if data.startswith(b"\x89PNG") else ""
-

@@ -152,9 +152,7 @@ def import_shards(
             poison = beside.poison
             if poison and settings.preparation.size is not None:
                 poison = {**poison, "altered": "resized after poisoning: the stated budget no longer holds"}
-            _write(
-                samples, out / split, settings, writers, classes=names, note=note, poison=poison, left_out=left_out
-            )
+            _write(samples, out / split, settings, writers, classes=names, note=note, poison=poison, left_out=left_out)
     return {split: Manifest.load(out / split) for split, *_ in groups}
 
 

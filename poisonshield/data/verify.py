@@ -78,9 +78,7 @@ def hash_file(path: Path) -> str:
     return found.hexdigest()
 
 
-def index_shard(
-    folder: Path, manifest: Manifest, number: int, *, faults: list[DataError] | None = None
-) -> Index:
+def index_shard(folder: Path, manifest: Manifest, number: int, *, faults: list[DataError] | None = None) -> Index:
     """Where the samples of one shard lie. Raises DataError for a field, label, key or count that does not fit.
 
     faults: a list that takes those of single samples, all of them, instead of raising the first.

@@ -58,7 +58,9 @@ class VESPR(Defense):
             )
         beyond = [v for v in self.config.attack_views if not 0 <= v < method.num_views]
         if beyond:
-            raise ConfigError(f"vespr.attack_views {beyond}: {method.name} has {method.num_views} views, counted from 0.")
+            raise ConfigError(
+                f"vespr.attack_views {beyond}: {method.name} has {method.num_views} views, counted from 0."
+            )
         return VESPRMethod(method, self.config, self.num_classes, self.seed)
 
 
@@ -91,7 +93,9 @@ class VESPRMethod(Wrapped):
             return F.cross_entropy(self.logits(v).float(), batch.y, reduction="none")
 
         with frozen_stats(self.method.encoder, self.head):
-            return self.attack(objective, view, self.budget, batch.random(self.seed, view.device).within(f"view{index}"))
+            return self.attack(
+                objective, view, self.budget, batch.random(self.seed, view.device).within(f"view{index}")
+            )
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, K]."""

@@ -168,7 +168,7 @@ class Checkpoints:
         if steps:
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged (steps {steps}).\n"
-                "  Copy one back, or start over with engine.resume=false."
+                "  Copy one back, or start over with engine.resume=false run.overwrite=true."
             )
         return None
 

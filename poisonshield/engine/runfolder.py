@@ -1,8 +1,8 @@
 """What a run leaves behind, and whose folder it is.
 
-    config.yaml    resolved settings      checkpoints/   see checkpoint.py
-    metrics.jsonl  one line an interval   export/        weights for timm, torchvision, diffusers
-    results.json   rows of the table      tensorboard/   if asked for
+config.yaml    resolved settings      checkpoints/   see checkpoint.py
+metrics.jsonl  one line an interval   export/        weights for timm, torchvision, diffusers
+results.json   rows of the table      tensorboard/   if asked for
 """
 
 import json

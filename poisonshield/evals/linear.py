@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from poisonshield.evals.features import Features
 
 
-def linear(train: Features, test: Features, *, num_classes: int, weight_decay: float = 1e-4, iterations: int = 100) -> float:
+def linear(
+    train: Features, test: Features, *, num_classes: int, weight_decay: float = 1e-4, iterations: int = 100
+) -> float:
     """Top-1 accuracy in percent. Softmax regression on standardised features by L-BFGS, from zero: nothing is random.
 
     weight_decay multiplies half the squared weights, per mean loss. Costs `iterations` passes over the features.

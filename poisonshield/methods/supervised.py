@@ -30,7 +30,9 @@ class Supervised(Method):
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """Mean cross-entropy over all views."""
         per_view = [
-            F.cross_entropy(self.head(h).float(), batch.y, reduction="none", label_smoothing=self.config.label_smoothing)
+            F.cross_entropy(
+                self.head(h).float(), batch.y, reduction="none", label_smoothing=self.config.label_smoothing
+            )
             for h in features
         ]
         loss = collectives.mean(sum(per_view) / len(per_view), batch.rank_sizes)

@@ -1,7 +1,7 @@
 """Encoders: pixels [B, 3, H, W] in [0, 1] -> features [B, D]. Networks come from timm; ours is the CIFAR stem.
 
 `resnet_mini` is timm's ResNet with one narrow block per stage (300,000 parameters), small enough for two CPU cores.
-Every backbone is exported under timm's own parameter names, so timm loads it strictly.
+Every backbone is exported under timm's own parameter names: with its own stem, timm loads it strictly.
 """
 
 from typing import Literal

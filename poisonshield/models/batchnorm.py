@@ -30,7 +30,9 @@ class SyncedBatchNorm(_BatchNorm):
         local_mean = wide.mean(dims)
         centred = (wide - local_mean.view(1, -1, *[1] * (x.dim() - 2))).square().sum(dims)
         stats = torch.cat([local_mean, centred, local_mean.new_full((1,), count)])
-        mean, centred, counts = collectives.gather(stats[None]).split([x.shape[1], x.shape[1], 1], dim=1)  # [W, C], [W, C], [W, 1]
+        mean, centred, counts = collectives.gather(stats[None]).split(
+            [x.shape[1], x.shape[1], 1], dim=1
+        )  # [W, C], [W, C], [W, 1]
         total = counts.sum()
         overall = (counts * mean).sum(0) / total
         squares = (centred + counts * (mean - overall).square()).sum(0)
@@ -69,4 +71,3 @@ def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
     for norm in norms:
         norm.__class__ = SyncedBatchNorm  # same attributes: only forward differs
     return module
-

@@ -77,11 +77,15 @@ class KeyedRandom:
 
     def uniform(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count] in [0, 1)."""
-        return philox_uniform(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}"))
+        return philox_uniform(
+            count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}")
+        )
 
     def normal(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count], standard normal."""
-        return philox_normal(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}"))
+        return philox_normal(
+            count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}")
+        )
 
     def uniform_like(self, purpose: str, x: Tensor) -> Tensor:
         """Uniform in [0, 1) of the shape, dtype and device of x [B, ...], in logical (C, H, W) order."""

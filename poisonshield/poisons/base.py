@@ -99,7 +99,9 @@ class Poison(Method):
         if self.norm == "linf":
             size = size.amax(1, keepdim=True)
         else:
-            size = torch.nn.functional.pad(size.square_(), (0, 2 ** math.ceil(math.log2(size.shape[1])) - size.shape[1]))
+            size = torch.nn.functional.pad(
+                size.square_(), (0, 2 ** math.ceil(math.log2(size.shape[1])) - size.shape[1])
+            )
             while size.shape[1] > 1:
                 size = size[:, : size.shape[1] // 2] + size[:, size.shape[1] // 2 :]
             size = size.sqrt_()
@@ -130,4 +132,6 @@ class Poison(Method):
             )
         first, last = (int(v) for v in y.aminmax())
         if first < 0 or last >= self.num_classes:
-            raise DataError(f"poison {self.name} got labels {first} to {last}; it was built for {self.num_classes} classes.")
+            raise DataError(
+                f"poison {self.name} got labels {first} to {last}; it was built for {self.num_classes} classes."
+            )

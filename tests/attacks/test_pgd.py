@@ -39,7 +39,9 @@ def test_linear_model_reaches_the_end_of_the_l2_ball():
 def test_result_stays_in_the_ball_and_in_pixel_range(norm):
     model, batch = linear_model(), tiny_batch()
     ball = budget(norm, 0.07)
-    out = PGD(steps=4, step_size=0.05)(lambda v: F.cross_entropy(model(v), batch.y, reduction="none"), batch.x, ball, rng(6))
+    out = PGD(steps=4, step_size=0.05)(
+        lambda v: F.cross_entropy(model(v), batch.y, reduction="none"), batch.x, ball, rng(6)
+    )
     assert ball.measure(out - batch.x).max() <= 0.07 + 1e-6
     assert out.min() >= 0 and out.max() <= 1 and not out.requires_grad
 
@@ -78,7 +80,9 @@ def test_start_follows_the_key_and_not_the_place():
 
     def run(rows):
         part = KeyedRandom(3, sample_ids([batch.keys[i] for i in rows]))
-        return attack(lambda v: F.cross_entropy(model(v), batch.y[rows], reduction="none"), batch.x[rows], Linf(0.05), part)
+        return attack(
+            lambda v: F.cross_entropy(model(v), batch.y[rows], reduction="none"), batch.x[rows], Linf(0.05), part
+        )
 
     whole = run([0, 1, 2, 3, 4, 5])
     assert torch.equal(run([5, 2]), whole[[5, 2]])

@@ -77,7 +77,9 @@ def test_order_of_the_files_does_not_matter(small, tmp_path):
     """The same images in other shards, in reverse: every key gets the same poisoned pixels."""
     source = open_dataset(small, "train")
     shutil.copytree(small / "test", tmp_path / "turned" / "test")
-    with ShardWriter(tmp_path / "turned" / "train", classes=source.classes, image_size=(32, 32), samples_per_shard=70) as w:
+    with ShardWriter(
+        tmp_path / "turned" / "train", classes=source.classes, image_size=(32, 32), samples_per_shard=70
+    ) as w:
         for i in reversed(range(len(source))):
             w.write(source.keys[i], source.decode(i), int(source.labels[i]))
     written = []

@@ -74,7 +74,9 @@ def test_state_dict_is_the_whole_state(kind, name):
     other = make(kind, name)
     other.load_state_dict(copy.deepcopy(method.state_dict()))
     assert train(method, batch, 3) == train(other, batch, 3)
-    assert all(torch.equal(a, b) for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
@@ -90,7 +92,10 @@ def test_loss_does_not_depend_on_the_order_of_samples(kind, name):
     method = make(kind, name)
     batch, order = batch_for(method), torch.randperm(24, generator=torch.Generator().manual_seed(0))
     mixed = batch.replace(
-        keys=tuple(batch.keys[i] for i in order), x=batch.x[order], y=batch.y[order], views=tuple(v[order] for v in batch.views)
+        keys=tuple(batch.keys[i] for i in order),
+        x=batch.x[order],
+        y=batch.y[order],
+        views=tuple(v[order] for v in batch.views),
     )
     a, b = copy.deepcopy(method)(batch).loss, method(mixed).loss
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

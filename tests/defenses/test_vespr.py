@@ -48,7 +48,8 @@ def test_fast_attack_equals_the_full_reference_attack(flagged):
     eps, step, steps = 8 / 255, 2 / 255, 10
     model, batch = joint(eps=eps, step_size=step, steps=steps, attack_views=flagged), tiny_batch(16)
     start = {
-        i: (batch.random(5).within(f"view{i}").uniform_like("pgd/start/0", batch.views[i]) * 2 - 1) * eps for i in flagged
+        i: (batch.random(5).within(f"view{i}").uniform_like("pgd/start/0", batch.views[i]) * 2 - 1) * eps
+        for i in flagged
     }
     slow = full_attack(model, batch, start, eps=eps, step=step, steps=steps, flagged=flagged)
     for i in range(2):

@@ -206,9 +206,9 @@ def test_path_without_a_checkpoint_is_refused(tmp_path):
 def test_where_all_checkpoints_are_damaged_the_run_ends_and_the_advice_helps(tmp_path):
     train(tmp_path)
     os.truncate(tmp_path / "checkpoints" / "step-00000015" / "method.pt", 10)
-    with pytest.raises(CheckpointError, match="start over with engine.resume=false"):
+    with pytest.raises(CheckpointError, match="start over with engine.resume=false run.overwrite=true"):
         train(tmp_path, resume="auto")
-    assert train(tmp_path, resume=False)[1]["steps"] == 15
+    assert train(tmp_path, resume=False, overwrite=True)[1]["steps"] == 15
 
 
 @pytest.mark.parametrize("change", [{"backend": "deepspeed"}, {"zero_stage": 2}], ids=str)
@@ -240,10 +240,10 @@ def test_run_of_other_settings_is_refused_before_it_touches_anything(tmp_path):
     assert len(lines(tmp_path)) == 3 and verify(tmp_path / "checkpoints" / "step-00000003")
 
 
-def test_same_command_again_starts_over_and_gives_the_same(tmp_path):
+def test_starting_over_gives_the_same(tmp_path):
     train(tmp_path)
     first = everything(tmp_path), lines(tmp_path)
-    train(tmp_path)
+    train(tmp_path, overwrite=True)
     assert (everything(tmp_path), lines(tmp_path)) == first
 
 

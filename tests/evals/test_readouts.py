@@ -49,7 +49,9 @@ def test_linear_probe_equals_scikit_learns():
     train, test = blobs(400, 0, 1.5), blobs(300, 1, 1.5)
     scale = preprocessing.StandardScaler().fit(train.h)
     # scikit-learn minimises sum of losses + |w|^2 / (2 C); ours is the mean, so C = 1 / (N * weight_decay).
-    judge = sklearn_linear.LogisticRegression(C=1 / (400 * 1e-2), max_iter=2000, tol=1e-8).fit(scale.transform(train.h), train.y)
+    judge = sklearn_linear.LogisticRegression(C=1 / (400 * 1e-2), max_iter=2000, tol=1e-8).fit(
+        scale.transform(train.h), train.y
+    )
     theirs = 100 * judge.score(scale.transform(test.h), test.y)
     assert linear(train, test, num_classes=4, weight_decay=1e-2) == pytest.approx(theirs, abs=1.0)  # std by n or n - 1
 

@@ -90,11 +90,17 @@ def test_processes_meet_at_the_first_node_and_go_on_from_a_checkpoint(slurm):
 
 def test_deepspeed_starts_one_launcher_a_node_with_a_hostfile(slurm, tmp_path):
     kept = tmp_path / "kept"
-    assert slurm.run("config.yaml", "engine.zero_stage=2", LAUNCHER="deepspeed", PROCS_PER_NODE="4", KEEP=str(kept)) == 0
+    assert (
+        slurm.run("config.yaml", "engine.zero_stage=2", LAUNCHER="deepspeed", PROCS_PER_NODE="4", KEEP=str(kept)) == 0
+    )
     assert kept.read_text() == "node-7 slots=4\nnode-8 slots=4\n"
     assert not list(tmp_path.glob(".hostfile-*"))
     srun = " ".join(slurm.calls())
-    assert "--nodes=2 --ntasks=2 --cpus-per-task=16 bash -c" in srun and "deepspeed --hostfile" in srun and "--no_ssh" in srun
+    assert (
+        "--nodes=2 --ntasks=2 --cpus-per-task=16 bash -c" in srun
+        and "deepspeed --hostfile" in srun
+        and "--no_ssh" in srun
+    )
     assert "config.yaml engine.backend=deepspeed engine.resume=auto engine.zero_stage=2" in srun
 
 

@@ -13,8 +13,18 @@ def golden(views):
     """The fixed inputs of the reference table: online P and target M, [4, 6] per view."""
     p, m = [], []
     for v in range(views):
-        p.append(torch.tensor([[math.sin(1.3 * n + 0.7 * d + 0.5 * v + 0.2 * n * d) for d in range(6)] for n in range(4)], dtype=torch.float64))
-        m.append(torch.tensor([[math.cos(0.9 * n - 0.4 * d + 0.3 * v + 0.1 * n * d) for d in range(6)] for n in range(4)], dtype=torch.float64))
+        p.append(
+            torch.tensor(
+                [[math.sin(1.3 * n + 0.7 * d + 0.5 * v + 0.2 * n * d) for d in range(6)] for n in range(4)],
+                dtype=torch.float64,
+            )
+        )
+        m.append(
+            torch.tensor(
+                [[math.cos(0.9 * n - 0.4 * d + 0.3 * v + 0.1 * n * d) for d in range(6)] for n in range(4)],
+                dtype=torch.float64,
+            )
+        )
     return tuple(p), tuple(m)
 
 

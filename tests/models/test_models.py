@@ -67,10 +67,14 @@ def test_normalisation_is_inside_and_in_pixel_units():
 
 def test_synchronized_batch_norm_alone_is_plain_batch_norm():
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5, affine=False))
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5, affine=False)
+    )
     x = torch.rand(6, 3, 5, 5)
     plain(x)
-    synced = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5, affine=False))
+    synced = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5, affine=False)
+    )
     synced.load_state_dict(plain.state_dict())
     synced = synchronize(synced, torch.device("cpu"))
     assert isinstance(synced[1], SyncedBatchNorm) and list(synced.state_dict()) == list(plain.state_dict())

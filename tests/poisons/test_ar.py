@@ -10,7 +10,11 @@ from poisonshield.poisons.ar import AR, autoregress
 
 @pytest.fixture(scope="module")
 def ar(cifar10, built):
-    return built(AR, cifar10)
+    torch.set_num_threads(2)  # the search is most of this file's time, and its result does not depend on threads
+    try:
+        return built(AR, cifar10)
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,9 @@ def test_orthogonal_projection_removes_it(cls, settings, cifar10, built, linear_
     fitted = torch.stack([centred[train][y[train] == k].mean(0) for k in range(10)])
     basis = torch.linalg.svd(fitted, full_matrices=False).Vh[:9]
     removed = centred - centred @ basis.T @ basis
-    removed = removed + 1e-6 * torch.randn(removed.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    removed = removed + 1e-6 * torch.randn(
+        removed.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     assert linear_accuracy(removed[train], y[train], removed[test], y[test]) <= 10 + 5
 
 

@@ -58,7 +58,10 @@ def test_choice_equals_a_search_over_everything(seed, built):
     x, y = torch.randint(0, 256, (24, 3, 6, 6), generator=draw) / 255, torch.arange(24) % 3
     batch = Batch(tuple(str(i) for i in range(24)), x, y=y)
     poison = built(OnePixel, batch, num_classes=3)
-    found = [(int(c) // 6, int(c) % 6, int(v[0] * 4 + v[1] * 2 + v[2])) for c, v in zip(poison.cells[:, 0], poison.corners[:, 0])]
+    found = [
+        (int(c) // 6, int(c) % 6, int(v[0] * 4 + v[1] * 2 + v[2]))
+        for c, v in zip(poison.cells[:, 0], poison.corners[:, 0])
+    ]
     assert found == brute_force(x.double(), y, 3)
 
 
@@ -98,5 +101,3 @@ def test_unfitted_poison_is_refused(mini):
 def test_more_classes_than_pairs_are_refused():
     with pytest.raises(ConfigError, match="4 cells give 32"):
         OnePixel(OnePixel.Config(patch=2), num_classes=40, image_size=(4, 4), seed=0)
-
-
