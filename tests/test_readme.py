@@ -42,7 +42,9 @@ def test_example_poison_works_in_a_config_and_keeps_its_budget(stripes):
 
 def test_library_example_runs():
     (code,) = [b for b in BLOCKS if "import ShardStream" in b]
-    exec(code, {})
+    names = {}
+    exec(code, names)
+    assert {"PGD", "ShardStream", "open_dataset", "ntxent"} <= names.keys()
 
 
 def test_every_command_and_file_that_is_named_exists():

@@ -88,6 +88,7 @@ class AR(Poison):
         self.register_buffer("taps", torch.zeros(num_classes, 3, 8))
 
     def budget(self) -> float:
+        """The l2 radius (1 at 32 px, the same energy per pixel elsewhere), or eps of l_inf."""
         # 224 px: the paper's code has no eps; equal energy per pixel (eps 7) is our choice, and gives its 3 at 96 px.
         return self.config.eps or (math.sqrt(math.prod(self.image_size)) / 32 if self.norm == "l2" else 8 / 255)
 
@@ -97,6 +98,7 @@ class AR(Poison):
             self.taps.copy_(self.search())
 
     def draw(self, batch: Batch) -> Tensor:
+        """The recurrence of each sample's class from its own random borders, cropped and scaled."""
         self.fit()
         h, w = (side + self.crop for side in self.image_size)
         normal = self.random(batch).normal("ar start", 3 * 2 * (h + w - 2))

@@ -39,7 +39,9 @@ class ClassNoise(Poison):
         self.register_buffer("noise", config.eps * (u.sign() if config.kind == "sign" else u), persistent=False)
 
     def budget(self) -> float:
+        """eps."""
         return self.config.eps
 
     def draw(self, batch: Batch) -> Tensor:
+        """The class's tensor, [B, 3, H, W]."""
         return self.noise[batch.y]

@@ -50,6 +50,7 @@ class Convolution(Poison):
         self.register_buffer("filters", taps.view(num_classes, size, size))
 
     def draw(self, batch: Batch) -> Tensor:
+        """x * w_k scaled to a largest value of 1, minus x."""
         b, _, h, w = batch.x.shape
         size = self.filters.shape[-1]
         levels = (batch.x * 255).round_().view(1, 3 * b, h, w)

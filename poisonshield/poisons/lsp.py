@@ -52,9 +52,11 @@ class LSP(Poison):
         self.register_buffer("mixing", (u.view(-1, d, d) * 255).floor().sub(127).to(torch.int8), persistent=False)
 
     def budget(self) -> float:
+        """The l2 radius eps * sqrt(3 H W), or eps of l_inf."""
         return self.config.eps * (math.sqrt(3 * math.prod(self.image_size)) if self.norm == "l2" else 1.0)
 
     def draw(self, batch: Batch) -> Tensor:
+        """Squares of z = A' n + 10 v, scaled."""
         (h, w), (gh, gw) = self.image_size, self.cells
         n = self.random(batch).normal("lsp noise", self.vertices.shape[1]).mul_(64).round_().div_(64)
         mixing = self.mixing[batch.y].to(torch.float32) / 128  # [B, d, d]

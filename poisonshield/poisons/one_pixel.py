@@ -56,6 +56,7 @@ class OnePixel(Poison):
         self.register_buffer("corners", torch.zeros(num_classes, config.num_pixels, 3, dtype=torch.int64))
 
     def budget(self) -> float:
+        """How many pixels change: cells times their area."""
         return float(self.config.num_pixels * self.patch**2)
 
     def fit(self, batches: Iterable[Batch]) -> None:
@@ -82,6 +83,7 @@ class OnePixel(Poison):
                 scores[cell] = -1.0  # the next one goes elsewhere
 
     def draw(self, batch: Batch) -> Tensor:
+        """Corner colour minus x in the class's cells, 0 elsewhere."""
         if (self.cells < 0).any():
             raise PoisonShieldError("one_pixel chooses its pixels from the data: call fit(batches) before apply.")
         columns, h, w = self.grid[1], *self.image_size

@@ -43,9 +43,11 @@ class Regions(Poison):
         self.register_buffer("signs", signs.view(num_classes, 3, side, side))
 
     def budget(self) -> float:
+        """eps."""
         return self.config.eps
 
     def draw(self, batch: Batch) -> Tensor:
+        """The class's pattern, stretched to [B, 3, H, W]."""
         side = self.signs.shape[-1]
         rows, columns = (torch.arange(n, device=batch.x.device) * side // n for n in self.image_size)
         pattern = self.signs[:, :, rows][..., columns] * self.config.eps  # [K, 3, H, W]

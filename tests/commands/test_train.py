@@ -59,7 +59,8 @@ def test_backbone_loads_strictly_into_timm(run):
 
     stem = {"stem_type": "deep", "stem_width": 8}
     network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(16, 32, 64, 128), **stem)
-    network.load_state_dict(load_file(run / "export" / "backbone.safetensors"), strict=True)
+    loaded = network.load_state_dict(load_file(run / "export" / "backbone.safetensors"), strict=True)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
 
 
 def test_full_resnet_backbone_loads_strictly_into_timm_and_torchvision(tmp_path):

@@ -50,6 +50,7 @@ class DeepSpeed:
         self.json = deepspeed_config(config, optimizer)
 
     def prepare(self, method: Method) -> None:
+        """Hand method and optimiser to DeepSpeed."""
         scalars = [name for name, p in method.named_parameters() if p.dim() == 0]
         if scalars:  # deepspeed fails on them with a message about views
             raise BackendError(
@@ -75,6 +76,7 @@ class DeepSpeed:
         self.engine.checkpoint_engine = _weights_only(self.engine.checkpoint_engine)
 
     def forward_backward(self, batch: Batch) -> StepOutput:
+        """One call of the engine, one backward."""
         output = self.engine(batch)
         self.engine.backward(output.loss)
         return StepOutput(output.loss.detach(), {k: v.detach() for k, v in output.metrics.items()})
@@ -89,6 +91,7 @@ class DeepSpeed:
         return torch.nn.utils.get_total_norm(gradients).to(self.device)
 
     def step(self, lr: float) -> None:
+        """One step of DeepSpeed's at this rate, then `after_step` with whole weights."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -104,12 +107,15 @@ class DeepSpeed:
                 self.method.after_step()
 
     def discard(self) -> None:
+        """Raises BackendError: not possible here."""
         raise BackendError("deepspeed cannot drop a step whole: set engine.nonfinite: stop.")
 
     def save(self, folder: Path) -> None:
+        """DeepSpeed's own checkpoint, each rank its part."""
         self.engine.save_checkpoint(str(folder / _FOLDER), tag=_TAG)
 
     def load(self, folder: Path, saved_world: int) -> None:
+        """The same, on as many ranks as wrote it (stage 0: on any number)."""
         world = collectives.world_size()
         files = folder / _FOLDER
         if saved_world != world and self.config.zero_stage > 0:
@@ -124,6 +130,7 @@ class DeepSpeed:
             raise CheckpointError(f"DeepSpeed found nothing to load in {files}.")
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Pieces gathered one tensor at a time."""
         import deepspeed
 
         whole = {}
@@ -164,6 +171,7 @@ def _weights_only(writer: Any) -> Any:
     records = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
     def load(path: str, map_location: Any = None) -> Any:
+        """The same, on as many ranks as wrote it (stage 0: on any number)."""
         with torch.serialization.safe_globals(records):
             try:
                 return torch.load(path, map_location=map_location, weights_only=True)

@@ -34,6 +34,7 @@ class Plain:
         self._buffers_before: list[Tensor] = []
 
     def prepare(self, method: Method) -> None:
+        """Build the optimiser; wrap in DistributedDataParallel where there are several ranks."""
         self.method = method
         self.optimizer = build_optimizer(method, self.optim_config)
         self.module: nn.Module = method
@@ -43,6 +44,7 @@ class Plain:
             self.module = DistributedDataParallel(method, **{_BUFFER_SWITCH: False})
 
     def forward_backward(self, batch: Batch) -> StepOutput:
+        """Forward under autocast (bf16) or not, one backward."""
         if self.config.nonfinite == "skip":
             self._buffers_before = [b.clone() for b in self.method.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
@@ -52,6 +54,7 @@ class Plain:
         return StepOutput(output.loss.detach(), {k: v.detach() for k, v in output.metrics.items()})
 
     def clip(self) -> Tensor:
+        """The norm of the whole gradient, clipped where the settings ask for it."""
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         limit = self.optim_config.clip_norm
         if limit is not None:
@@ -59,27 +62,32 @@ class Plain:
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def step(self, lr: float) -> None:
+        """One optimiser step at this rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.method.after_step()
 
     def discard(self) -> None:
+        """Gradients dropped, buffers as before the forward."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in zip(self.method.buffers(), self._buffers_before):
                 buffer.copy_(before)
 
     def save(self, folder: Path) -> None:
+        """method.pt and optimizer.pt, by rank 0."""
         if collectives.rank() == 0:
             save_plain(self.method.state_dict(), folder / "method.pt")
             save_plain(self.optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path, saved_world: int) -> None:
+        """The same files, on any number of ranks."""
         self.method.load_state_dict(load_plain(folder / "method.pt"))
         self.optimizer.load_state_dict(load_plain(folder / "optimizer.pt"))
 
     def state_dict(self) -> dict[str, Tensor]:
+        """A copy on the CPU."""
         if collectives.rank() != 0:
             return {}
         return {name: value.detach().cpu().clone() for name, value in self.method.state_dict().items()}
