@@ -145,7 +145,7 @@ def _example_sheet(run) -> bytes:  # noqa: ANN001
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_xticks([], [])
             axis.set_yticks([], [])
-            if line is axes[0]:
+            if name == "clean":
                 axis.set_title(label, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
