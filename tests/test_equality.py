@@ -1,13 +1,16 @@
 """However many processes share the work, and whatever shards it, VESPR's losses are those of one process."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from dist import run_dist
 from torch import nn
 
+from poisonshield import collectives
 from poisonshield.build import build_method, build_stream, build_training_set, open_data, read_run, spread_batch_norm
 from poisonshield.engine.processes import processes
 from poisonshield.engine.runfolder import RunFolder
@@ -67,6 +70,26 @@ def both(folder, overrides):
     return losses(f"{folder}-attack", overrides + ATTACK), losses(f"{folder}-calm", overrides + NO_ATTACK)
 
 
+def exact_losses(rank, world, lr):
+    """The losses of 20 steps of the shipped network, ReLU and all, in float64, where no rounding reaches a kink."""
+    run = read_run(MINI, [*SHORT, *ATTACK, "method.hidden=64"])
+    data, training = opened()
+    with processes(run.settings.engine, seed=run.seed) as device:
+        method = spread_batch_norm(run, build_method(run, data.num_classes).double(), device).train()
+        stream = build_stream(run, training, method, device)
+        optimizer = torch.optim.SGD(method.parameters(), lr=lr, momentum=0.9)
+        seen = []
+        for batch in itertools.islice(stream, 20):
+            optimizer.zero_grad()
+            output = method(batch.replace(views=tuple(v.double() for v in batch.views)))
+            output.loss.backward()
+            for p in method.parameters():  # what DistributedDataParallel does, written out
+                p.grad = collectives.all_reduce_sum(p.grad) / world
+            optimizer.step()
+            seen.append(float(collectives.all_reduce_sum(output.loss.detach()) / world))
+    return seen
+
+
 def every_backend(rank, world, folder, more):
     """On two ranks, one after the other: {backend: (losses with attack, losses without)}."""
     return {name: both(f"{folder}/{name}", over + more) for name, over in BACKENDS.items()}
@@ -98,6 +121,12 @@ def test_losses_of_two_ranks_are_those_of_one(name, alone, shared):
     assert len(attack) == 5 and len(set(attack)) == 5
     assert apart(calm, calm_2) < 1e-5
     assert apart(attack, attack_2) < 1e-4
+
+
+@pytest.mark.dist
+def test_relu_network_at_a_training_rate_agrees_in_float64():
+    alone, (two, _) = exact_losses(0, 1, 0.1), run_dist(exact_losses, 2, 0.1)
+    assert len(set(alone)) == 20 and apart(alone[:5], two[:5]) < 1e-9 and apart(alone, two) < 1e-3
 
 
 @pytest.mark.dist

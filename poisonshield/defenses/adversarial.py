@@ -15,6 +15,7 @@ from poisonshield.config import Number, Settings
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import Method
+from poisonshield.ops.precision import at_least_float32
 
 
 class Adversarial(Defense):
@@ -61,7 +62,7 @@ class AdversarialMethod(Wrapped):
         """The inner method's loss on attacked views."""
 
         def objective(v: Tensor) -> Tensor:
-            return F.cross_entropy(self.method.logits(v).float(), batch.y, reduction="none")
+            return F.cross_entropy(at_least_float32(self.method.logits(v)), batch.y, reduction="none")
 
         views = []
         with frozen_stats(self.method):

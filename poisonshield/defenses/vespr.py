@@ -26,6 +26,7 @@ from poisonshield.config import Pixels, Settings
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import Method
+from poisonshield.ops.precision import at_least_float32
 
 
 class VESPR(Defense):
@@ -79,7 +80,8 @@ class VESPRMethod(Wrapped):
         batch = batch.replace(views=tuple(self.attacked(v, i, batch) for i, v in enumerate(batch.views)))
         features = self.method.features(batch)
         out = self.method.loss(features, batch)
-        ce = sum(F.cross_entropy(self.head(h).float(), batch.y, reduction="none") for h in features) / len(features)
+        scores = (at_least_float32(self.head(h)) for h in features)
+        ce = sum(F.cross_entropy(s, batch.y, reduction="none") for s in scores) / len(features)
         ce = collectives.mean(ce, batch.rank_sizes)
         loss = self.config.ssl_weight * out.loss + self.config.ce_weight * ce
         return StepOutput(loss, {**out.metrics, "ce": ce.detach()})
@@ -90,7 +92,7 @@ class VESPRMethod(Wrapped):
             return view
 
         def objective(v: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(v).float(), batch.y, reduction="none")
+            return F.cross_entropy(at_least_float32(self.logits(v)), batch.y, reduction="none")
 
         with frozen_stats(self.method.encoder, self.head):
             return self.attack(

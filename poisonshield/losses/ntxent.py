@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poisonshield import collectives
 from poisonshield.errors import ShapeError
+from poisonshield.ops.precision import at_least_float32
 
 
 def ntxent(
@@ -31,8 +32,8 @@ def ntxent(
         shapes = [tuple(t.shape) for t in (*queries, *keys)]
         raise ShapeError(f"ntxent got views of shapes {shapes}; it needs two or more views, all [B, D] alike.")
     # Similarities in float32: in half precision their resolution would be near 1e-3 / temperature.
-    p = [F.normalize(q.float(), dim=1) / temperature for q in queries]
-    m = [collectives.gather(F.normalize(k.float(), dim=1), rank_sizes) for k in keys]
+    p = [F.normalize(at_least_float32(q), dim=1) / temperature for q in queries]
+    m = [collectives.gather(F.normalize(at_least_float32(k), dim=1), rank_sizes) for k in keys]
     size, first = len(queries[0]), sum((rank_sizes or ())[: collectives.rank()])
     own = torch.arange(first, first + size, device=p[0].device)
     total = p[0].new_zeros(size)

@@ -10,6 +10,7 @@ from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.method import Method
+from poisonshield.ops.precision import at_least_float32
 
 
 class Supervised(Method):
@@ -31,7 +32,7 @@ class Supervised(Method):
         """Mean cross-entropy over all views."""
         per_view = [
             F.cross_entropy(
-                self.head(h).float(), batch.y, reduction="none", label_smoothing=self.config.label_smoothing
+                at_least_float32(self.head(h)), batch.y, reduction="none", label_smoothing=self.config.label_smoothing
             )
             for h in features
         ]

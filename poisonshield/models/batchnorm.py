@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from poisonshield import collectives
 from poisonshield.errors import BackendError
+from poisonshield.ops.precision import at_least_float32
 
 
 class SyncedBatchNorm(_BatchNorm):
@@ -26,7 +27,7 @@ class SyncedBatchNorm(_BatchNorm):
             return super().forward(x)
         dims = [d for d in range(x.dim()) if d != 1]
         count = x.numel() // x.shape[1]
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = at_least_float32(x)
         local_mean = wide.mean(dims)
         centred = (wide - local_mean.view(1, -1, *[1] * (x.dim() - 2))).square().sum(dims)
         stats = torch.cat([local_mean, centred, local_mean.new_full((1,), count)])
