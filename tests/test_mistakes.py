@@ -56,7 +56,8 @@ def run(*overrides, ranks=2):
 def said(*overrides):
     seconds, status, text = run(*overrides)
     assert status == 1 and "Traceback" not in text, text
-    assert seconds < 5, f"{seconds:.1f} s: {text}"
+    print(f"{seconds:.1f} s")  # a busy machine may be slow; one that waits for the other rank is slower by minutes
+    assert seconds < 30, f"{seconds:.1f} s: {text}"
     return text
 
 
