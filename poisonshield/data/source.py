@@ -75,10 +75,6 @@ class ResidentSource:
         """A copy of these samples, uint8 [B, 3, H, W]."""
         return self.pixels[indices]
 
-    def map_pixels(self, stage: Callable[[Batch], Batch], *, chunk: int = 1000) -> "ResidentSource":
-        """A new resident source with the stage applied to every pixel once."""
-        return ResidentSource(self, stage, chunk=chunk)
-
 
 def _staged(stage: Callable[[Batch], Batch], batch: Batch) -> Tensor:
     out = stage(batch)

@@ -160,7 +160,7 @@ def test_tar_and_resident_sources_give_the_same_order_and_bytes(sources, stages)
 
 
 def test_a_recipe_applied_once_equals_the_recipe_applied_while_loading(sources):
-    once = ResidentSource(sources[8]).map_pixels(brighten, chunk=7)
+    once = ResidentSource(ResidentSource(sources[8]), brighten, chunk=7)
     at_once = ResidentSource(sources[8], brighten, chunk=4)
     assert once.pixels.equal(at_once.pixels)
     assert not once.pixels.equal(ResidentSource(sources[8]).pixels)
