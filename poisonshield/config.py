@@ -83,10 +83,21 @@ def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
     block belonged to the old name. Raises ConfigError for missing files, bad YAML and impossible overrides.
     """
     tree = _load_file(Path(path), ())
-    # A name starts its block afresh, so it goes first: else the order of overrides would decide what is lost.
-    for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith("name")):
+    for text in _names_first(overrides):
         _override(tree, text)
     return tree
+
+
+def _names_first(overrides: Iterable[str]) -> list[str]:
+    """The overrides in their order, but `block.name=` before the block's other settings, which it would discard."""
+    ordered: list[str] = []
+    for text in overrides:
+        block, dot, last = text.partition("=")[0].rpartition(".")
+        at = len(ordered)
+        if dot and last == "name":
+            at = next((i for i, earlier in enumerate(ordered) if earlier.startswith(f"{block}.")), at)
+        ordered.insert(at, text)
+    return ordered
 
 
 def _load_file(path: Path, seen: tuple[Path, ...]) -> Tree:

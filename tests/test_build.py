@@ -96,6 +96,29 @@ def test_changed_defense_list_replaces_the_old_one():
     assert [d.name for d in run.defenses] == ["adversarial"] and run.defense_label == "adversarial"
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_name_of_a_block_keeps_the_settings_given_beside_it_in_any_order(turned):
+    overrides = ["data.poison.eps=2/255", "data.poison.name=class_noise"]
+    run = read_run(MINI, overrides[::-1] if turned else overrides)
+    assert run.poison.name == "class_noise" and run.poison.config.eps == pytest.approx(2 / 255)
+    named_later = read_run(MINI, ["method.name=supervised", "defenses=[{name: vespr}]", "defenses.0.name=adversarial"])
+    assert named_later.defense_label == "adversarial"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.poison.name=ar", "data.poison.budget=linf", "data.poison.eps=8"],
+        ["method.name=supervised", "defenses=[{name: adversarial, eps: 8}]"],
+    ],
+)
+def test_linf_radius_in_levels_is_refused_where_the_norm_is_a_choice(overrides):
+    with pytest.raises(ConfigError, match="8 of .*linf is outside .* Did you mean 8/255"):
+        read_run(MINI, overrides)
+    l2 = [o.replace("linf", "l2").replace("eps: 8", "eps: 8, norm: l2") for o in overrides]
+    assert read_run(MINI, l2).record
+
+
 def test_labels_say_what_was_done():
     run = read_run(MINI, ["defenses=[{name: vespr, attack_views: []}]", "data.poison=null"])
     assert (run.defense_label, run.poison_label) == ("ssl+ce", "none")

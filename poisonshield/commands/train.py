@@ -36,10 +36,10 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
     engine = run.settings.engine
     folder = RunFolder(run.settings.run.dir, overwrite=run.settings.run.overwrite)
     folder.check(run.record, resume=engine.resume)
+    refuse_missing(engine)
     data = open_data(run)
     training = build_training_set(run, data)
     method = build_method(run, data.num_classes)
-    refuse_missing(engine)
     with processes(engine, seed=run.seed) as device:
         method = spread_batch_norm(run, method, device)
         log.info("%s: %s on %s, poison %s, defense %s", run.origin, run.method.name, run.settings.data.train,

@@ -89,6 +89,13 @@ def test_evaluation_again_gives_the_same_numbers(run):
     assert set(said) == {"test_top1", "knn_top1", "linear_top1", "robust_top1"}
 
 
+@pytest.mark.parametrize("text", ["seed=7", "defenses=[]", "data.test=elsewhere"])
+def test_evaluation_does_not_change_what_was_trained(run, text, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), text])
+    assert f"{text}: a finished run keeps what it was trained with" in capsys.readouterr().err
+
+
 def test_evaluation_of_an_unfinished_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["evaluate", str(tmp_path)])

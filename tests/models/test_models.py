@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from poisonshield.errors import ConfigError
+from poisonshield.errors import BackendError, ConfigError
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import SyncedBatchNorm, synchronize
 from poisonshield.models.heads import projector
@@ -51,6 +51,14 @@ def test_imagenet_backbone_loads_strictly_in_timm_and_torchvision():
 def test_unknown_backbone_gets_the_nearest_name():
     with pytest.raises(ConfigError, match="Did you mean resnet18"):
         build_encoder(BackboneConfig(name="resnet_18"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batch_norm_with_an_activation_inside_is_not_converted(device):
+    from timm.layers import BatchNormAct2d
+
+    with pytest.raises(BackendError, match="BatchNormAct2d cannot be synchronised"):
+        synchronize(nn.Sequential(BatchNormAct2d(4)), torch.device(device))
 
 
 def test_network_without_a_stem_to_change_is_refused():
