@@ -21,6 +21,10 @@ class BudgetError(PoisonShieldError, ValueError):
     """A perturbation exceeds its declared budget, or the budget itself makes no sense."""
 
 
+class GradientError(PoisonShieldError, RuntimeError):
+    """A derivative was asked for where there is none."""
+
+
 class CheckpointError(PoisonShieldError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 

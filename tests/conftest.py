@@ -1,10 +1,19 @@
 """Shared by all tests: where the optional real data is, and one thread, so that sums do not depend on the machine's cores."""
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's own functions decide when they are imported whether they can be interpreted, so that comes first.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and dist.py
 torch.set_num_threads(1)
@@ -19,3 +28,10 @@ def cifar10_folder() -> Path:
     if not (folder / "manifest.json").is_file():
         pytest.skip(f"needs CIFAR-10 shards in {folder}")
     return folder
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton kernels run in Triton's interpreter, on CPU tensors: backend="triton" works without a GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield

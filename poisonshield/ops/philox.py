@@ -30,26 +30,47 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def philox_words(count: int, *, seed: int, ids: Tensor, offset: int = 0, stream: int = 0) -> Tensor:
-    """`count` 32-bit words for each sample id: int64 [B, count]. ids int64 [B]; seed any int (64 bits count)."""
+def philox_words(
+    count: int, *, seed: int | Tensor, ids: Tensor, offset: int | Tensor = 0, stream: int | Tensor = 0
+) -> Tensor:
+    """`count` 32-bit words for each sample id: int64 [B, count]. ids int64 [B].
+
+    seed any int (64 bits count); seed, offset and stream may be int64 tensors of one element on the device of ids, so
+    that a captured CUDA graph can replay with new ones.
+    """
     blocks = torch.arange((count + 3) // 4, device=ids.device)
     ids = ids[:, None]
-    key = ((seed & _MASK) ^ ((ids >> 32) & _MASK), torch.full_like(ids, (seed >> 32) & _MASK))
-    counter = (blocks[None, :], ids & _MASK, torch.full_like(ids, offset & _MASK), torch.full_like(ids, stream & _MASK))
+    key = ((seed & _MASK) ^ ((ids >> 32) & _MASK), (ids & 0) + ((seed >> 32) & _MASK))
+    counter = (blocks[None, :], ids & _MASK, (ids & 0) + (offset & _MASK), (ids & 0) + (stream & _MASK))
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, key)), dim=-1)  # [B, blocks, 4]
     return words.flatten(1)[:, :count]
 
 
-def philox_uniform(count: int, *, seed: int, ids: Tensor, offset: int = 0, stream: int = 0) -> Tensor:
-    """Uniform float32 in [0, 1), [B, count]: the top 24 bits of each word times 2^-24, exact on every device."""
-    words = philox_words(count, seed=seed, ids=ids, offset=offset, stream=stream)
-    return (words >> 8).to(torch.float32) * 2.0**-24
+def philox_uniform(
+    shape: Sequence[int],
+    seed: int | Tensor,
+    offset: int | Tensor = 0,
+    device: torch.device | str | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    stream: int | Tensor = 0,
+) -> Tensor:
+    """Uniform float32 in [0, 1) of `shape` (B, ...): the top 24 bits of each word times 2^-24, exact on every device.
+
+    sample_ids int64 [B], by default 0 .. B-1: row i is a function of (seed, offset, stream, sample_ids[i]) alone.
+    Elements count in row-major order of shape[1:]. Device: that of sample_ids, else `device`.
+    """
+    ids = torch.arange(shape[0], device=device) if sample_ids is None else sample_ids
+    words = philox_words(math.prod(shape[1:]), seed=seed, ids=ids, offset=offset, stream=stream)
+    return ((words >> 8).to(torch.float32) * 2.0**-24).reshape(tuple(shape))
 
 
-def philox_normal(count: int, *, seed: int, ids: Tensor, offset: int = 0, stream: int = 0) -> Tensor:
+def philox_normal(
+    count: int, *, seed: int | Tensor, ids: Tensor, offset: int | Tensor = 0, stream: int | Tensor = 0
+) -> Tensor:
     """Standard normal float32 [B, count] by Box-Muller; equal across devices to a few ulp, not to the bit."""
     pairs = (count + 1) // 2
-    u = philox_uniform(2 * pairs, seed=seed, ids=ids, offset=offset, stream=stream)
+    u = philox_uniform((len(ids), 2 * pairs), seed, offset, sample_ids=ids, stream=stream)
     radius = torch.sqrt(-2.0 * torch.log1p(-u[:, :pairs]))  # 1 - u lies in (0, 1], so the log is finite
     angle = (2.0 * math.pi) * u[:, pairs:]
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]
@@ -77,15 +98,13 @@ class KeyedRandom:
 
     def uniform(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count] in [0, 1)."""
-        return philox_uniform(
-            count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}")
-        )
+        stream = stream_of(f"{self.scope}/{purpose}")
+        return philox_uniform((len(self.ids), count), self.seed, self.offset, sample_ids=self.ids, stream=stream)
 
     def normal(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count], standard normal."""
-        return philox_normal(
-            count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream_of(f"{self.scope}/{purpose}")
-        )
+        stream = stream_of(f"{self.scope}/{purpose}")
+        return philox_normal(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream)
 
     def uniform_like(self, purpose: str, x: Tensor) -> Tensor:
         """Uniform in [0, 1) of the shape, dtype and device of x [B, ...], in logical (C, H, W) order."""

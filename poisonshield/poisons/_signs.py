@@ -21,7 +21,7 @@ def distinct_signs(count: int, length: int, *, seed: int, purpose: str) -> Tenso
     start = 0
     while len(found) < count:
         ids = torch.arange(start, start + count)
-        draws = philox_uniform(length, seed=seed, ids=ids, stream=stream_of(purpose)) < 0.5
+        draws = philox_uniform((len(ids), length), seed, sample_ids=ids, stream=stream_of(purpose)) < 0.5
         found.update(dict.fromkeys(map(tuple, draws.tolist())))
         start += count
     return torch.tensor(list(found)[:count]).to(torch.float32) * 2 - 1

@@ -33,7 +33,10 @@ class ClassNoise(Poison):
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
         h, w = image_size
         stream = stream_of("class noise")
-        rows = [philox_uniform(3 * h * w, seed=seed, ids=torch.tensor([k]), stream=stream) for k in range(num_classes)]
+        rows = [
+            philox_uniform((1, 3 * h * w), seed, sample_ids=torch.tensor([k]), stream=stream)
+            for k in range(num_classes)
+        ]
         u = torch.cat(rows).view(num_classes, 3, h, w) * 2 - 1
         # Not persistent: the seed gives it back to the bit, and 100 classes at 224 px would be 60 MB in a recipe.
         self.register_buffer("noise", config.eps * (u.sign() if config.kind == "sign" else u), persistent=False)

@@ -43,7 +43,9 @@ class Convolution(Poison):
         size, blur = (3, 0.3) if min(image_size) < 96 else (9, 0.06)
         size, blur = config.size or size, config.blur or blur
         classes = torch.arange(num_classes)
-        u = philox_uniform(size * size + 1, seed=seed, ids=classes, stream=stream_of("convolution filters"))
+        u = philox_uniform(
+            (len(classes), size * size + 1), seed, sample_ids=classes, stream=stream_of("convolution filters")
+        )
         # Taps are whole steps and pixels whole levels, so every sum is exact in float32: the same on any backend.
         taps = (u[:, 1:] * blur / STEP).round() * STEP
         taps[classes, (u[:, 0] * size * size).to(torch.int64)] = 1.0

@@ -47,7 +47,7 @@ class LSP(Poison):
         self.register_buffer("vertices", distinct_signs(num_classes, d, seed=seed, purpose="lsp vertices"))  # [K, d]
         # U(-1, 1) in steps of 1/128. With normals in steps of 1/64 every product and partial sum of A'n is exact in
         # float32, so that a sample's pixels do not depend on how a matrix product orders its terms.
-        u = philox_uniform(d * d, seed=seed, ids=torch.arange(num_classes), stream=stream_of("lsp mixing"))
+        u = philox_uniform((num_classes, d * d), seed, stream=stream_of("lsp mixing"))
         # Not persistent: the seed gives it back to the bit, and 100 classes at 224 px would be 2 MB in a recipe.
         self.register_buffer("mixing", (u.view(-1, d, d) * 255).floor().sub(127).to(torch.int8), persistent=False)
 

@@ -37,18 +37,18 @@ def test_matches_plain_python_integers():
 
 def test_rows_do_not_depend_on_the_batch_or_on_how_many_are_drawn():
     ids = sample_ids([f"k{i}" for i in range(10)])
-    whole = philox_uniform(13, seed=1, ids=ids)
-    assert torch.equal(philox_uniform(13, seed=1, ids=ids[[7, 2]]), whole[[7, 2]])
-    assert torch.equal(philox_uniform(5, seed=1, ids=ids), whole[:, :5])
+    whole = philox_uniform((len(ids), 13), 1, sample_ids=ids)
+    assert torch.equal(philox_uniform((len(ids[[7, 2]]), 13), 1, sample_ids=ids[[7, 2]]), whole[[7, 2]])
+    assert torch.equal(philox_uniform((len(ids), 5), 1, sample_ids=ids), whole[:, :5])
 
 
 def test_seed_offset_stream_and_sample_give_other_numbers():
     ids = torch.arange(4)
-    base = philox_uniform(64, seed=1, ids=ids)
+    base = philox_uniform((len(ids), 64), 1, sample_ids=ids)
     others = [
-        philox_uniform(64, seed=2, ids=ids),
-        philox_uniform(64, seed=1, ids=ids, offset=1),
-        philox_uniform(64, seed=1, ids=ids, stream=1),
+        philox_uniform((len(ids), 64), 2, sample_ids=ids),
+        philox_uniform((len(ids), 64), 1, sample_ids=ids, offset=1),
+        philox_uniform((len(ids), 64), 1, sample_ids=ids, stream=1),
         base.roll(1, 0),
     ]
     for other in others:
@@ -58,7 +58,7 @@ def test_seed_offset_stream_and_sample_give_other_numbers():
 
 def test_uniform_and_normal_have_their_moments():
     ids = torch.arange(400)
-    u, n = philox_uniform(500, seed=0, ids=ids), philox_normal(501, seed=0, ids=ids)
+    u, n = philox_uniform((len(ids), 500), 0, sample_ids=ids), philox_normal(501, seed=0, ids=ids)
     assert u.min() >= 0 and u.max() < 1
     edges = torch.histc(u, 20, 0, 1) / u.numel()
     assert (edges - 0.05).abs().max() < 5 * math.sqrt(0.05 * 0.95 / u.numel())
