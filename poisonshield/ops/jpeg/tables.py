@@ -1,0 +1,58 @@
+"""Quantisation tables: the Annex K base tables of the JPEG standard and libjpeg's quality rule.
+
+Row-major and not transposed: the luminance table is not symmetric, and a transposed copy of it is a common error.
+"""
+
+import torch
+from torch import Tensor
+
+from poisonshield.errors import ShapeError
+
+LUMINANCE = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+CHROMINANCE = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+)
+
+
+def jpeg_tables(quality: Tensor | float | int, base: Tensor | None = None) -> Tensor:
+    """The luminance and chrominance tables that libjpeg writes for each quality: int32 [B, 2, 8, 8], in 1..255.
+
+    quality: number or [B], 1..100; outside it is clamped, as libjpeg does. base: [2, 8, 8] or [B, 2, 8, 8] in place of
+    Annex K. For the gradient with respect to either, see `scaled_tables`.
+    """
+    return scaled_tables(torch.as_tensor(quality), base).round().to(torch.int32)
+
+
+def scaled_tables(quality: Tensor, base: Tensor | None = None) -> Tensor:
+    """`jpeg_tables` as float32 (float64 if an input is), differentiable: every floor passes gradients straight through.
+
+    ds/dQ = -5000/Q^2 below 50, else -2; dq/ds = base/100 where the table is inside 1..255, else 0.
+    """
+    dtype = torch.float64 if torch.float64 in (quality.dtype, None if base is None else base.dtype) else torch.float32
+    q = quality.reshape(-1).to(dtype).clamp(1, 100)
+    if base is None:
+        base = torch.tensor((LUMINANCE, CHROMINANCE), dtype=dtype, device=q.device)
+    if base.dim() not in (3, 4) or base.shape[-3:] != (2, 8, 8):
+        raise ShapeError(f"qtables have shape {tuple(base.shape)}. Give (2, 8, 8), luminance first, or (B, 2, 8, 8).")
+    scale = _floor(torch.where(q < 50, 5000 / q, 200 - 2 * q))[:, None, None, None]
+    return _floor((base.to(dtype) * scale + 50) / 100).clamp(1, 255)  # [B, 2, 8, 8]
+
+
+def _floor(x: Tensor) -> Tensor:
+    return x + (x.detach().floor() - x.detach())
