@@ -35,3 +35,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton kernels run in Triton's interpreter, on CPU tensors: backend="triton" works without a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     yield
+
+
+@pytest.fixture(scope="session")
+def dreambooth_folder() -> Path:
+    """DreamBooth photographs, one folder a subject, next to the checkout; the test is skipped without them."""
+    folder = SHARED / "dreambooth"
+    if not folder.is_dir():
+        pytest.skip(f"needs DreamBooth photographs in {folder}")
+    return folder

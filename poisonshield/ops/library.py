@@ -34,7 +34,11 @@ def register(
 
     def run(*args: Any) -> Any:
         *rest, backend = args
-        return room.run(name, backend, *rest)
+        device = rest[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return room.run(name, backend, *rest)
+        with torch.autocast(device, enabled=False):  # an op fixes its own precision
+            return room.run(name, backend, *rest)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

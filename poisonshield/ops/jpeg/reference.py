@@ -110,7 +110,7 @@ class Pipeline:
         # Up to two columns of chrominance are copied, not interpolated, as in libjpeg.
         self.smooth = upsample == "fancy" and chroma_size[1] > 2
 
-        planes = self.integer(self._to_ycc(x.to(self.dtype)))
+        planes = self.integer(self._to_ycc(x.to(self.dtype).contiguous()))
         chroma = planes[:, 1:]
         if self.half_chroma:
             luma = pad_to(planes[:, :1], 16)
@@ -141,11 +141,10 @@ class Pipeline:
         chroma = chroma[..., : self.h, : self.w]
         cb, cr = chroma[:, 0], chroma[:, 1]
         y = luma[:, 0] + 128
-        rgb = torch.empty((len(y), 3, self.h, self.w), dtype=y.dtype, device=y.device)
-        torch.add(y, cr, alpha=_TO_RGB[0][2], out=rgb[:, 0])
-        torch.add(y, cb, alpha=_TO_RGB[1][1], out=rgb[:, 1]).add_(cr, alpha=_TO_RGB[1][2])
-        torch.add(y, cb, alpha=_TO_RGB[2][1], out=rgb[:, 2])
-        return rgb
+        red = torch.add(y, cr, alpha=_TO_RGB[0][2])
+        green = torch.add(y, cb, alpha=_TO_RGB[1][1]).add_(cr, alpha=_TO_RGB[1][2])
+        blue = torch.add(y, cb, alpha=_TO_RGB[2][1])
+        return torch.stack((red, green, blue), 1)
 
     def output(self) -> Tensor:
         """[B, 3, H, W] in the space of x."""
@@ -246,6 +245,9 @@ def _blockwise(m: Tensor, planes: Tensor) -> Tensor:
 
 def _mix(matrix: Tensor, planes: Tensor, bias: Tensor | None) -> Tensor:
     """A 3x3 matrix (and offset) over the channels of [B, 3, H, W]."""
+    if torch.compiler.is_compiling():  # elementwise, which fuses with its neighbours; a product would not
+        rows = [sum(m[j] * planes[:, j] for j in range(3)) for m in matrix]
+        return torch.stack(rows if bias is None else [r + b for r, b in zip(rows, bias, strict=True)], 1)
     flat = planes.reshape(len(planes), 3, -1)
     m = matrix.expand(len(planes), 3, 3)
     mixed = torch.bmm(m, flat) if bias is None else torch.baddbmm(bias[:, None], m, flat)
