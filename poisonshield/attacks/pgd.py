@@ -46,14 +46,12 @@ class PGD:
         return best
 
     def _descend(self, objective: Objective, x: Tensor, budget: Budget, rng: KeyedRandom, restart: int) -> Tensor:
-        x_adv = x
+        x_adv = x.clone()
         if self.random_start:
-            x_adv = (x + budget.project(budget.start(x, rng, f"pgd/start/{restart}"))).clamp(0, 1)
+            budget.start_(x_adv, x, rng, f"pgd/start/{restart}")
         for _ in range(self.steps):
-            x_adv = x_adv.detach().requires_grad_()
+            leaf = x_adv.detach().requires_grad_()  # shares memory; its graph is gone before the step
             with torch.enable_grad():
-                (grad,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
-            with torch.no_grad():
-                moved = x_adv + self.step_size * budget.direction(grad)
-                x_adv = (x + budget.project(moved - x)).clamp(0, 1)
-        return x_adv.detach()
+                (grad,) = torch.autograd.grad(objective(leaf).sum(), leaf)
+            budget.step_(x_adv, grad, x, self.step_size)
+        return x_adv

@@ -10,6 +10,7 @@ See README.md in this folder for three examples to copy.
 from poisonshield.ops.dispatch import info, stats, use_backend
 from poisonshield.ops.jpeg import jpeg, jpeg_coefficients, jpeg_tables
 from poisonshield.ops.jpeg.module import JPEG
+from poisonshield.ops.pgd import pgd_random_start_, pgd_step_
 from poisonshield.ops.philox import philox_uniform
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "jpeg",
     "jpeg_coefficients",
     "jpeg_tables",
+    "pgd_random_start_",
+    "pgd_step_",
     "philox_uniform",
     "stats",
     "use_backend",

@@ -106,10 +106,6 @@ class KeyedRandom:
         stream = stream_of(f"{self.scope}/{purpose}")
         return philox_normal(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream)
 
-    def uniform_like(self, purpose: str, x: Tensor) -> Tensor:
-        """Uniform in [0, 1) of the shape, dtype and device of x [B, ...], in logical (C, H, W) order."""
-        return self.uniform(purpose, x[0].numel()).view(x.shape).to(x) if len(x) else torch.empty_like(x)
-
     def to(self, device: torch.device) -> "KeyedRandom":
         """The same numbers, drawn on `device`."""
         return KeyedRandom(self.seed, self.ids.to(device), self.offset, self.scope)

@@ -39,7 +39,7 @@ def full_attack(model, batch, start, *, eps, step, steps, flagged):
         (0.0 * ssl + 1.0 * ce).backward()
         for i in flagged:
             moved = views[i] + step * leaves[i].grad.sign()
-            views[i] = (batch.views[i] + (moved - batch.views[i]).clamp(-eps, eps)).clamp(0, 1)
+            views[i] = moved.clamp(batch.views[i] - eps, batch.views[i] + eps).clamp(0, 1)
     return views
 
 
@@ -48,8 +48,9 @@ def test_fast_attack_equals_the_full_reference_attack(flagged):
     eps, step, steps = 8 / 255, 2 / 255, 10
     model, batch = joint(eps=eps, step_size=step, steps=steps, attack_views=flagged), tiny_batch(16)
     start = {
-        i: (batch.random(5).within(f"view{i}").uniform_like("pgd/start/0", batch.views[i]) * 2 - 1) * eps
-        for i in flagged
+        i: (batch.random(5).within(f"view{i}").uniform("pgd/start/0", v[0].numel()).view(v.shape) * 2 - 1) * eps
+        for i, v in enumerate(batch.views)
+        if i in flagged
     }
     slow = full_attack(model, batch, start, eps=eps, step=step, steps=steps, flagged=flagged)
     for i in range(2):
