@@ -7,6 +7,7 @@ philox_uniform: the counter-based generator they share. use_backend, info, stats
 See README.md in this folder for three examples to copy.
 """
 
+from poisonshield.ops.diffusion import masked_diffusion_loss, q_sample
 from poisonshield.ops.dispatch import info, stats, use_backend
 from poisonshield.ops.jpeg import jpeg, jpeg_coefficients, jpeg_tables
 from poisonshield.ops.jpeg.module import JPEG
@@ -19,9 +20,11 @@ __all__ = [
     "jpeg",
     "jpeg_coefficients",
     "jpeg_tables",
+    "masked_diffusion_loss",
     "pgd_random_start_",
     "pgd_step_",
     "philox_uniform",
+    "q_sample",
     "stats",
     "use_backend",
 ]

@@ -1,7 +1,7 @@
 """Chooses a backend for each call of an op: argument > `use_backend` > POISONSHIELD_BACKEND > automatic.
 
-Each op has a room, a folder with up to three files of functions with the same names and arguments: `reference.py`
-(plain PyTorch, the oracle), `triton_kernels.py` and `cuda_binding.py`. A kernel file also has `refusal(function, *args)`,
+Each op has a room, a folder with up to three files of functions of the same names and arguments: `reference.py` (plain
+PyTorch, the oracle), `triton_kernels.py` and `cuda_binding.py`. A kernel file also has `refusal(function, *args)`,
 which gives the reason why it cannot take a call, or None. Automatic takes the first of cuda, triton and reference
 that can; a backend asked for by name either runs or raises with its reason. `compiled` is the reference under
 torch.compile: never chosen automatically, since its first call with a new kind of input compiles for seconds.

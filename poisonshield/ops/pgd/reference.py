@@ -121,7 +121,7 @@ class Space:
         return values.to(self.dtype).view(-1, *[1] * (self.dim - 2))
 
     def box(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """The limits of each element: the box around x0, clipped. Of an x0 out of range, its nearest valid pixel stays."""
+        """Limits of each element: the box around x0, clipped. If x0 is out of range, its nearest valid pixel stays."""
         reach = eps / self.std
         low, high = (torch.minimum(torch.maximum(v, self.low), self.high) for v in (self.x0 - reach, self.x0 + reach))
         return low, high
