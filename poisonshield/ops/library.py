@@ -47,10 +47,18 @@ def register(
     if "!" in schema:
         return op  # torch takes no formula for an op that changes an input; its public function refuses gradients
     if backward is None or setup_context is None:
-        torch.library.register_autograd(f"poisonshield::{name}", _second_derivative(name), lib=_LIBRARY)
-        return op
+        setup_context, backward = _keep_nothing, _second_derivative(name)
     torch.library.register_autograd(f"poisonshield::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return _function(name, op, setup_context, backward).apply
+    function = _function(name, op, setup_context, backward)
+
+    def call(*args: Any) -> Any:
+        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+    return call
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
 
 
 def _second_derivative(name: str) -> Callable[..., Any]:
