@@ -1,0 +1,312 @@
+"""Triton kernels of the PGD step and random start.
+
+linf: one pass, grid (chunks, samples x channels), so that radii, mean and std are scalars of a program: 16 bytes an
+element in float32. l2 and sign_l2: a first pass leaves sums of v^2, d v and d^2 (v the direction, d = x - x0) per chunk,
+from which the second knows the length after the step, |d|^2 + 2 a <d, v> + a^2 |v|^2, without reading twice more; each
+program adds the partial sums in the same order, in float64. No atomics. Compiled without fused multiply-adds, so that
+linf steps and starts equal the reference to the bit. Offsets are 64 bits wide.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def pixel_scale(std_ptr, c, HAS_STD: tl.constexpr):
+    if HAS_STD:
+        return tl.load(std_ptr + c)
+    return 1.0
+
+
+@triton.jit
+def original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD: tl.constexpr, BYTES: tl.constexpr):
+    """x0 in the space of x_adv, float32."""
+    x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
+    if BYTES:
+        x0 = tl.div_rn(x0, tl.full(x0.shape, 255.0, tl.float32))
+        if HAS_STD:
+            x0 = tl.div_rn(x0 - tl.load(mean_ptr + c), x0 * 0 + tl.load(std_ptr + c))
+    return x0
+
+
+@triton.jit
+def limits(mean_ptr, std_ptr, c, clip_low, clip_high, HAS_STD: tl.constexpr):
+    low, high = clip_low * 1.0, clip_high * 1.0
+    if HAS_STD:
+        low = tl.div_rn(low - tl.load(mean_ptr + c), tl.load(std_ptr + c))
+        high = tl.div_rn(high - tl.load(mean_ptr + c), tl.load(std_ptr + c))
+    return low, high
+
+
+@triton.jit
+def clip(v, low, high):
+    v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sign(g):
+    return tl.where(g > 0, 1.0, 0.0) - tl.where(g < 0, 1.0, 0.0)  # 0 for NaN
+
+
+@triton.jit
+def linf_step(
+    x_ptr, g_ptr, x0_ptr, step_ptr, eps_ptr, mean_ptr, std_ptr, mask_ptr, active_ptr,
+    clip_low, clip_high, channels, inner,
+    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ACTIVE: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    b, c = row // channels, row % channels
+    if HAS_ACTIVE:
+        if tl.load(active_ptr + b) == 0:
+            return
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < inner
+    at = row.to(tl.int64) * inner + offsets
+    s = pixel_scale(std_ptr, c, HAS_STD)
+    step, eps = tl.div_rn(tl.load(step_ptr + b), s * 1.0), tl.div_rn(tl.load(eps_ptr + b), s * 1.0)
+    low, high = limits(mean_ptr, std_ptr, c, clip_low, clip_high, HAS_STD)
+    x = tl.load(x_ptr + at, mask=inside, other=0)
+    g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
+    x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
+    new = clip(x + step * sign(g), clip(x0 - eps, low, high), clip(x0 + eps, low, high))
+    if HAS_MASK:
+        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
+    tl.store(x_ptr + at, new, mask=inside)
+
+
+@triton.jit
+def linf_start(
+    x_ptr, x0_ptr, eps_ptr, seed_ptr, offset_ptr, ids_ptr, stream_ptr, mean_ptr, std_ptr, mask_ptr,
+    clip_low, clip_high, count, inner,
+    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1)
+    block = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    sample = tl.load(ids_ptr + b).to(tl.uint64, bitcast=True)
+    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True) ^ (sample >> 32)
+    zero = block.to(tl.uint32) * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        block.to(tl.uint32),
+        zero + (sample & 0xFFFFFFFF).to(tl.uint32),
+        zero + (tl.load(offset_ptr) & 0xFFFFFFFF).to(tl.uint32),
+        zero + (tl.load(stream_ptr) & 0xFFFFFFFF).to(tl.uint32),
+    )
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    u = (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < count
+    at = b.to(tl.int64) * count + offsets
+    c = tl.where(inside, offsets // inner, 0)
+    eps = u * 0 + tl.load(eps_ptr + b)
+    low, high = u * 0 + clip_low, u * 0 + clip_high
+    if HAS_STD:
+        std, mean = tl.load(std_ptr + c), tl.load(mean_ptr + c)
+        eps, low, high = tl.div_rn(eps, std), tl.div_rn(low - mean, std), tl.div_rn(high - mean, std)
+    x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
+    if BYTES:
+        x0 = tl.div_rn(x0, u * 0 + 255.0)
+        if HAS_STD:
+            x0 = tl.div_rn(x0 - mean, std)
+    new = clip(x0 + (u * 2 - 1) * eps, low, high)
+    if HAS_MASK:
+        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
+    tl.store(x_ptr + at, new, mask=inside)
+
+
+@triton.jit
+def direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK: tl.constexpr, SIGN: tl.constexpr):
+    g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
+    v = sign(g) if SIGN else tl.div_rn(g, g * 0 + s)
+    if HAS_MASK:
+        v = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, v, 0.0)
+    return v
+
+
+@triton.jit
+def ball_sums(
+    x_ptr, g_ptr, x0_ptr, mean_ptr, std_ptr, mask_ptr, sums_ptr, channels, inner, chunks,
+    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, BYTES: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    c = row % channels
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < inner
+    at = row.to(tl.int64) * inner + offsets
+    s = pixel_scale(std_ptr, c, HAS_STD)
+    v = direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK, SIGN)
+    x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
+    d = (tl.load(x_ptr + at, mask=inside, other=0) - x0) * s
+    d = tl.where(inside, d, 0.0)
+    if HAS_MASK:
+        d = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, d, 0.0)
+    out = sums_ptr + (row.to(tl.int64) * chunks + tl.program_id(0)) * 3
+    tl.store(out, tl.sum(v * v))
+    tl.store(out + 1, tl.sum(v * d))
+    tl.store(out + 2, tl.sum(d * d))
+
+
+@triton.jit
+def ball_step(
+    x_ptr, g_ptr, x0_ptr, step_ptr, eps_ptr, mean_ptr, std_ptr, mask_ptr, active_ptr, sums_ptr,
+    clip_low, clip_high, channels, inner, chunks,
+    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ACTIVE: tl.constexpr, BYTES: tl.constexpr, SIGN: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    b, c = row // channels, row % channels
+    if HAS_ACTIVE:
+        if tl.load(active_ptr + b) == 0:
+            return
+    part = tl.arange(0, PARTS)
+    vv, vd, dd = part.to(tl.float64) * 0, part.to(tl.float64) * 0, part.to(tl.float64) * 0
+    for start in range(0, channels * chunks, PARTS):
+        here = start + part < channels * chunks
+        at = sums_ptr + (b.to(tl.int64) * channels * chunks + start + part) * 3
+        vv += tl.load(at, mask=here, other=0).to(tl.float64)
+        vd += tl.load(at + 1, mask=here, other=0).to(tl.float64)
+        dd += tl.load(at + 2, mask=here, other=0).to(tl.float64)
+    v2, dv, d2 = tl.sum(vv), tl.sum(vd), tl.sum(dd)
+    scale = tl.load(step_ptr + b).to(tl.float64)
+    if not SIGN:
+        usable = (v2 > 0) & (v2 < 1e300)  # infinities of float32 and NaN are not
+        scale = tl.where(usable, scale / tl.sqrt(tl.where(usable, v2, 1.0)), 0.0)
+    moved = d2 + tl.where(scale != 0, 2 * scale * dv + scale * scale * v2, 0.0)
+    length = tl.sqrt(tl.maximum(moved, 0.0))
+    eps = tl.load(eps_ptr + b).to(tl.float64)
+    shrink = tl.where(length > eps, eps / tl.where(length > eps, length, 1.0), 1.0).to(tl.float32)
+    stride = scale.to(tl.float32)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < inner
+    at = row.to(tl.int64) * inner + offsets
+    s = pixel_scale(std_ptr, c, HAS_STD)
+    low, high = limits(mean_ptr, std_ptr, c, clip_low, clip_high, HAS_STD)
+    x = tl.load(x_ptr + at, mask=inside, other=0)
+    x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
+    v = direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK, SIGN)
+    d = (x - x0) * s + tl.where(stride != 0, v * stride, 0.0)
+    new = clip(x0 + tl.div_rn(d * shrink, d * 0 + s), low, high)
+    if HAS_MASK:
+        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
+    tl.store(x_ptr + at, new, mask=inside)
+
+
+def refusal(function: str, *args: Any) -> str | None:
+    """Why these kernels cannot take a call."""
+    x_adv, levels = args[0], args[-1]
+    if x_adv.dtype != torch.float32:
+        return f"x_adv is {x_adv.dtype}, and these kernels store float32"
+    if not x_adv.is_contiguous():
+        return "x_adv is not contiguous"
+    if levels:
+        return "levels is done by the reference alone"
+    if function == "pgd_random_start_" and args[3] != "linf":
+        return f"the {args[3]} start is done by the reference alone"
+    return None
+
+
+def pgd_step_(
+    x_adv: Tensor, grad: Tensor, x0: Tensor, step: Tensor, eps: Tensor, norm: str, mean: Tensor | None,
+    std: Tensor | None, clip_low: float, clip_high: float, mask: Tensor | None, active: Tensor | None, levels: int,
+) -> None:  # fmt: skip
+    """As the reference: linf in one pass, l2 and sign_l2 in two."""
+    if not x_adv.numel():
+        return
+    grad, x0, mask = grad.contiguous(), x0.contiguous(), _whole(mask, x_adv)
+    channels, inner = _rows(x_adv, std)
+    chunks = triton.cdiv(inner, _BLOCK)
+    grid = (chunks, len(x_adv) * channels)
+    nothing = step
+    tensors = (
+        mean if mean is not None else nothing,
+        std if std is not None else nothing,
+        mask if mask is not None else nothing,
+    )
+    flags = {
+        "HAS_STD": std is not None,
+        "HAS_MASK": mask is not None,
+        "BYTES": x0.dtype == torch.uint8,
+        "BLOCK": _BLOCK,
+    }
+    idle = {"HAS_ACTIVE": active is not None}
+    active = active.to(torch.uint8) if active is not None else nothing
+    if norm == "linf":
+        linf_step[grid](
+            x_adv, grad, x0, step, eps, *tensors, active, clip_low, clip_high, channels, inner,
+            **flags, **idle, **_OPTIONS,
+        )  # fmt: skip
+        return
+    sums = torch.empty((grid[1] * chunks, 3), dtype=torch.float32, device=x_adv.device)
+    flags["SIGN"] = norm == "sign_l2"
+    ball_sums[grid](x_adv, grad, x0, *tensors, sums, channels, inner, chunks, **flags, **_OPTIONS)
+    ball_step[grid](
+        x_adv, grad, x0, step, eps, *tensors, active, sums, clip_low, clip_high, channels, inner, chunks,
+        **flags, **idle, PARTS=128, **_OPTIONS,
+    )  # fmt: skip
+
+
+def pgd_random_start_(
+    x_adv: Tensor, x0: Tensor, eps: Tensor, norm: str, seed: Tensor, offset: Tensor, sample_ids: Tensor, stream: Tensor,
+    mean: Tensor | None, std: Tensor | None, clip_low: float, clip_high: float, mask: Tensor | None, levels: int,
+) -> None:  # fmt: skip
+    """As the reference, to the bit, for linf."""
+    if not x_adv.numel():
+        return
+    x0, mask = x0.contiguous(), _whole(mask, x_adv)
+    count = x_adv[0].numel()
+    linf_start[(triton.cdiv(count, _BLOCK), len(x_adv))](
+        x_adv, x0, eps, seed, offset, sample_ids.contiguous(), stream,
+        mean if mean is not None else eps, std if std is not None else eps, mask if mask is not None else eps,
+        clip_low, clip_high, count, count // x_adv.shape[1],
+        HAS_STD=std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK, **_OPTIONS,
+    )  # fmt: skip
+
+
+def _whole(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if mask is None else (mask != 0).to(torch.uint8).expand(x.shape).contiguous()
+
+
+def _rows(x: Tensor, std: Tensor | None) -> tuple[int, int]:
+    """Channels per sample, and elements per channel; a sample is one row where channels are alike."""
+    if std is None:
+        return 1, x[0].numel()
+    return x.shape[1], x[0, 0].numel()
+
+
+def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:
+    """(name, kernel, signature, constants, options, arguments divisible by 16): what is compiled ahead of time."""
+    floats = ("x_ptr", "g_ptr", "eps_ptr", "step_ptr", "mean_ptr", "std_ptr", "sums_ptr")
+    kinds = dict.fromkeys(floats, "*fp32") | {"x0_ptr": "*fp32", "mask_ptr": "*u8", "active_ptr": "*u8"}
+    kinds |= dict.fromkeys(("seed_ptr", "offset_ptr", "ids_ptr", "stream_ptr"), "*i64")
+    kinds |= dict.fromkeys(("clip_low", "clip_high"), "fp32") | dict.fromkeys(
+        ("channels", "inner", "count", "chunks"), "i32"
+    )
+    cases = []
+    for kernel, flags in (
+        (linf_step, {"HAS_STD": False, "HAS_MASK": False, "HAS_ACTIVE": False, "BYTES": False}),
+        (linf_step, {"HAS_STD": True, "HAS_MASK": True, "HAS_ACTIVE": True, "BYTES": True}),
+        (linf_start, {"HAS_STD": False, "HAS_MASK": False, "BYTES": False}),
+        (linf_start, {"HAS_STD": True, "HAS_MASK": True, "BYTES": True}),
+        (ball_sums, {"HAS_STD": False, "HAS_MASK": False, "BYTES": False, "SIGN": False}),
+        (ball_sums, {"HAS_STD": True, "HAS_MASK": True, "BYTES": True, "SIGN": True}),
+        (
+            ball_step,
+            {"HAS_STD": False, "HAS_MASK": False, "HAS_ACTIVE": False, "BYTES": False, "SIGN": False, "PARTS": 128},
+        ),
+        (ball_step, {"HAS_STD": True, "HAS_MASK": True, "HAS_ACTIVE": True, "BYTES": True, "SIGN": True, "PARTS": 128}),
+    ):
+        constants = flags | {"BLOCK": _BLOCK}
+        own = kinds | ({"x0_ptr": "*u8"} if flags["BYTES"] else {})
+        signature = {n: "constexpr" if n in constants else own[n] for n in kernel.arg_names}
+        even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("inner", "count"))
+        name = f"{kernel.__name__}{'_all' if flags['BYTES'] else ''}"
+        cases.append((name, kernel, signature, constants, dict(_OPTIONS), even))
+    return cases
