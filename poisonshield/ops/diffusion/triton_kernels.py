@@ -1,0 +1,225 @@
+"""Triton kernels of noising and of the masked loss.
+
+q_sample: elementwise, grid (chunks, samples); the two factors of a sample come from alphas_cumprod in the kernel, and a
+seed draws the noise there (each lane computes the word it needs: integer work instead of memory). The loss: one pass
+writes dL/dpred and a partial sum per chunk, reading each of pred, target and mask once; the partial sums of a row are
+then added in a fixed order. No atomics. Offsets are 64 bits wide. Row scales (weights over areas) are computed before by
+the reference's own few small operations.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from poisonshield.ops.diffusion.reference import row_scale
+
+_BLOCK = 1024
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_LOSSES = {"mse": 0, "huber": 1, "l1": 2}
+_GIVEN, _EPSILON, _V, _SAMPLE = range(4)
+_KINDS = {"epsilon": _EPSILON, "v": _V, "sample": _SAMPLE}
+
+
+@triton.jit
+def uniform(seed, offset, stream, b, element):
+    """The word of `element` in the stream of sample b, as a float in [0, 1): see ops/philox.py."""
+    block = (element // 4).to(tl.uint32)
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed.to(tl.uint64, bitcast=True),
+        block,
+        zero + b.to(tl.uint32),
+        zero + (offset & 0xFFFFFFFF).to(tl.uint32),
+        zero + (stream & 0xFFFFFFFF).to(tl.uint32),
+    )
+    place = element % 4
+    word = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
+    return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
+def turn(u, quarter):
+    """cos(2 pi u), or sin for quarter = 3: a quadrant and a short series, where the library's cosf would need a stack."""
+    k = tl.floor(4.0 * u + 0.5)
+    x = 6.283185307179586 * (u - 0.25 * k)  # within pi/4 of 0
+    q = x * x
+    sine = x * (1 + q * (-1.0 / 6 + q * (1.0 / 120 + q * (-1.0 / 5040 + q / 362880))))
+    cosine = 1 + q * (-0.5 + q * (1.0 / 24 + q * (-1.0 / 720 + q / 40320)))
+    place = (k.to(tl.int32) + quarter) % 4
+    value = tl.where(place % 2 == 0, cosine, sine)
+    return tl.where((place == 1) | (place == 2), -value, value)
+
+
+@triton.jit
+def normal(seed, offset, stream, b, element, count):
+    """Box-Muller: the first half of a sample's numbers are cosines, the second half sines of the same pairs."""
+    pairs = (count + 1) // 2
+    pair = tl.where(element < pairs, element, element - pairs)
+    radius = tl.sqrt(-2.0 * tl.log(1.0 - uniform(seed, offset, stream, b, pair)))
+    return radius * turn(uniform(seed, offset, stream, b, pairs + pair), tl.where(element < pairs, 0, 3))
+
+
+@triton.jit
+def noising(
+    out_ptr, kept_ptr, x0_ptr, noise_ptr, t_ptr, alphas_ptr, seed_ptr, offset_ptr, stream_ptr, count,
+    DRAW: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < count
+    at = b.to(tl.int64) * count + element
+    a = tl.load(alphas_ptr + tl.load(t_ptr + b)).to(tl.float32)
+    x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
+    if DRAW:
+        noise = normal(tl.load(seed_ptr), tl.load(offset_ptr), tl.load(stream_ptr), b, element, count)
+        noise = noise.to(x0_ptr.dtype.element_ty).to(tl.float32)
+        if KEEP:
+            tl.store(kept_ptr + at, noise, mask=inside)
+    else:
+        noise = tl.load(noise_ptr + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out_ptr + at, tl.sqrt_rn(a) * x0 + tl.sqrt_rn(1.0 - a) * noise, mask=inside)
+
+
+@triton.jit
+def loss_and_gradient(
+    pred_ptr, target_ptr, x0_ptr, noise_ptr, mask_ptr, t_ptr, alphas_ptr, seed_ptr, offset_ptr, stream_ptr, scale_ptr,
+    grad_ptr, sums_ptr, delta, count, inner, mask_row, mask_channel, chunks,
+    KIND: tl.constexpr, DRAW: tl.constexpr, LOSS: tl.constexpr, HAS_MASK: tl.constexpr, GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < count
+    at = b.to(tl.int64) * count + element
+    pred = tl.load(pred_ptr + at, mask=inside, other=0).to(tl.float32)
+    if KIND == 0:  # given
+        target = tl.load(target_ptr + at, mask=inside, other=0).to(tl.float32)
+    elif KIND == 3:  # sample
+        target = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
+    else:
+        if DRAW:
+            noise = normal(tl.load(seed_ptr), tl.load(offset_ptr), tl.load(stream_ptr), b, element, count)
+            noise = noise.to(pred_ptr.dtype.element_ty).to(tl.float32)
+        else:
+            noise = tl.load(noise_ptr + at, mask=inside, other=0).to(tl.float32)
+        target = noise
+        if KIND == 2:  # v
+            a = tl.load(alphas_ptr + tl.load(t_ptr + b)).to(tl.float32)
+            x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
+            target = tl.sqrt_rn(a) * noise - tl.sqrt_rn(1.0 - a) * x0
+    r = pred - target
+    size = tl.abs(r)
+    if LOSS == 0:
+        value, slope = r * r, 2.0 * r
+    elif LOSS == 1:
+        value = tl.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta))
+        slope = tl.where(size <= delta, r, tl.where(r > 0, delta, -delta))
+        slope = tl.where(r != r, r, slope)
+    else:
+        value, slope = size, tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))
+    if HAS_MASK:
+        site = b * mask_row + (element // inner) * mask_channel + element % inner
+        m = tl.load(mask_ptr + site, mask=inside, other=0).to(tl.float32)
+        value = tl.where(m != 0, value * m, 0.0)  # selected, so that NaN under the mask stays there
+        slope = tl.where(m != 0, slope * m, 0.0)
+    if GRAD:
+        tl.store(grad_ptr + at, slope * tl.load(scale_ptr + b), mask=inside)
+    tl.store(sums_ptr + b * chunks + tl.program_id(0), tl.sum(tl.where(inside, value, 0.0)))
+
+
+def refusal(function: str, *args: Any) -> str | None:
+    """Why these kernels cannot take a call."""
+    if function == "q_sample_backward":
+        return "two products, which the reference does as well"
+    if any(isinstance(a, Tensor) and a.dtype == torch.float64 and a.dim() > 1 for a in args):
+        return "float64 is for the reference"
+    mask = args[10] if function == "diffusion_loss" else None
+    if mask is not None and mask.dtype == torch.float64:
+        return "float64 is for the reference"
+    return None
+
+
+def q_sample(
+    x0: Tensor, t: Tensor, alphas_cumprod: Tensor, noise: Tensor | None, seed: Tensor, offset: Tensor, stream: Tensor,
+    return_noise: bool, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the reference; drawn noise equals it to a few units in the last place."""
+    out = torch.empty(x0.shape, dtype=out_dtype, device=x0.device)
+    kept = x0.new_empty(x0.shape if return_noise else 0)
+    if x0.numel():
+        source = x0.contiguous()
+        given = source if noise is None else noise.contiguous()
+        count = x0[0].numel()
+        noising[(triton.cdiv(count, _BLOCK), len(x0))](
+            out, kept, source, given, t, alphas_cumprod.float(), seed, offset, stream, count,
+            DRAW=noise is None, KEEP=return_noise and noise is None, BLOCK=_BLOCK, **_OPTIONS,
+        )  # fmt: skip
+        if return_noise and noise is not None:
+            kept.copy_(noise)
+    return torch.empty_like(x0, dtype=out_dtype).copy_(out), kept
+
+
+def diffusion_loss(
+    pred: Tensor, target: Tensor | None, x0: Tensor | None, noise: Tensor | None, t: Tensor | None,
+    alphas_cumprod: Tensor | None, prediction_type: str, seed: Tensor, offset: Tensor, stream: Tensor,
+    mask: Tensor | None, weight: Tensor | None, gamma: float, loss: str, delta: float, normalise: str, pred_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the reference."""
+    scale = row_scale(
+        pred, t, alphas_cumprod, prediction_type, mask, weight, gamma, normalise, torch.float32
+    ).contiguous()
+    if not pred.numel():
+        return scale * 0, torch.empty_like(pred) if pred_grad else pred.new_empty(0)
+    kind = _GIVEN if target is not None else _KINDS[prediction_type]
+    p = pred.contiguous()
+    tensors = [p if v is None else v.contiguous() for v in (target, x0, noise)]
+    count, inner = p[0].numel(), p[0, 0].numel()
+    row = channel = 0
+    if mask is not None:
+        mask = (mask.to(torch.uint8) if mask.dtype == torch.bool else mask).expand(*mask.shape[:2], *pred.shape[2:])
+        mask = mask.contiguous()
+        channel = inner if mask.shape[1] > 1 else 0
+        row = mask[0].numel() if mask.shape[0] > 1 else 0
+    chunks = triton.cdiv(count, _BLOCK)
+    grad = torch.empty_like(p) if pred_grad else p.new_empty(0)
+    sums = torch.empty((len(p), chunks), dtype=torch.float32, device=p.device)
+    loss_and_gradient[(chunks, len(p))](
+        p, *tensors, p if mask is None else mask, p if t is None else t,
+        p if alphas_cumprod is None else alphas_cumprod.float(), seed, offset, stream, scale, grad, sums,
+        delta, count, inner, row, channel, chunks,
+        KIND=kind, DRAW=noise is None and kind in (_EPSILON, _V), LOSS=_LOSSES[loss], HAS_MASK=mask is not None,
+        GRAD=pred_grad, BLOCK=_BLOCK, **_OPTIONS,
+    )  # fmt: skip
+    return sums.sum(1) * scale, torch.empty_like(pred).copy_(grad) if pred_grad else grad
+
+
+def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:
+    """(name, kernel, signature, constants, options, arguments divisible by 16): what is compiled ahead of time."""
+    kinds = dict.fromkeys(("out_ptr", "kept_ptr", "x0_ptr", "noise_ptr", "pred_ptr", "target_ptr", "grad_ptr"), "*fp32")
+    kinds |= dict.fromkeys(("alphas_ptr", "scale_ptr", "sums_ptr", "mask_ptr"), "*fp32") | {"delta": "fp32"}
+    kinds |= dict.fromkeys(("t_ptr", "seed_ptr", "offset_ptr", "stream_ptr"), "*i64")
+    kinds |= dict.fromkeys(("count", "inner", "mask_row", "mask_channel", "chunks"), "i32")
+    halves = {n: "*bf16" for n in ("out_ptr", "kept_ptr", "x0_ptr", "noise_ptr", "pred_ptr", "target_ptr", "grad_ptr")}
+    cases = []
+    for name, kernel, constants, own in (
+        ("noising", noising, {"DRAW": False, "KEEP": False}, kinds),
+        ("noising_drawn", noising, {"DRAW": True, "KEEP": True}, kinds),
+        ("noising_bf16", noising, {"DRAW": False, "KEEP": False}, kinds | halves),
+        ("loss_given", loss_and_gradient, {"KIND": 0, "DRAW": False, "LOSS": 0, "HAS_MASK": True, "GRAD": True}, kinds),
+        ("loss_v", loss_and_gradient, {"KIND": 2, "DRAW": False, "LOSS": 1, "HAS_MASK": True, "GRAD": True}, kinds),
+        ("loss_drawn", loss_and_gradient, {"KIND": 1, "DRAW": True, "LOSS": 2, "HAS_MASK": False, "GRAD": True}, kinds),
+        (
+            "loss_bf16",
+            loss_and_gradient,
+            {"KIND": 0, "DRAW": False, "LOSS": 0, "HAS_MASK": True, "GRAD": True},
+            kinds | halves,
+        ),
+    ):
+        constants = constants | {"BLOCK": _BLOCK}
+        signature = {n: "constexpr" if n in constants else own[n] for n in kernel.arg_names}
+        even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("count", "inner"))
+        cases.append((name, kernel, signature, constants, dict(_OPTIONS), even))
+    return cases

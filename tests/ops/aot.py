@@ -1,0 +1,73 @@
+"""Compiles Triton kernels for sm_90 without a GPU and prints what each one uses, one JSON object a line.
+
+Run by itself, since kernels that Triton's interpreter has claimed cannot be compiled: `python tests/ops/aot.py [room ...]`.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOMS = ("jpeg", "pgd", "diffusion")
+
+
+def compiled(kernel, signature, constants, options, even):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(cubin):
+    """Registers, stack, shared and local bytes of a kernel, by the cuobjdump that comes with Triton."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [folder / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def main(rooms):
+    import triton
+
+    for room in rooms:
+        name = f"poisonshield.ops.{room}.triton_kernels"
+        if importlib.util.find_spec(name) is None:
+            continue
+        for case, kernel, signature, constants, options, even in importlib.import_module(name).aot_cases():
+            k = compiled(kernel, signature, constants, options, even)
+            ptx = k.asm["ptx"]
+            facts = {
+                "triton": triton.__version__,
+                "room": room,
+                "case": case,
+                "cubin": len(k.asm["cubin"]),
+                "target": re.search(r"\.target (\w+)", ptx)[1],
+                "barriers": ptx.count("bar.sync") + ptx.count("barrier.sync"),
+                "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]", ptx)),
+                "spills": ptx.count("st.local"),
+            } | resources(k.asm["cubin"])
+            print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") != "1", "kernels of the interpreter cannot be compiled"
+    main(sys.argv[1:] or ROOMS)
