@@ -29,7 +29,7 @@ DOORS = {
     "deepspeed": {"engine/backends/deepspeed.py"},
     "webdataset": {"data/tars.py"},
     "timm": {"models/backbones.py"},
-    "triton": {f"ops/{room}/triton_kernels.py" for room in ("jpeg", "pgd", "diffusion")},
+    "triton": {f"ops/{room}/triton_kernels.py" for room in ("jpeg", "pgd", "diffusion")} | {"ops/trigonometry.py"},
     "diffusers": set(),
     "wandb": set(),
 }

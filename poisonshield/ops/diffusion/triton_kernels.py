@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.diffusion.reference import row_scale
+from poisonshield.ops.trigonometry import cosine_of_turns
 
 _BLOCK = 1024
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -41,25 +42,12 @@ def uniform(seed, offset, stream, b, element):
 
 
 @triton.jit
-def turn(u, quarter):
-    """cos(2 pi u), or sin for quarter = 3: a quadrant and a short series, where the library's cosf would need a stack."""
-    k = tl.floor(4.0 * u + 0.5)
-    x = 6.283185307179586 * (u - 0.25 * k)  # within pi/4 of 0
-    q = x * x
-    sine = x * (1 + q * (-1.0 / 6 + q * (1.0 / 120 + q * (-1.0 / 5040 + q / 362880))))
-    cosine = 1 + q * (-0.5 + q * (1.0 / 24 + q * (-1.0 / 720 + q / 40320)))
-    place = (k.to(tl.int32) + quarter) % 4
-    value = tl.where(place % 2 == 0, cosine, sine)
-    return tl.where((place == 1) | (place == 2), -value, value)
-
-
-@triton.jit
 def normal(seed, offset, stream, b, element, count):
     """Box-Muller: the first half of a sample's numbers are cosines, the second half sines of the same pairs."""
     pairs = (count + 1) // 2
     pair = tl.where(element < pairs, element, element - pairs)
     radius = tl.sqrt(-2.0 * tl.log(1.0 - uniform(seed, offset, stream, b, pair)))
-    return radius * turn(uniform(seed, offset, stream, b, pairs + pair), tl.where(element < pairs, 0, 3))
+    return radius * cosine_of_turns(uniform(seed, offset, stream, b, pairs + pair), tl.where(element < pairs, 0, 3))
 
 
 @triton.jit
