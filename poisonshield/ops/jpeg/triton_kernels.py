@@ -3,12 +3,13 @@
 A program owns a tile of 16x16 pixels: one unit of 4:2:0, or four blocks of 4:4:4. Every linear step is a product of
 16x16 matrices, the smallest that Triton 3.6 multiplies: D x D' with a block-diagonal DCT transforms four blocks, A x A'
 averages 2x2 and puts Cb into the upper left and Cr into the lower right of one tile, so that one transform serves both,
-and 0/1 matrices fold what padding copied. Products run as three tf32 products, which keep float32's accuracy. Exact mode
-splits integers into 7-bit digits, whose tf32 products are exact, and puts the results together in int32.
+and 0/1 matrices fold what padding copied. Products run as three tf32 products, which keep float32's accuracy. Exact
+mode splits integers into 7-bit digits, whose tf32 products are exact, and puts the results together in int32.
 
-Forward: `code_tiles` leaves decoded planes (float32), `combine` upsamples and converts. Backward: both again for the
-clamps, then `split_gradient` (per pixel) and `gather_gradient` (per tile). Memory: planes of 1.5 (4:2:0) or 3 images;
-joining the passes is for a later CUDA kernel. A NaN spreads over its tile. No atomics.
+Forward: `code_tiles` leaves decoded planes (float32), `combine` upsamples and converts. Backward: planes again for the
+clamps, then `split_gradient` (per pixel), `luma_gradient` and `gather_gradient` (per tile; as one kernel they would
+spill). Memory: planes of 1.5 (4:2:0) or 3 images and, backward, a float32 image; joining the passes is for a later CUDA
+kernel. A NaN spreads over its tile. No atomics.
 """
 
 from functools import cache
@@ -394,22 +395,40 @@ def row_of_taps(g_ptr, i, j, inside, h, w, cw, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def gather_gradient(
-    dx_ptr, x_ptr, q_ptr, affine_ptr, table_ptr, g_ptr, y_ptr, c_ptr, clamp_grad, h, w, ch, cw, tiles_x,
-    HALF: tl.constexpr, SMOOTH: tl.constexpr, INTEGER: tl.constexpr, ROUNDING: tl.constexpr, TERMS: tl.constexpr,
+def luma_gradient(
+    x_ptr, q_ptr, affine_ptr, table_ptr, g_ptr, y_ptr, clamp_grad, h, w, tiles_x,
+    INTEGER: tl.constexpr, ROUNDING: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
+    """In place of the gradient for the decoded luminance, g[:, 0], that for the luminance of x."""
     b = tl.program_id(1)
     ty, tx = tl.program_id(0) // tiles_x, tl.program_id(0) % tiles_x
     i = tl.arange(0, 16)
     r, col = ty * 16 + i, tx * 16 + i
     rows, columns = tl.minimum(r, h - 1), tl.minimum(col, w - 1)
     base = b.to(tl.int64) * 3 * h * w
-    y, cb, cr = planes_of(x_ptr, affine_ptr, base, rows, columns, h, w, False, INTEGER)
-    qy, qc = table_tile(q_ptr, b, 0), table_tile(q_ptr, b, 1)
+    y, _, _ = planes_of(x_ptr, affine_ptr, base, rows, columns, h, w, False, INTEGER)
     inside = (r[:, None] < h) & (col[None, :] < w)
     at = r[:, None] * w + col[None, :]
     g = direct(g_ptr + base, y_ptr + b.to(tl.int64) * h * w, at, inside, clamp_grad)
-    dy = folded(through_blocks(table_ptr, y, qy, g, ROUNDING, TERMS), rows, columns, r, col)
+    dy = through_blocks(table_ptr, y, table_tile(q_ptr, b, 0), g, ROUNDING, TERMS)
+    tl.store(g_ptr + base + at, folded(dy, rows, columns, r, col), mask=inside)
+
+
+@triton.jit
+def gather_gradient(
+    dx_ptr, x_ptr, q_ptr, affine_ptr, table_ptr, g_ptr, c_ptr, clamp_grad, h, w, ch, cw, tiles_x,
+    HALF: tl.constexpr, SMOOTH: tl.constexpr, INTEGER: tl.constexpr, ROUNDING: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Chrominance's way back, and dx from it and from what `luma_gradient` left."""
+    b = tl.program_id(1)
+    ty, tx = tl.program_id(0) // tiles_x, tl.program_id(0) % tiles_x
+    i = tl.arange(0, 16)
+    r, col = ty * 16 + i, tx * 16 + i
+    rows, columns = tl.minimum(r, h - 1), tl.minimum(col, w - 1)
+    base = b.to(tl.int64) * 3 * h * w
+    qc = table_tile(q_ptr, b, 1)
+    inside = (r[:, None] < h) & (col[None, :] < w)
+    at = r[:, None] * w + col[None, :]
     c_base = c_ptr + b.to(tl.int64) * 2 * ch * cw
     if HALF:
         from_rows = chroma_rows(r, h)
@@ -433,10 +452,12 @@ def gather_gradient(
         dcb = folded(sandwich(tl.trans(up), tile), from_rows, columns, r, col)
         dcr = folded(sandwich(tl.trans(down), tile), from_rows, columns, r, col)
     else:
+        _, cb, cr = planes_of(x_ptr, affine_ptr, base, rows, columns, h, w, False, INTEGER)
         g = direct(g_ptr + base + h * w, c_base, at, inside, clamp_grad)
         dcb = folded(through_blocks(table_ptr, cb, qc, g, ROUNDING, TERMS), rows, columns, r, col)
         g = direct(g_ptr + base + 2 * h * w, c_base + h * w, at, inside, clamp_grad)
         dcr = folded(through_blocks(table_ptr, cr, qc, g, ROUNDING, TERMS), rows, columns, r, col)
+    dy = tl.load(g_ptr + base + at, mask=inside, other=0)
     dr = (0.299 * dy - 0.16873589164785552 * dcb + 0.5 * dcr) * tl.load(affine_ptr)
     dg = (0.587 * dy - 0.3312641083521445 * dcb - 0.4186875891583452 * dcr) * tl.load(affine_ptr + 1)
     db = (0.114 * dy + 0.5 * dcb - 0.08131241084165478 * dcr) * tl.load(affine_ptr + 2)
@@ -528,10 +549,12 @@ def jpeg_backward(
             g, grad.contiguous(), y, c, affine, clamp_grad, s.h, s.w, s.ch, s.cw,
             HALF=s.half, SMOOTH=s.smooth, INTEGER=s.integer, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
         )  # fmt: skip
+        flags = {"INTEGER": s.integer, "ROUNDING": _ROUNDINGS[rounding]} | _TILE_OPTIONS
+        flags["TERMS"] = fourier_terms if rounding == "fourier" else 1
+        luma_gradient[s.tiles](x_, tables, affine, _matrices(x.device), g, y, clamp_grad, s.h, s.w, s.tiles_x, **flags)
         gather_gradient[s.tiles](
-            dx, x_, tables, affine, _matrices(x.device), g, y, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
-            HALF=s.half, SMOOTH=s.smooth, INTEGER=s.integer, ROUNDING=_ROUNDINGS[rounding],
-            TERMS=fourier_terms if rounding == "fourier" else 1, **_TILE_OPTIONS,
+            dx, x_, tables, affine, _matrices(x.device), g, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
+            HALF=s.half, SMOOTH=s.smooth, **flags,
         )  # fmt: skip
     return torch.empty_like(x).copy_(dx), tables.new_empty(0)
 
@@ -541,24 +564,23 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
     pointers = ("x_ptr", "q_ptr", "affine_ptr", "table_ptr", "y_ptr", "c_ptr", "out_ptr", "g_ptr", "dx_ptr")
     kinds = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("h", "w", "ch", "cw", "tiles_x"), "i32")
     kinds["clamp_grad"] = "fp32"
+    forms = {
+        "420": {"HALF": True, "SMOOTH": True},
+        "420_box": {"HALF": True, "SMOOTH": False},
+        "444": {"HALF": False, "SMOOTH": False},
+    }
+    poly = {"EXACT": False, "INTEGER": False, "ROUNDING": 1, "TERMS": 1}
+    fourier = poly | {"INTEGER": True, "ROUNDING": 4, "TERMS": 10}
+    backward = (split_gradient, luma_gradient, gather_gradient)
+    wanted = [(f, "poly", poly, (code_tiles, combine, *backward)) for f in forms]
+    wanted += [(f, "exact", poly | {"EXACT": True}, (code_tiles, combine)) for f in ("420", "444")]
+    wanted += [("420", "fourier", fourier, (code_tiles, luma_gradient, gather_gradient))]
     cases = []
-    for form, flags in (
-        ("420", {"HALF": True, "SMOOTH": True}),
-        ("420_box", {"HALF": True, "SMOOTH": False}),
-        ("444", {"HALF": False, "SMOOTH": False}),
-    ):
-        for kind, more in (
-            ("poly", {"EXACT": False, "INTEGER": False, "ROUNDING": 1, "TERMS": 1}),
-            ("fourier", {"EXACT": False, "INTEGER": True, "ROUNDING": 4, "TERMS": 10}),
-            ("exact", {"EXACT": True, "INTEGER": False, "ROUNDING": 1, "TERMS": 1}),
-        ):
-            for kernel in (code_tiles, combine, split_gradient, gather_gradient):
-                if kind == "exact" and kernel in (split_gradient, gather_gradient):
-                    continue
-                constants = {k: v for k, v in (flags | more | {"BLOCK": _BLOCK}).items() if k in kernel.arg_names}
-                signature = {n: "constexpr" if n in constants else kinds[n] for n in kernel.arg_names}
-                even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("h", "w"))
-                cases.append(
-                    (f"{kernel.__name__}_{form}_{kind}", kernel, signature, constants, dict(_TILE_OPTIONS), even)
-                )
+    for form, kind, flags, kernels in wanted:
+        for kernel in kernels:
+            constants = forms[form] | flags | {"BLOCK": _BLOCK}
+            constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+            signature = {n: "constexpr" if n in constants else kinds[n] for n in kernel.arg_names}
+            even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("h", "w"))
+            cases.append((f"{kernel.__name__}_{form}_{kind}", kernel, signature, constants, dict(_TILE_OPTIONS), even))
     return cases

@@ -1,0 +1,96 @@
+"""Every Triton kernel compiles for sm_90 without a GPU, keeps everything in registers, and stays within its budget."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# Registers of a thread and barriers, at most. 255 registers are all there are: two such programs of four warps share an SM
+# partition. The tile kernels of JPEG trade them for one pass; their tuning waits for a GPU.
+BUDGETS = {
+    "linf_step": (40, 0),
+    "linf_step_all": (64, 2),
+    "linf_start": (40, 0),
+    "linf_start_all": (72, 2),
+    "ball_sums": (56, 8),
+    "ball_step": (64, 10),
+    "noising": (32, 0),
+    "noising_drawn": (80, 0),
+    "loss": (56, 2),
+    "loss_drawn": (80, 2),
+    "combine": (56, 0),
+    "split_gradient": (80, 0),
+    "code_tiles": (176, 48),
+    "luma_gradient": (176, 24),
+    "gather_gradient": (255, 56),
+}
+WIDE = ("linf_step", "noising", "loss_given", "ball_sums")
+
+
+def budget(case):
+    """That of the longest name which begins the case's."""
+    return BUDGETS[max((n for n in BUDGETS if case.startswith(n)), key=len)]
+
+
+def compile_all(**environment):
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, HERE / "aot.py"], capture_output=True, text=True, env=clean | environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows):
+    assert {r["room"] for r in rows} == {"jpeg", "pgd", "diffusion"}
+    for row in rows:
+        registers, barriers = budget(row["case"])
+        assert row["cubin"] > 0 and row["target"].startswith("sm_90"), row
+        assert (row["local"], row["stack"], row["spills"]) == (0, 0, 0), row
+        assert row["reg"] <= registers and row["barriers"] <= barriers, row
+        assert row["wide_loads"] > 0 or not row["case"].startswith(WIDE), row
+
+
+@pytest.fixture(scope="module")
+def rows():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    return compile_all()
+
+
+def test_kernels_stay_within_their_budgets(rows):
+    check(rows)
+
+
+def test_every_kernel_that_is_launched_is_compiled(rows):
+    sources = [p.read_text() for p in (HERE.parents[1] / "poisonshield" / "ops").glob("*/triton_kernels.py")]
+    kernels = {n for text in sources for n in re.findall(r"@triton\.jit\ndef (\w+)", text)}
+    launched = {n for text in sources for n in re.findall(r"^\s+(\w+)\[", text, re.MULTILINE)} & kernels
+    cases = [r["case"] for r in rows]
+    assert len(launched) >= 11
+    assert not [n for n in launched if not any(c.startswith({"loss_and_gradient": "loss"}.get(n, n)) for c in cases)]
+
+
+def test_the_check_can_fail(rows):
+    with pytest.raises(AssertionError):
+        check([*rows[1:], rows[0] | {"stack": 8}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_both_ends_of_the_triton_range(version, tmp_path):
+    """The oldest and the newest Triton that torch 2.11 to 2.15 bring; fetched by pip."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, f"triton=={version}"]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"pip cannot fetch triton {version}: {done.stderr[-200:]}")
+    found = compile_all(PYTHONPATH=str(tmp_path))
+    assert {r["triton"] for r in found} == {version}
+    check(found)
