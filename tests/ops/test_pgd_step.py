@@ -256,6 +256,15 @@ def test_useless_gradients_give_no_step(norm):
     assert torch.equal(x[2], x0[2]) == (norm == "l2")
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-24, 1.0, 1e20, 1e37])
+def test_l2_steps_do_not_depend_on_the_size_of_the_gradient(scale):
+    """Squares of these leave the range of float32; a sure model's gradients are that small."""
+    x0, grad = torch.full((2, 3, 8, 8), 0.5), made(2, 3, 8, 8, seed=1, normal=True)
+    moved = pgd_step_(x0.clone(), grad * scale, x0, step=0.1, eps=1.0, norm="l2") - x0
+    expected = 0.1 * grad / grad.flatten(1).norm(dim=1).view(2, 1, 1, 1)
+    torch.testing.assert_close(moved, expected, atol=1e-7, rtol=1e-5)
+
+
 def test_nan_pixels_stay_nan():
     x0 = made(1, 3, 4, 4)
     x = x0.clone()

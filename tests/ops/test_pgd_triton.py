@@ -60,6 +60,13 @@ def test_linf_start_is_equal_to_the_bit(case):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-24, 1e20, 1e37])
+def test_l2_steps_do_not_depend_on_the_size_of_the_gradient(scale):
+    x0, grad = torch.full((2, 3, 40, 33), 0.5), made(2, 3, 40, 33, seed=1, normal=True) * scale
+    outs = [pgd_step_(x0.clone(), grad, x0, step=0.1, eps=1.0, norm="l2", backend=b) for b in ("triton", "reference")]
+    assert (outs[0] - outs[1]).abs().max() < 2e-7 and (outs[0] != x0).any()
+
+
 def test_nan_pixels_stay_nan():
     x0 = made(1, 3, 8, 8)
     x = x0.clone()
@@ -76,7 +83,19 @@ def test_what_is_not_covered_is_refused_with_the_reason():
         pgd_step_(x0.bfloat16(), x0, x0, step=0.1, eps=0.1, backend="triton")
     with pytest.raises(BackendError, match="l2 start"):
         pgd_random_start_(x0.clone(), x0, eps=0.1, norm="l2", seed=0, backend="triton")
+    from poisonshield.ops.pgd import triton_kernels  # not above: kernels learn at import that they are interpreted
+
+    huge = torch.empty(1, 2**31, device="meta")
+    assert "2^31 elements" in triton_kernels.refusal("pgd_step_", huge, *[None] * 11, 0)
     last = x0.to(memory_format=torch.channels_last)
     assert torch.equal(
         pgd_step_(last, x0.clone(), x0, step=0.1, eps=0.1), pgd_step_(x0.clone(), x0.clone(), x0, step=0.1, eps=0.1)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["linf", "l2", "sign_l2"])
+def test_more_rows_than_a_second_grid_axis_holds(norm):
+    x0, grad = made(70_000, 5).cuda(), made(70_000, 5, seed=1, normal=True).cuda()
+    outs = [pgd_step_(x0.clone(), grad, x0, step=0.1, eps=0.1, norm=norm, backend=b) for b in ("triton", "reference")]
+    assert (outs[0] - outs[1]).abs().max() < 2e-6

@@ -40,9 +40,7 @@ def pgd_step_(
         if mask is not None:
             pixel_grad = pixel_grad.where(mask != 0, 0.0)
         if norm == "l2":
-            length = _length(pixel_grad)
-            usable = length.isfinite() & (length > 0)
-            pixel_grad = pixel_grad.nan_to_num(0.0, 0.0, 0.0) * space.per_sample(usable / length.where(usable, 1.0))
+            pixel_grad = _unit(pixel_grad)
         new = space.into_ball((x - space.x0) * space.std + step * pixel_grad, eps)
         low, high = space.low, space.high
         bounds = None
@@ -161,6 +159,16 @@ class Space:
         k = (pixel * levels).round()
         beyond = (k / levels - origin).abs() > (pixel - origin).abs() + 2.0**-23  # one rounding of a pixel is no step
         return ((k - (pixel - origin).sign() * beyond) / levels - self.mean) / self.std
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Each sample at length 1; 0 where its length is 0 or not finite."""
+    wide = x.double()  # squares of small or large gradients leave the range of float32
+    length = _length(wide)
+    usable = length.isfinite() & (length > 0)
+    shape = (-1, *[1] * (x.dim() - 1))
+    unit = wide / length.where(usable, 1.0).view(shape)
+    return unit.where(usable.view(shape), 0.0).to(x.dtype)
 
 
 def _length(x: Tensor) -> Tensor:

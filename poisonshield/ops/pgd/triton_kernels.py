@@ -1,10 +1,11 @@
 """Triton kernels of the PGD step and random start.
 
-linf: one pass, grid (chunks, samples x channels), so that radii, mean and std are scalars of a program: 16 bytes an
+linf: one pass, a program for each chunk of a channel, so that radii, mean and std are scalars of a program: 16 bytes an
 element in float32. l2 and sign_l2: a first pass leaves sums of v^2, d v and d^2 (v the direction, d = x - x0) per chunk,
 from which the second knows the length after the step, |d|^2 + 2 a <d, v> + a^2 |v|^2, without reading twice more; each
-program adds the partial sums in the same order, in float64. No atomics. Compiled without fused multiply-adds, so that
-linf steps and starts equal the reference to the bit. Offsets are 64 bits wide.
+program adds the partial sums in the same order. Sums are float64, since squares of small gradients vanish in float32.
+The grid has one axis (CUDA's others end at 65,535). No atomics. Compiled without fused multiply-adds, so that
+linf steps and starts equal the reference to the bit. A sample starts at a 64-bit offset.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
+_LARGEST = 2**31 - 1 - _BLOCK  # elements of a sample: places within one are 32 bits wide, samples start at 64
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -59,15 +61,15 @@ def sign(g):
 @triton.jit
 def linf_step(
     x_ptr, g_ptr, x0_ptr, step_ptr, eps_ptr, mean_ptr, std_ptr, mask_ptr, active_ptr,
-    clip_low, clip_high, channels, inner,
+    clip_low, clip_high, channels, inner, chunks,
     HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ACTIVE: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
+    row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     b, c = row // channels, row % channels
     if HAS_ACTIVE:
         if tl.load(active_ptr + b) == 0:
             return
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < inner
     at = row.to(tl.int64) * inner + offsets
     s = pixel_scale(std_ptr, c, HAS_STD)
@@ -85,11 +87,11 @@ def linf_step(
 @triton.jit
 def linf_start(
     x_ptr, x0_ptr, eps_ptr, seed_ptr, offset_ptr, ids_ptr, stream_ptr, mean_ptr, std_ptr, mask_ptr,
-    clip_low, clip_high, count, inner,
+    clip_low, clip_high, count, inner, chunks,
     HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1)
-    block = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    block = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     sample = tl.load(ids_ptr + b).to(tl.uint64, bitcast=True)
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True) ^ (sample >> 32)
     zero = block.to(tl.uint32) * 0
@@ -102,7 +104,7 @@ def linf_start(
     )
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     u = (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
     at = b.to(tl.int64) * count + offsets
     c = tl.where(inside, offsets // inner, 0)
@@ -136,9 +138,9 @@ def ball_sums(
     x_ptr, g_ptr, x0_ptr, mean_ptr, std_ptr, mask_ptr, sums_ptr, channels, inner, chunks,
     HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, BYTES: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
+    row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     c = row % channels
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < inner
     at = row.to(tl.int64) * inner + offsets
     s = pixel_scale(std_ptr, c, HAS_STD)
@@ -148,7 +150,8 @@ def ball_sums(
     d = tl.where(inside, d, 0.0)
     if HAS_MASK:
         d = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, d, 0.0)
-    out = sums_ptr + (row.to(tl.int64) * chunks + tl.program_id(0)) * 3
+    out = sums_ptr + (row.to(tl.int64) * chunks + chunk) * 3
+    v, d = v.to(tl.float64), d.to(tl.float64)  # the square of a small or large gradient is no float32
     tl.store(out, tl.sum(v * v))
     tl.store(out + 1, tl.sum(v * d))
     tl.store(out + 2, tl.sum(d * d))
@@ -161,7 +164,7 @@ def ball_step(
     HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ACTIVE: tl.constexpr, BYTES: tl.constexpr, SIGN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
+    row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     b, c = row // channels, row % channels
     if HAS_ACTIVE:
         if tl.load(active_ptr + b) == 0:
@@ -171,20 +174,19 @@ def ball_step(
     for start in range(0, channels * chunks, PARTS):
         here = start + part < channels * chunks
         at = sums_ptr + (b.to(tl.int64) * channels * chunks + start + part) * 3
-        vv += tl.load(at, mask=here, other=0).to(tl.float64)
-        vd += tl.load(at + 1, mask=here, other=0).to(tl.float64)
-        dd += tl.load(at + 2, mask=here, other=0).to(tl.float64)
+        vv += tl.load(at, mask=here, other=0)
+        vd += tl.load(at + 1, mask=here, other=0)
+        dd += tl.load(at + 2, mask=here, other=0)
     v2, dv, d2 = tl.sum(vv), tl.sum(vd), tl.sum(dd)
     scale = tl.load(step_ptr + b).to(tl.float64)
     if not SIGN:
-        usable = (v2 > 0) & (v2 < 1e300)  # infinities of float32 and NaN are not
+        usable = (v2 > 0) & (v2 < float("inf"))  # NaN is not
         scale = tl.where(usable, scale / tl.sqrt(tl.where(usable, v2, 1.0)), 0.0)
     moved = d2 + tl.where(scale != 0, 2 * scale * dv + scale * scale * v2, 0.0)
     length = tl.sqrt(tl.maximum(moved, 0.0))
     eps = tl.load(eps_ptr + b).to(tl.float64)
     shrink = tl.where(length > eps, eps / tl.where(length > eps, length, 1.0), 1.0).to(tl.float32)
-    stride = scale.to(tl.float32)
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < inner
     at = row.to(tl.int64) * inner + offsets
     s = pixel_scale(std_ptr, c, HAS_STD)
@@ -192,7 +194,7 @@ def ball_step(
     x = tl.load(x_ptr + at, mask=inside, other=0)
     x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
     v = direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK, SIGN)
-    d = (x - x0) * s + tl.where(stride != 0, v * stride, 0.0)
+    d = (x - x0) * s + tl.where(scale != 0, v.to(tl.float64) * scale, 0.0).to(tl.float32)
     new = clip(x0 + tl.div_rn(d * shrink, d * 0 + s), low, high)
     if HAS_MASK:
         new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
@@ -206,6 +208,8 @@ def refusal(function: str, *args: Any) -> str | None:
         return f"x_adv is {x_adv.dtype}, and these kernels store float32"
     if not x_adv.is_contiguous():
         return "x_adv is not contiguous"
+    if x_adv[:1].numel() > _LARGEST:
+        return "a sample has 2^31 elements or more"
     if levels:
         return "levels is done by the reference alone"
     if function == "pgd_random_start_" and args[3] != "linf":
@@ -223,7 +227,8 @@ def pgd_step_(
     grad, x0, mask = grad.contiguous(), x0.contiguous(), _whole(mask, x_adv)
     channels, inner = _rows(x_adv, std)
     chunks = triton.cdiv(inner, _BLOCK)
-    grid = (chunks, len(x_adv) * channels)
+    rows = len(x_adv) * channels
+    grid = (rows * chunks,)
     nothing = step
     tensors = (
         mean if mean is not None else nothing,
@@ -240,11 +245,11 @@ def pgd_step_(
     active = active.to(torch.uint8) if active is not None else nothing
     if norm == "linf":
         linf_step[grid](
-            x_adv, grad, x0, step, eps, *tensors, active, clip_low, clip_high, channels, inner,
+            x_adv, grad, x0, step, eps, *tensors, active, clip_low, clip_high, channels, inner, chunks,
             **flags, **idle, **_OPTIONS,
         )  # fmt: skip
         return
-    sums = torch.empty((grid[1] * chunks, 3), dtype=torch.float32, device=x_adv.device)
+    sums = torch.empty((rows * chunks, 3), dtype=torch.float64, device=x_adv.device)
     flags["SIGN"] = norm == "sign_l2"
     ball_sums[grid](x_adv, grad, x0, *tensors, sums, channels, inner, chunks, **flags, **_OPTIONS)
     ball_step[grid](
@@ -262,10 +267,11 @@ def pgd_random_start_(
         return
     x0, mask = x0.contiguous(), _whole(mask, x_adv)
     count = x_adv[0].numel()
-    linf_start[(triton.cdiv(count, _BLOCK), len(x_adv))](
+    chunks = triton.cdiv(count, _BLOCK)
+    linf_start[(len(x_adv) * chunks,)](
         x_adv, x0, eps, seed, offset, sample_ids.contiguous(), stream,
         mean if mean is not None else eps, std if std is not None else eps, mask if mask is not None else eps,
-        clip_low, clip_high, count, count // x_adv.shape[1],
+        clip_low, clip_high, count, count // x_adv.shape[1], chunks,
         HAS_STD=std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
 
@@ -283,9 +289,10 @@ def _rows(x: Tensor, std: Tensor | None) -> tuple[int, int]:
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:
     """(name, kernel, signature, constants, options, arguments divisible by 16): what is compiled ahead of time."""
-    floats = ("x_ptr", "g_ptr", "eps_ptr", "step_ptr", "mean_ptr", "std_ptr", "sums_ptr")
+    floats = ("x_ptr", "g_ptr", "eps_ptr", "step_ptr", "mean_ptr", "std_ptr")
     kinds = dict.fromkeys(floats, "*fp32") | {"x0_ptr": "*fp32", "mask_ptr": "*u8", "active_ptr": "*u8"}
     kinds |= dict.fromkeys(("seed_ptr", "offset_ptr", "ids_ptr", "stream_ptr"), "*i64")
+    kinds["sums_ptr"] = "*fp64"
     kinds |= dict.fromkeys(("clip_low", "clip_high"), "fp32") | dict.fromkeys(
         ("channels", "inner", "count", "chunks"), "i32"
     )
