@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from poisonshield import __version__
+from poisonshield import __version__, ops
 from poisonshield.data import bundled_names
 from poisonshield.engine.settings import backends
 
@@ -42,6 +42,7 @@ def report() -> dict[str, dict[str, str]]:
         | {p: _version(p) for p in _PACKAGES},
         "devices": _devices(),
         "engine backends": {name: _backend(name) for name in backends.names()},
+        "op backends": ops.info() | _compilers(),
         "launch": _launch(),
         "data": {"bundled": ", ".join(bundled_names()) or "none: the installation is incomplete"},
     }
@@ -71,6 +72,11 @@ def _backend(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return f"not installed: pip install 'poisonshield[{name}]'"
     return "ready"
+
+
+def _compilers() -> dict[str, str]:
+    names = {"nvcc": ("nvcc",), "C++ compiler": (os.environ.get("CXX") or "g++", "clang++")}
+    return {name: next((p for c in tried if (p := shutil.which(c))), "not found") for name, tried in names.items()}
 
 
 def _launch() -> dict[str, str]:

@@ -14,9 +14,11 @@ import poisonshield
 @cache
 def missing() -> str | None:
     """Why the compiled operators are not here, or None once they are loaded."""
-    found = sorted(Path(poisonshield.__file__).parent.glob("_C*.so"))
+    folder = Path(poisonshield.__file__).parent
+    found = sorted(folder.glob("_C*.so"))
     if not found:
-        return "the extension is not built"
+        reason = folder / "_no_cuda.txt"  # written by setup.py
+        return "the extension is not built" + (f" ({reason.read_text().strip()})" if reason.is_file() else "")
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as err:

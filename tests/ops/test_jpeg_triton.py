@@ -15,7 +15,7 @@ from poisonshield.ops.jpeg.tables import scaled_tables
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 FORMS = [("420", "fancy"), ("420", "box"), ("444", "fancy")]
-SIZES = [(1, 1), (5, 3), (16, 16), (17, 21), (33, 40), (18, 34)]
+SIZES = [(1, 1), (5, 3), (16, 16), (17, 21), (18, 34)]
 
 
 def made(*shape, seed=0, low=0.1, high=0.9):
@@ -33,8 +33,7 @@ def near_ties(x, quality, subsampling):
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("rounding", ["none", "poly", "ste", "poly_ste", "fourier"])
-@pytest.mark.parametrize("integer", [False, True])
-def test_smooth_forward_and_backward_equal_the_reference(form, rounding, integer):
+def test_smooth_forward_and_backward_equal_the_reference(form, rounding):
     settings = {"subsampling": form[0], "upsample": form[1], "rounding": rounding, "fourier_terms": 3}
     compared = 0
     for seed, size in enumerate(SIZES):
@@ -44,20 +43,24 @@ def test_smooth_forward_and_backward_equal_the_reference(form, rounding, integer
         w, results = made(2, 3, *size, seed=9), []
         for backend in ("triton", "reference"):
             leaf = x.clone().requires_grad_()
-            out = jpeg(leaf, quality, integer_planes=integer, clamp_grad=0.25, backend=backend, **settings)
+            out = jpeg(leaf, quality, clamp_grad=0.25, backend=backend, **settings)
             (out * w).sum().backward()
             results.append((out.detach(), leaf.grad))
         (out, grad), (expected, expected_grad) = results
-        difference = (out - expected).abs()
-        if integer:  # a plane's value next to a tie of its own may round by one
-            assert (difference > 2e-4).float().mean() < 0.02
-        else:
-            assert difference.max() < 2e-4
-            # The series' slope changes by up to 80 per unit of u, which multiplies float32's error in u.
-            tolerance = 1e-3 if rounding == "fourier" else 1e-4
-            assert (grad - expected_grad).abs().max() <= tolerance * expected_grad.abs().max() + 2e-5
+        assert (out - expected).abs().max() < 2e-4
+        # The series' slope changes by up to 80 per unit of u, which multiplies float32's error in u.
+        tolerance = 1e-3 if rounding == "fourier" else 1e-4
+        assert (grad - expected_grad).abs().max() <= tolerance * expected_grad.abs().max() + 2e-5
         compared += 1
     assert compared >= 3
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_integer_planes_equal_the_reference_but_next_to_their_ties(form):
+    x = made(2, 3, 18, 34)
+    settings = {"subsampling": form[0], "upsample": form[1], "rounding": "none", "integer_planes": True}
+    difference = (jpeg(x, 60, backend="triton", **settings) - jpeg(x, 60, **settings)).abs()
+    assert (difference > 1e-6).float().mean() < 0.02 and difference.max() < 3 / 255
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)

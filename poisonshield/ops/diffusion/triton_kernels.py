@@ -120,6 +120,8 @@ def loss_and_gradient(
 
 def refusal(function: str, *args: Any) -> str | None:
     """Why these kernels cannot take a call."""
+    if len(args[0]) > 65535:
+        return "a batch of over 65,535 samples exceeds the grid"
     if function == "q_sample_backward":
         return "two products, which the reference does as well"
     if any(isinstance(a, Tensor) and a.dtype == torch.float64 and a.dim() > 1 for a in args):

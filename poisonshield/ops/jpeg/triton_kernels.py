@@ -484,6 +484,8 @@ def _matrices(device: torch.device) -> Tensor:
 
 def refusal(function: str, *args: Any) -> str | None:
     """Why these kernels cannot take a call."""
+    if len(args[0]) > 65535:
+        return "a batch of over 65,535 samples exceeds the grid"
     if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
         return "float64 is for the reference"
     if function == "jpeg_backward" and args[-1]:

@@ -1,0 +1,22 @@
+// Schemas of the compiled operators. They write into tensors that Python allocated; each .cu file registers its kernels.
+// The public operators, with their checks and formulas, are poisonshield::*, registered in Python.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(poisonshield_cuda, m) {
+  m.def(
+      "linf_step_(Tensor(a!) x, Tensor grad, Tensor x0, Tensor step, Tensor eps, Tensor? mean, Tensor? std, Tensor? mask, "
+      "Tensor? active, float low, float high, int channels, bool bytes) -> ()");
+  m.def(
+      "ball_step_(Tensor(a!) x, Tensor grad, Tensor x0, Tensor step, Tensor eps, Tensor? mean, Tensor? std, Tensor? mask, "
+      "Tensor? active, Tensor(b!) sums, float low, float high, int channels, bool bytes, bool sign) -> ()");
+  m.def(
+      "linf_start_(Tensor(a!) x, Tensor x0, Tensor eps, Tensor seed, Tensor offset, Tensor ids, Tensor stream, Tensor? mean, "
+      "Tensor? std, Tensor? mask, float low, float high, int channels, bool bytes) -> ()");
+  m.def(
+      "noising_(Tensor(a!) out, Tensor(b!) kept, Tensor x0, Tensor? noise, Tensor t, Tensor alphas, Tensor seed, "
+      "Tensor offset, Tensor stream, bool keep) -> ()");
+  m.def(
+      "loss_(Tensor(a!) losses, Tensor(b!) grad, Tensor(c!) sums, Tensor pred, Tensor? target, Tensor? x0, Tensor? noise, "
+      "Tensor? t, Tensor? alphas, Tensor seed, Tensor offset, Tensor stream, Tensor? mask, Tensor scale, int kind, int loss, "
+      "float delta, int inner, int mask_row, int mask_channel, bool pred_grad) -> ()");
+}
