@@ -1,9 +1,10 @@
 """Builds the package; all metadata is in pyproject.toml.
 
-POISONSHIELD_BUILD_CUDA decides about the compiled CUDA operators in csrc: `auto` (default) builds them where torch can be
-imported and an nvcc of its CUDA version is found, and otherwise installs the pure package; `0` never; `1` builds or
+POISONSHIELD_BUILD_CUDA decides about the compiled CUDA operators in csrc: `auto` (default) builds them where torch can
+be imported and an nvcc of its CUDA version is found, and otherwise installs the pure package; `0` never; `1` builds or
 fails. A GPU is not needed. The reason for a pure package is kept for `poisonshield doctor`. Building needs
-`pip install --no-build-isolation`, since torch is not fetched a second time for it. TORCH_CUDA_ARCH_LIST overrides 9.0+PTX.
+`pip install --no-build-isolation`, since torch is not fetched a second time for it. TORCH_CUDA_ARCH_LIST overrides
+9.0+PTX.
 """
 
 import os

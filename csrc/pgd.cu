@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) linf_start(
   for (int k = 0; k < 4; ++k) {
     const int64_t i = block * 4 + k, at = b * count + i;
     if (i >= count) break;
-    const Limits l = limits(s, i / s.inner);
+    const Limits l = limits(s, uint32_t(i) / uint32_t(s.inner));  // 64-bit division would need a stack
     const float origin = original<kBytes>(x0, at, l), u = uniform(words.w[k]);
     const float delta = __fmul_rn(__fsub_rn(__fmul_rn(u, 2.0f), 1.0f), __fdiv_rn(eps[b], l.std));
     const float moved = clip(__fadd_rn(origin, delta), l.low, l.high);

@@ -15,9 +15,16 @@ from poisonshield.ops import extension, info
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Registers of a thread, at most, of each kernel for sm_90. The drawn noise of `noising` and the loss is inlined.
-REGISTERS = {"linf_step": 40, "linf_start": 48, "ball_sums": 56, "ball_step": 56, "noising": 48, "loss_and_gradient": 56,
-             "add_rows": 40}  # fmt: skip
+# Registers of a thread, at most, of each kernel for sm_90.
+REGISTERS = {
+    "linf_step": 40,
+    "linf_start": 48,
+    "ball_sums": 56,
+    "ball_step": 56,
+    "noising": 48,
+    "loss_and_gradient": 56,
+    "add_rows": 40,
+}
 
 
 @pytest.fixture(scope="module")
