@@ -12,6 +12,8 @@ from poisonshield.errors import PoisonShieldError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Import and check data sets (tar shards with a manifest).")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, help="Time parts of the package beside other libraries.")
+app.add_typer(bench_app, name="bench")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, for example configs/defend/vespr_cifar10_mini.yaml.")]
 Overrides = Annotated[
@@ -118,6 +120,21 @@ def data_verify(folder: Annotated[Path, typer.Argument(help="A data set, or a fo
 
     if verify(folder):
         raise typer.Exit(1)
+
+
+@bench_app.command("ops")
+def bench_ops(
+    op: Annotated[Optional[list[str]], typer.Option(help="jpeg, pgd or diffusion; all if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="CSV that rows are added to.")] = Path("bench.csv"),
+    plot: Annotated[Optional[Path], typer.Option(help="Also draw the medians into this PNG.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each provider, interleaved.")] = 15,
+    quick: Annotated[bool, typer.Option(help="Tiny tensors: does it work, not how fast.")] = False,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
+) -> None:
+    """Differentiable JPEG, PGD step and diffusion loss beside kornia, torchattacks, diffusers, eager and torch.compile."""
+    from poisonshield.commands.bench import bench as run
+
+    run(op or [], out, plot, rounds, quick, threads)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ DOORS = {
     "webdataset": {"data/tars.py"},
     "timm": {"models/backbones.py"},
     "triton": {f"ops/{room}/triton_kernels.py" for room in ("jpeg", "pgd", "diffusion")} | {"ops/trigonometry.py"},
-    "diffusers": set(),
+    "diffusers": {"commands/bench/diffusion.py"},
     "wandb": set(),
 }
 
