@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from dist import run_dist
 from PIL import Image
 from slow_jpeg import slow_jpeg
 from torch.autograd import gradcheck
@@ -27,22 +28,24 @@ def pixels(*shape, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("rounding", ["none", "poly", "fourier", "ste"])
 def test_equals_the_slow_model(form, rounding):
     subsampling, upsample = form
-    for h, w in [(17, 21), (33, 18), (5, 3)]:
-        x = pixels(2, 3, h, w)
-        quality = torch.tensor([30, 85])
-        settings = {"subsampling": subsampling, "rounding": rounding, "upsample": upsample}
+    settings = {"subsampling": subsampling, "rounding": rounding, "upsample": upsample}
+    quality, compared = torch.tensor([30, 85]), 0
+    for seed, (h, w) in enumerate([(17, 21), (33, 18), (5, 3), (12, 9)]):
+        x = pixels(2, 3, h, w, seed=seed)
         out = jpeg(x, quality, fourier_terms=4, **settings)
         single = jpeg(x.float(), quality, fourier_terms=4, **settings)
         for i in range(2):
             tables = jpeg_tables(quality)[i].double().numpy()
             expected = torch.from_numpy(slow_jpeg(x[i].numpy(), tables, terms=4, **settings))
             assert (out[i] - expected).abs().max() < 1e-10
-            # In float32 a coefficient next to a tie may round the other way, so blocks with one are left out.
-            u = [c for c in _units(x[i : i + 1], quality[i], subsampling)]
-            ties = sum(int(((c - c.floor() - 0.5).abs() < 1e-4).sum()) for c in u)
-            if ties == 0 or rounding in ("none", "fourier", "poly"):
-                bound = 2e-4 if ties == 0 or rounding == "none" else 1.0
-                assert (single[i] - expected).abs().max() < bound, f"{ties} coefficients near a tie"
+            # Next to a tie float32 may round a coefficient the other way; images that have one are left out.
+            units = _units(x[i : i + 1], quality[i], subsampling)
+            ties = sum(int(((u.abs() % 1 - 0.5).abs() < 1e-4).sum()) for u in units)
+            if ties == 0 or rounding in ("none", "fourier"):
+                assert (single[i] - expected).abs().max() < 2e-4
+                compared += 1
+    print(f"{compared} of 8 images without a coefficient near a tie")
+    assert compared >= 4
 
 
 def _units(x, quality, subsampling):
@@ -304,6 +307,28 @@ def test_compiled_equals_the_reference():
     for out in outs:
         out.square().sum().backward()
     assert torch.allclose(leaves[0].grad, leaves[1].grad, atol=1e-4)
+
+
+def train_compressed(rank, world):
+    """One step of a data-parallel model with JPEG in front, on this rank's half of the batch."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(JPEG(60), torch.nn.Conv2d(3, 2, 3))
+    parallel = DistributedDataParallel(model)
+    x = pixels(4, 3, 16, 16, dtype=torch.float32)[rank * 2 : rank * 2 + 2]
+    parallel(x).square().mean().backward()
+    return model[1].weight.grad.tolist()
+
+
+@pytest.mark.dist
+def test_data_parallel_training_through_it_equals_one_process():
+    first, second = run_dist(train_compressed, 2)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(JPEG(60), torch.nn.Conv2d(3, 2, 3))
+    model(pixels(4, 3, 16, 16, dtype=torch.float32)).square().mean().backward()
+    assert first == second
+    assert torch.allclose(torch.tensor(first), model[1].weight.grad, atol=1e-6)
 
 
 def test_module_draws_a_quality_per_sample():
