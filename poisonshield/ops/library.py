@@ -69,7 +69,7 @@ def _second_derivative(name: str) -> Callable[..., Any]:
 
 
 def _function(name: str, op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
-    """The op as an autograd.Function, since torch.func.grad cannot pass a formula registered with an op (torch 2.14)."""
+    """The op as an autograd.Function: torch.func.grad cannot pass a formula registered with an op (torch 2.14)."""
     body = {
         "forward": staticmethod(lambda *args: op(*args)),
         "setup_context": staticmethod(setup_context),

@@ -37,7 +37,8 @@ def q_sample(
 ) -> tuple[Tensor, Tensor | None]:
     """(x_t, noise): x_t = sqrt(a) x0 + sqrt(1 - a) noise with a = alphas_cumprod[t], and the noise if return_noise.
 
-    x0 [B, C, *spatial] float; t int64 [B]; alphas_cumprod [T] in [0, 1]. noise of x0's shape, or drawn from `seed` (an int, or one int64 on the device): row b depends on (seed, offset, b) alone, and `masked_diffusion_loss` draws the
+    x0 [B, C, *spatial] float; t int64 [B]; alphas_cumprod [T] in [0, 1]. noise of x0's shape, or drawn from `seed` (an
+    int, or one int64 on the device): row b depends on (seed, offset, b) alone, and `masked_diffusion_loss` draws the
     same again. out: written in place instead of a new tensor (not under gradients). Computed in at least float32.
     Differentiable in x0 and noise. Raises TypeError, ShapeError, ValueError.
     """

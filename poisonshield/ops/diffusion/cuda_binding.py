@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poisonshield.ops.diffusion.layout import strided_mask
 from poisonshield.ops.diffusion.reference import row_scale
 
 _CHUNK = 1024  # elements of a block: kChunk in csrc/diffusion.cu
@@ -53,12 +54,8 @@ def diffusion_loss(
         return losses, torch.empty_like(pred) if pred_grad else pred.new_empty(0)
     p = pred.contiguous()
     sources = [None if v is None else v.contiguous() for v in (target, x0, noise)]
-    row = channel = 0
     inner = p[0, 0].numel()
-    if mask is not None:
-        mask = mask.float().expand(*mask.shape[:2], *pred.shape[2:]).contiguous()
-        channel = inner if mask.shape[1] > 1 else 0
-        row = mask[0].numel() if mask.shape[0] > 1 else 0
+    mask, row, channel = (None, 0, 0) if mask is None else strided_mask(mask.float(), pred)
     grad = torch.empty_like(p) if pred_grad else p.new_empty(0)
     sums = p.new_empty((len(p), -(-p[0].numel() // _CHUNK)), dtype=torch.float64)
     torch.ops.poisonshield_cuda.loss_(

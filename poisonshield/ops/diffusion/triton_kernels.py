@@ -3,8 +3,8 @@
 q_sample: elementwise, grid (chunks, samples); the two factors of a sample come from alphas_cumprod in the kernel, and a
 seed draws the noise there (each lane computes the word it needs: integer work instead of memory). The loss: one pass
 writes dL/dpred and a partial sum per chunk, reading each of pred, target and mask once; the partial sums of a row are
-then added in a fixed order. No atomics. Offsets are 64 bits wide. Row scales (weights over areas) are computed before by
-the reference's own few small operations.
+then added in a fixed order. No atomics. Offsets are 64 bits wide. Row scales (weights over areas) are computed before
+by the reference's own few small operations.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from poisonshield.ops.diffusion.layout import strided_mask
 from poisonshield.ops.diffusion.reference import row_scale
 from poisonshield.ops.trigonometry import cosine_of_turns
 
@@ -169,10 +170,7 @@ def diffusion_loss(
     count, inner = p[0].numel(), p[0, 0].numel()
     row = channel = 0
     if mask is not None:
-        mask = (mask.to(torch.uint8) if mask.dtype == torch.bool else mask).expand(*mask.shape[:2], *pred.shape[2:])
-        mask = mask.contiguous()
-        channel = inner if mask.shape[1] > 1 else 0
-        row = mask[0].numel() if mask.shape[0] > 1 else 0
+        mask, row, channel = strided_mask(mask.to(torch.uint8) if mask.dtype == torch.bool else mask, pred)
     chunks = triton.cdiv(count, _BLOCK)
     grad = torch.empty_like(p) if pred_grad else p.new_empty(0)
     sums = torch.empty((len(p), chunks), dtype=torch.float32, device=p.device)

@@ -55,8 +55,8 @@ def jpeg(
     clamp_grad: slope where a clamp cuts, 0 (none) to 1 (pass through).
 
     Smooth mode spreads a NaN over its 16x16 neighbourhood and no further; exact mode reads it as 0. Quality on a CUDA
-    device is not checked but clamped, so that nothing waits for the device. Raises TypeError, ValueError (ShapeError for
-    shapes) and GradientError. Not for: codecs other than libjpeg-turbo's default path (see exact.py).
+    device is not checked but clamped, so that nothing waits for the device. Raises TypeError, ValueError (ShapeError
+    for shapes) and GradientError. Not for: codecs other than libjpeg-turbo's default path (see exact.py).
     """
     _check_x(x, mode)
     _check_names(subsampling, mode, rounding, upsample)

@@ -5,21 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poisonshield.ops.pgd.layout import expanded_mask, float32_only
+
 _CHUNK = 1024  # elements of a block: kChunk in csrc/pgd.cu
 
 
 def refusal(function: str, *args: Any) -> str | None:
     """Why these kernels cannot take a call."""
-    x_adv, levels = args[0], args[-1]
-    if x_adv.dtype != torch.float32:
-        return f"x_adv is {x_adv.dtype}, and these kernels store float32"
-    if not x_adv.is_contiguous():
-        return "x_adv is not contiguous"
-    if levels:
-        return "levels is done by the reference alone"
-    if function == "pgd_random_start_" and args[3] != "linf":
-        return f"the {args[3]} start is done by the reference alone"
-    return None
+    return float32_only(function, *args)
 
 
 def pgd_step_(
@@ -30,7 +23,7 @@ def pgd_step_(
     if not x_adv.numel():
         return
     channels = x_adv.shape[1] if std is not None else 1
-    tensors = x_adv, grad.float().contiguous(), _pixels(x0), step, eps, mean, std, _whole(mask, x_adv)
+    tensors = x_adv, grad.float().contiguous(), _pixels(x0), step, eps, mean, std, expanded_mask(mask, x_adv)
     active = None if active is None else active.to(torch.uint8)
     ops, bytes_ = torch.ops.poisonshield_cuda, x0.dtype == torch.uint8
     if norm == "linf":
@@ -49,14 +42,10 @@ def pgd_random_start_(
     if not x_adv.numel():
         return
     torch.ops.poisonshield_cuda.linf_start_(
-        x_adv, _pixels(x0), eps, seed, offset, sample_ids.contiguous(), stream, mean, std, _whole(mask, x_adv),
+        x_adv, _pixels(x0), eps, seed, offset, sample_ids.contiguous(), stream, mean, std, expanded_mask(mask, x_adv),
         clip_low, clip_high, x_adv.shape[1], x0.dtype == torch.uint8,
     )  # fmt: skip
 
 
 def _pixels(x0: Tensor) -> Tensor:
     return (x0 if x0.dtype == torch.uint8 else x0.float()).contiguous()
-
-
-def _whole(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if mask is None else (mask != 0).to(torch.uint8).expand(x.shape).contiguous()

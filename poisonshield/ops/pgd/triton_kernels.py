@@ -1,9 +1,10 @@
 """Triton kernels of the PGD step and random start.
 
 linf: one pass, a program for each chunk of a channel, so that radii, mean and std are scalars of a program: 16 bytes an
-element in float32. l2 and sign_l2: a first pass leaves sums of v^2, d v and d^2 (v the direction, d = x - x0) per chunk,
-from which the second knows the length after the step, |d|^2 + 2 a <d, v> + a^2 |v|^2, without reading twice more; each
-program adds the partial sums in the same order. Sums are float64, since squares of small gradients vanish in float32.
+element in float32. l2 and sign_l2: a first pass leaves sums of v^2, d v and d^2 (v the direction, d = x - x0) per
+chunk, from which the second knows the length after the step, |d|^2 + 2 a <d, v> + a^2 |v|^2, without reading twice
+more; each program adds the partial sums in the same order. Sums are float64, since squares of small gradients vanish in
+float32.
 The grid has one axis (CUDA's others end at 65,535). No atomics. Compiled without fused multiply-adds, so that
 linf steps and starts equal the reference to the bit. A sample starts at a 64-bit offset.
 """
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from poisonshield.ops.pgd.layout import expanded_mask, float32_only
 
 _BLOCK = 1024
 _LARGEST = 2**31 - 1 - _BLOCK  # elements of a sample: places within one are 32 bits wide, samples start at 64
@@ -203,18 +206,9 @@ def ball_step(
 
 def refusal(function: str, *args: Any) -> str | None:
     """Why these kernels cannot take a call."""
-    x_adv, levels = args[0], args[-1]
-    if x_adv.dtype != torch.float32:
-        return f"x_adv is {x_adv.dtype}, and these kernels store float32"
-    if not x_adv.is_contiguous():
-        return "x_adv is not contiguous"
-    if x_adv[:1].numel() > _LARGEST:
+    if args[0][:1].numel() > _LARGEST:
         return "a sample has 2^31 elements or more"
-    if levels:
-        return "levels is done by the reference alone"
-    if function == "pgd_random_start_" and args[3] != "linf":
-        return f"the {args[3]} start is done by the reference alone"
-    return None
+    return float32_only(function, *args)
 
 
 def pgd_step_(
@@ -224,7 +218,7 @@ def pgd_step_(
     """As the reference: linf in one pass, l2 and sign_l2 in two."""
     if not x_adv.numel():
         return
-    grad, x0, mask = grad.contiguous(), x0.contiguous(), _whole(mask, x_adv)
+    grad, x0, mask = grad.contiguous(), x0.contiguous(), expanded_mask(mask, x_adv)
     channels, inner = _rows(x_adv, std)
     chunks = triton.cdiv(inner, _BLOCK)
     rows = len(x_adv) * channels
@@ -265,7 +259,7 @@ def pgd_random_start_(
     """As the reference, to the bit, for linf."""
     if not x_adv.numel():
         return
-    x0, mask = x0.contiguous(), _whole(mask, x_adv)
+    x0, mask = x0.contiguous(), expanded_mask(mask, x_adv)
     count = x_adv[0].numel()
     chunks = triton.cdiv(count, _BLOCK)
     linf_start[(len(x_adv) * chunks,)](
@@ -274,10 +268,6 @@ def pgd_random_start_(
         clip_low, clip_high, count, count // x_adv.shape[1], chunks,
         HAS_STD=std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
-
-
-def _whole(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if mask is None else (mask != 0).to(torch.uint8).expand(x.shape).contiguous()
 
 
 def _rows(x: Tensor, std: Tensor | None) -> tuple[int, int]:
