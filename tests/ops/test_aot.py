@@ -12,8 +12,8 @@ import pytest
 
 HERE = Path(__file__).parent
 
-# Registers of a thread and barriers, at most. 255 registers are all there are: two such programs of four warps share an SM
-# partition. The tile kernels of JPEG trade them for one pass; their tuning waits for a GPU.
+# Registers of a thread and barriers, at most; 255 registers are all there are. The tile kernels of JPEG trade them for one
+# pass; their tuning waits for a GPU. Newest and oldest Triton differ by half, hence the room.
 BUDGETS = {
     "linf_step": (40, 0),
     "linf_step_all": (64, 2),
@@ -29,7 +29,7 @@ BUDGETS = {
     "split_gradient": (80, 0),
     "code_tiles": (176, 48),
     "luma_gradient": (176, 24),
-    "gather_gradient": (255, 56),
+    "gather_gradient": (255, 72),
 }
 WIDE = ("linf_step", "noising", "loss_given", "ball_sums")
 

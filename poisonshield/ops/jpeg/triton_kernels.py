@@ -26,6 +26,7 @@ from poisonshield.ops.trigonometry import cosine_of_turns
 
 _TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _PIXEL_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_GATHER_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # with four warps Triton 3.9 spills
 _BLOCK = 512
 _ROUNDINGS = {"none": 0, "poly": 1, "ste": 2, "hard": 2, "poly_ste": 3, "fourier": 4}
 
@@ -551,12 +552,12 @@ def jpeg_backward(
             g, grad.contiguous(), y, c, affine, clamp_grad, s.h, s.w, s.ch, s.cw,
             HALF=s.half, SMOOTH=s.smooth, INTEGER=s.integer, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
         )  # fmt: skip
-        flags = {"INTEGER": s.integer, "ROUNDING": _ROUNDINGS[rounding]} | _TILE_OPTIONS
+        flags = {"INTEGER": s.integer, "ROUNDING": _ROUNDINGS[rounding]}
         flags["TERMS"] = fourier_terms if rounding == "fourier" else 1
         luma_gradient[s.tiles](x_, tables, affine, _matrices(x.device), g, y, clamp_grad, s.h, s.w, s.tiles_x, **flags)
         gather_gradient[s.tiles](
             dx, x_, tables, affine, _matrices(x.device), g, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
-            HALF=s.half, SMOOTH=s.smooth, **flags,
+            HALF=s.half, SMOOTH=s.smooth, **flags, **_GATHER_OPTIONS,
         )  # fmt: skip
     return torch.empty_like(x).copy_(dx), tables.new_empty(0)
 
@@ -584,5 +585,6 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
             constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
             signature = {n: "constexpr" if n in constants else kinds[n] for n in kernel.arg_names}
             even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("h", "w"))
-            cases.append((f"{kernel.__name__}_{form}_{kind}", kernel, signature, constants, dict(_TILE_OPTIONS), even))
+            options = dict(_GATHER_OPTIONS if kernel is gather_gradient else _TILE_OPTIONS)
+            cases.append((f"{kernel.__name__}_{form}_{kind}", kernel, signature, constants, options, even))
     return cases
