@@ -360,6 +360,8 @@ X = torch.zeros(2, 3, 8, 8)
         (lambda: jpeg(X, [50]), TypeError, "quality is a list"),
         (lambda: jpeg(X, True), TypeError, "quality is a bool"),
         (lambda: jpeg(X, torch.tensor([50, 50, 50])), ShapeError, "for 2 images"),
+        (lambda: jpeg(X, torch.tensor([50.0], device="meta")), ValueError, "quality is on meta and x on cpu"),
+        (lambda: jpeg(X, 50, qtables=torch.ones(2, 8, 8, device="meta")), ValueError, "qtables are on meta"),
         (lambda: jpeg(X, float("nan")), ValueError, "nan is outside"),
         (lambda: jpeg(X, torch.tensor([50, 101])), ValueError, "101 is outside"),
         (lambda: jpeg(X, -1), ValueError, "-1 is outside"),

@@ -350,6 +350,7 @@ def step(x=None, grad=G, x0=None, **settings):
     [
         (lambda: step(grad=G[:1]), ShapeError, r"grad has shape \(1, 3, 4, 4\)"),
         (lambda: step(x0=X[..., :2]), ShapeError, "x0 has shape"),
+        (lambda: step(grad=G.to("meta")), ValueError, "grad is on meta and x_adv on cpu"),
         (lambda: step(X[:1].expand(2, -1, -1, -1)), ShapeError, "expanded view"),
         (lambda: step(torch.zeros(4), G[0, 0, 0], X[0, 0, 0]), ShapeError, "Give a batch"),
         (lambda: step(X.clone().requires_grad_()), GradientError, "no_grad"),
