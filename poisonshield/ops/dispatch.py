@@ -125,11 +125,11 @@ class Room:
         def call(*args: Any) -> Any:
             reason = _everywhere("compiled")
             if reason is None and function not in _fallen:
-                from torch._dynamo.exc import TorchDynamoException
+                from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
                 try:
                     return _compile(getattr(reference, "WHOLE", {}).get(function, plain))(*args)
-                except TorchDynamoException as err:
+                except (TorchDynamoException, FailOnRecompileLimitHit) as err:
                     reason = f"torch.compile failed: {str(err).splitlines()[0]}"
             if function not in _fallen:
                 _fallen.add(function)
@@ -173,4 +173,5 @@ def _compiler() -> str | None:
 
 @cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+    # Symbolic sizes make padding's guards grow until compilation takes minutes; each shape is compiled by itself.
+    return torch.compile(function, fullgraph=True, dynamic=False)
