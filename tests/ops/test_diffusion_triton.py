@@ -76,3 +76,12 @@ def test_halves_and_runs():
     torch.testing.assert_close(outs[0], outs[2], rtol=1e-5, atol=0)
     with pytest.raises(BackendError, match="float64 is for the reference"):
         masked_diffusion_loss(pred.double(), target=target.double(), backend="triton")
+
+
+def test_noising_has_its_gradient_whatever_the_backend():
+    grads = []
+    for backend in ("triton", "reference"):
+        x0, noise = (made(*SHAPE, seed=s).requires_grad_() for s in range(2))
+        q_sample(x0, TS, ALPHAS, noise=noise, backend=backend)[0].square().sum().backward()
+        grads.append((x0.grad, noise.grad))
+    torch.testing.assert_close(grads[0], grads[1])
