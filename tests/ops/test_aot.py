@@ -78,6 +78,14 @@ def test_every_kernel_that_is_launched_is_compiled(rows):
     assert not [n for n in launched if not any(c.startswith({"loss_and_gradient": "loss"}.get(n, n)) for c in cases)]
 
 
+def test_every_launch_of_jpeg_states_the_options_it_is_compiled_with():
+    """Without them fusion of multiply and add is Triton's default, which another version changes."""
+    text = (HERE.parents[1] / "poisonshield" / "ops" / "jpeg" / "triton_kernels.py").read_text()
+    launches = re.findall(r"^\s+(\w+)\[s\w*\.\w+\]\((.*?)\)(?:  # fmt: skip)?$", text, re.MULTILINE | re.DOTALL)
+    assert {"code_tiles", "combine", "split_gradient", "luma_gradient", "gather_gradient"} == {n for n, _ in launches}
+    assert not [n for n, arguments in launches if "_OPTIONS" not in arguments]
+
+
 def test_the_check_can_fail(rows):
     with pytest.raises(AssertionError):
         check([*rows[1:], rows[0] | {"stack": 8}])

@@ -72,7 +72,7 @@ def rounded(u, ROUNDING: tl.constexpr, TERMS: tl.constexpr):
         n = n + e * e * e
     if ROUNDING == 4:
         n = u
-        for k in tl.static_range(1, TERMS + 1):
+        for k in range(1, TERMS + 1):  # not unrolled, as in `slope`
             turns = k * u - tl.floor(k * u)
             n += (2 * (k % 2) - 1) * (-1.0 / (k * 3.141592653589793)) * cosine_of_turns(turns, 3)
     return n
@@ -86,7 +86,7 @@ def slope(u, ROUNDING: tl.constexpr, TERMS: tl.constexpr):
         s = u * 0 + 1.0
     if ROUNDING == 4:
         s = u * 0 + 1.0
-        for k in tl.static_range(1, TERMS + 1):
+        for k in range(1, TERMS + 1):  # not unrolled: the terms together would spill
             turns = k * u - tl.floor(k * u)
             s -= (2 * (k % 2) - 1) * 2.0 * cosine_of_turns(turns, 0)
     return s
@@ -554,7 +554,9 @@ def jpeg_backward(
         )  # fmt: skip
         flags = {"INTEGER": s.integer, "ROUNDING": _ROUNDINGS[rounding]}
         flags["TERMS"] = fourier_terms if rounding == "fourier" else 1
-        luma_gradient[s.tiles](x_, tables, affine, _matrices(x.device), g, y, clamp_grad, s.h, s.w, s.tiles_x, **flags)
+        luma_gradient[s.tiles](
+            x_, tables, affine, _matrices(x.device), g, y, clamp_grad, s.h, s.w, s.tiles_x, **flags, **_TILE_OPTIONS
+        )
         gather_gradient[s.tiles](
             dx, x_, tables, affine, _matrices(x.device), g, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
             HALF=s.half, SMOOTH=s.smooth, **flags, **_GATHER_OPTIONS,
@@ -577,13 +579,15 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
     backward = (split_gradient, luma_gradient, gather_gradient)
     wanted = [(f, "poly", poly, (code_tiles, combine, *backward)) for f in forms]
     wanted += [(f, "exact", poly | {"EXACT": True}, (code_tiles, combine)) for f in ("420", "444")]
-    wanted += [("420", "fourier", fourier, (code_tiles, luma_gradient, gather_gradient))]
+    for kind in ("fourier", "fourier_bf16"):
+        wanted += [(f, kind, fourier, (code_tiles, luma_gradient, gather_gradient)) for f in ("420", "444")]
     cases = []
     for form, kind, flags, kernels in wanted:
         for kernel in kernels:
             constants = forms[form] | flags | {"BLOCK": _BLOCK}
             constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-            signature = {n: "constexpr" if n in constants else kinds[n] for n in kernel.arg_names}
+            halves = {"x_ptr": "*bf16", "dx_ptr": "*bf16"} if kind.endswith("bf16") else {}
+            signature = {n: "constexpr" if n in constants else (kinds | halves)[n] for n in kernel.arg_names}
             even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("h", "w"))
             options = dict(_GATHER_OPTIONS if kernel is gather_gradient else _TILE_OPTIONS)
             cases.append((f"{kernel.__name__}_{form}_{kind}", kernel, signature, constants, options, even))
