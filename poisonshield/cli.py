@@ -64,6 +64,23 @@ def evaluate(
 
 
 @app.command()
+def grid(
+    config: Annotated[str, typer.Argument(help="A grid file, for example configs/grid/vespr_cifar10_mini.yaml.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seeds=[0] dir=runs/try")
+    ] = None,
+    part: Annotated[str, typer.Option(help="Which part of how many, e.g. 2/4: several jobs share a grid.")] = "1/1",
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Print the table of what is done, and train nothing.")
+    ] = False,
+) -> None:
+    """Many runs from one file: trains what is not done yet and ends in one table with seeds and spread."""
+    from poisonshield.commands.grid import run_grid
+
+    print(run_grid(config, overrides or [], part=part, only_list=only_list))
+
+
+@app.command()
 def poison(config: Config, overrides: Overrides = None) -> None:
     """Write the config's poison: lossless shards with a measured budget, or a recipe of some kilobytes."""
     from poisonshield.commands.forge import forge_run

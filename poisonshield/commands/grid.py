@@ -1,0 +1,224 @@
+"""One file, many runs: every combination of settings, with seeds, resumed where it stopped, ending in one table.
+
+A grid file names a base experiment and blocks of axes; a block is the product of its axes, and blocks stand side by
+side, so that ablations which vary one thing at a time are one block each:
+
+    base: ../defend/vespr_cifar10_mini.yaml        # relative to this file
+    dir: runs/ablation
+    seeds: [0, 1, 2]
+    settings: {engine.epochs: 12}                  # for every run
+    blocks:
+      - defenses.0.eps: [0, 4/255, 8/255]          # an axis of values of one setting
+        training:                                  # an axis of named groups of settings
+          vespr: {}
+          ssl+ce: {defenses.0.attack_views: []}
+
+Every run is an ordinary run folder: a finished one is kept, an unfinished one goes on from its last checkpoint.
+"""
+
+import csv
+import io
+import itertools
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from poisonshield.build import Run, read_run
+from poisonshield.commands.train import train
+from poisonshield.config import Checker, Settings, load_tree
+from poisonshield.engine.checkpoint import write_whole
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.errors import ConfigError, PoisonShieldError
+
+log = logging.getLogger(__name__)
+
+READOUTS = {"test_top1": "classifier", "knn_top1": "k-NN", "linear_top1": "linear probe"}
+
+
+class GridConfig(Settings):
+    """A grid file. dir: where the runs' folders and the table go."""
+
+    base: str
+    dir: str
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    settings: dict[str, Any] = {}
+    blocks: tuple[dict[str, dict[str, dict[str, Any] | None] | list[Any]], ...] = Field(min_length=1)
+
+    @field_validator("blocks")
+    @classmethod
+    def _axes_hold_something(cls, blocks: tuple[dict, ...]) -> tuple[dict, ...]:
+        empty = [axis for block in blocks for axis, choices in block.items() if not choices]
+        if empty:
+            raise ValueError(f"the axis {empty[0]} is empty. Give it values, or remove it.")
+        return blocks
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: where it stands on each axis, its seed, its folder and its checked settings."""
+
+    labels: dict[str, str]
+    seed: int
+    overrides: tuple[str, ...]
+    folder: RunFolder
+    run: Run
+
+    def row(self) -> dict[str, Any] | None:
+        """Its row of results.json, or None while it has not finished."""
+        if not self.folder.results.is_file():
+            return None
+        self.folder.check(self.run.record, resume="auto")  # raises if it was trained with other settings
+        return json.loads(self.folder.results.read_text())[-1]
+
+
+def read_grid(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> tuple[Path, list[Cell]]:
+    """The grid's folder and all its runs, every one of them checked. Overrides change the grid file's own keys.
+
+    Raises ConfigError for the grid file's mistakes, and for those of any run, named by its place in the grid.
+    """
+    tree = load_tree(path, overrides)
+    checker = Checker(tree)
+    config = checker.settings(GridConfig, (), tree.values, owner="a grid")
+    checker.finish()
+    base = Path(path).parent / config.base
+    cells, known = [], {}
+    for block in config.blocks:
+        for picks in itertools.product(*(_choices(axis, choices) for axis, choices in block.items())):
+            labels = dict(zip(block, (label for label, _ in picks), strict=True))
+            changes = {k: v for _, settings in picks for k, v in settings.items()}
+            place = _slug(labels)
+            if known.setdefault(place, labels) is not labels:
+                raise ConfigError(f"{path}: two runs are both called {place}. Name their axes or choices apart.")
+            for seed in config.seeds:
+                folder = Path(config.dir) / place / f"seed-{seed}"
+                own = {**config.settings, **changes, "seed": seed, "run.dir": str(folder)}
+                texts = tuple(f"{k}={json.dumps(v)}" for k, v in own.items())
+                try:
+                    run = read_run(base, texts)
+                except ConfigError as err:
+                    raise ConfigError(f"{path}, run {place}:\n{err}") from err
+                cells.append(Cell(labels, seed, (*texts, "engine.resume=auto"), RunFolder(folder), run))
+    return Path(config.dir), cells
+
+
+def run_grid(
+    path: str | Path, overrides: tuple[str, ...] | list[str] = (), *, part: str = "1/1", only_list: bool = False
+) -> str:
+    """Trains what is not done yet and writes table.md and results.csv; returns the table.
+
+    part "2/4" takes every fourth run, from the second on, so that four jobs share one grid. A run that fails is named
+    at the end, in a ConfigError, and the others go on; a preempted one ends the grid.
+    """
+    folder, cells = read_grid(path, overrides)
+    first, step = _part(part)
+    mine, failed = cells[first - 1 :: step], {}
+    if not only_list:
+        for i, cell in enumerate(mine):
+            if cell.row() is not None:
+                continue
+            log.info("run %d of %d: %s, seed %d", i + 1, len(mine), _slug(cell.labels), cell.seed)
+            try:
+                train(cell.run.origin, cell.overrides)
+            except PoisonShieldError as err:
+                log.error("%s", err)
+                failed[str(cell.folder.path)] = err
+        write_tables(folder, cells)
+    if failed:
+        lines = "\n".join(f"  {place}: {str(err).splitlines()[0]}" for place, err in failed.items())
+        raise ConfigError(f"{len(failed)} of {len(mine)} runs failed; the others are in {folder}/table.md.\n{lines}")
+    return table(cells)
+
+
+def table(cells: list[Cell]) -> str:
+    """A Markdown table: one line a place in the grid; mean and (lowest to highest) over seeds, in percent."""
+    axes = list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
+    head = [*axes, *READOUTS.values(), "seconds a run", "seeds done"]
+    lines = [head, ["---"] * len(head)]
+    for labels, rows, wanted in _places(cells):
+        numbers = [_spread([r[k] for r in rows]) for k in READOUTS]
+        cost = f"{mean(r['seconds'] for r in rows):.0f}" if rows else "-"
+        lines.append([*(labels.get(a, "") for a in axes), *numbers, cost, f"{len(rows)} of {wanted}"])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    over_poisons = _over_poisons(cells)
+    return f"{text}\n\n{over_poisons}" if over_poisons else text
+
+
+def write_tables(folder: Path, cells: list[Cell]) -> None:
+    """table.md, and results.csv with one line for each finished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "table.md", table(cells) + "\n")
+    axes = list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow([*axes, "seed", *READOUTS, "steps", "seconds", "folder"])
+    for cell in cells:
+        row = cell.row()
+        if row is not None:
+            place = [cell.labels.get(a, "") for a in axes]
+            writer.writerow([*place, cell.seed, *(row[k] for k in READOUTS), row["steps"], row["seconds"],
+                             cell.folder.path])  # fmt: skip
+    write_whole(folder / "results.csv", buffer.getvalue())
+
+
+def _over_poisons(cells: list[Cell]) -> str:
+    """Lowest and mean accuracy over the poisons of an axis `poison` (Psn Min, Psn Avg), where it has two or more."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for labels, rows, _ in _places(cells):
+        poisoned = [r for r in rows if r["poison"] != "none"]
+        if "poison" in labels and poisoned:
+            others = ", ".join(v for k, v in labels.items() if k != "poison")
+            best = [r["test_top1"] if r["test_top1"] is not None else r["linear_top1"] for r in poisoned]
+            groups.setdefault(others, {})[labels["poison"]] = best
+    groups = {k: v for k, v in groups.items() if len(v) > 1}
+    if not groups:
+        return ""
+    lines = ["| over poisons | lowest | mean |", "| --- | --- | --- |"]
+    for others, per_poison in groups.items():
+        means = [mean(v) for v in per_poison.values()]
+        lines.append(f"| {others} | {min(means):.1f} | {mean(means):.1f} |")
+    return "\n".join(
+        [*lines, "", "Accuracy of the classifier, or of the linear probe where there is none; means over seeds."]
+    )
+
+
+def _places(cells: list[Cell]) -> list[tuple[dict[str, str], list[dict[str, Any]], int]]:
+    """(labels, rows of the finished seeds, number of seeds) for each place, in the order of the file."""
+    places: dict[str, tuple[dict[str, str], list[dict[str, Any]], int]] = {}
+    for cell in cells:
+        labels, rows, wanted = places.get(_slug(cell.labels), (cell.labels, [], 0))
+        row = cell.row()
+        places[_slug(cell.labels)] = (labels, rows + ([] if row is None else [row]), wanted + 1)
+    return list(places.values())
+
+
+def _spread(values: list[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return "-"
+    return f"{mean(known):.1f}" + (f" ({min(known):.1f} to {max(known):.1f})" if len(known) > 1 else "")
+
+
+def _choices(axis: str, choices: dict[str, dict[str, Any] | None] | list[Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(label, settings) of each choice on an axis."""
+    if isinstance(choices, dict):
+        return [(str(label), settings or {}) for label, settings in choices.items()]
+    return [(value if isinstance(value, str) else json.dumps(value), {axis: value}) for value in choices]
+
+
+def _slug(labels: dict[str, str]) -> str:
+    """A folder name: axis=label,axis=label with nothing in it that a file system minds."""
+    parts = (f"{axis}={label}" for axis, label in labels.items())
+    return ",".join(re.sub(r"[^A-Za-z0-9=.+_-]+", "_", part) for part in parts) or "base"
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--part {text}: write which of how many, counted from 1, for example 2/4.")
+    return int(match[1]), int(match[2])
