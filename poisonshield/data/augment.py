@@ -1,8 +1,9 @@
 """Augmentations on batches of tensors, every sample with its own parameters. Differentiable in the pixels.
 
-All take x [B, 3, H, W] in [0, 1] and per-sample uniforms u [B, n] in [0, 1), and return pixels in [0, 1]. Nothing here
-draws random numbers, so the caller decides what they depend on (seed, epoch, key). Crops and blurs are two batched
-matrix products with per-sample matrices: exact antialiased bilinear resampling, at B*(H*S + W*S) extra floats.
+All take x [B, 3, H, W] in [0, 1] and per-sample uniforms u [B, n] in [0, 1), and return pixels in [0, 1] of the dtype
+of x. Nothing here draws random numbers, so the caller decides what they depend on (seed, epoch, key). Crops and blurs
+are two batched matrix products with per-sample matrices: exact antialiased bilinear resampling, at B*(H*S + W*S) extra
+floats. Coordinates, weights and colours are computed in float32 at least, so that bfloat16 costs pixels only.
 Sources: torchvision's transforms for the meaning of each parameter.
 """
 
@@ -10,6 +11,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from poisonshield.ops.precision import at_least_float32
 
 LUMA = (0.299, 0.587, 0.114)
 
@@ -49,7 +52,10 @@ def _resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tens
 
 
 def _apply(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """rows @ x @ columns^T per sample and channel: [B, S, H], [B, 3, H, W], [B, T, W] -> [B, 3, S, T]."""
+    """rows @ x @ columns^T per sample and channel: [B, S, H], [B, 3, H, W], [B, T, W] -> [B, 3, S, T].
+
+    rows and columns may be one for all samples, [1, S, H]."""
+    rows, columns = rows.to(x.dtype), columns.to(x.dtype)
     return torch.matmul(torch.matmul(rows[:, None], x), columns[:, None].transpose(2, 3))
 
 
@@ -60,6 +66,19 @@ def resized_crop(x: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     return _apply(rows, x, columns)
+
+
+def resized_center_crop(x: Tensor, *, shorter: int, size: int) -> Tensor:
+    """Resize the shorter side to `shorter`, then take the middle size x size (no larger than `shorter`)."""
+    least = min(x.shape[2:])
+
+    def matrix(source: int) -> Tensor:
+        target = shorter * source // least
+        whole = torch.tensor([[0.0], [source]], device=x.device)
+        first = round((target - size) / 2)  # half to even, as torchvision does
+        return _resampling(whole[0], whole[1], source, target)[:, first : first + size]
+
+    return _apply(matrix(x.shape[2]), x, matrix(x.shape[3]))
 
 
 def shifted_crop(x: Tensor, u: Tensor, *, padding: int) -> Tensor:
@@ -81,6 +100,7 @@ def grayscale(x: Tensor) -> Tensor:
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by shift [B] (1 is a full turn), through HSV."""
+    dtype, x = x.dtype, at_least_float32(x)
     value, _ = x.max(1)
     spread = value - x.min(1).values
     safe = spread.clamp(min=1e-8)
@@ -90,16 +110,22 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     turns = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
     k = turns + hue[:, None]
     k = k - 6 * torch.floor(k / 6)
-    return value[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    return (value[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).to(dtype)
+
+
+def jitter_parameters(u: Tensor, *, strength: float, hue: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of brightness, contrast and saturation [B, 3], hue turns [B], and the order of the four [B, 4].
+
+    Takes u [B, 8]."""
+    return 1 + strength * (2 * u[:, :3] - 1), hue * (2 * u[:, 3] - 1), u[:, 4:8].argsort(1)
 
 
 def color_jitter(x: Tensor, u: Tensor, *, strength: float, hue: float) -> Tensor:
     """Brightness, contrast and saturation by factors in 1 +- strength, hue by +- hue turns, in random order.
 
     Takes u [B, 8]."""
-    factor = 1 + strength * (2 * u[:, :3] - 1)
-    turn = hue * (2 * u[:, 3] - 1)
-    order = u[:, 4:8].argsort(1)  # [B, 4]
+    dtype, x = x.dtype, at_least_float32(x)
+    factor, turn, order = jitter_parameters(u.to(x.dtype), strength=strength, hue=hue)
     for place in range(4):
         which = order[:, place].view(-1, 1, 1, 1)  # 0 brightness, 1 contrast, 2 saturation, 3 hue
         gray = grayscale(x)[:, :1]
@@ -108,18 +134,27 @@ def color_jitter(x: Tensor, u: Tensor, *, strength: float, hue: float) -> Tensor
         x = torch.where(which == 3, x, (other + kept * (x - other)).clamp(0, 1))
         rows = (order[:, place] == 3).nonzero()[:, 0]
         x = x.index_copy(0, rows, shift_hue(x[rows], turn[rows]))
-    return x
+    return x.to(dtype)
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of standard deviation sigma [B] in pixels; weights are renormalised at the border.
+def gaussian_blur(x: Tensor, sigma: Tensor, *, kernel: int | None = None) -> Tensor:
+    """Gaussian of standard deviation sigma [B] in pixels. sigma 0 is the identity.
 
-    sigma 0 is the identity."""
+    kernel None: the whole Gaussian, its weights renormalised at the border. An odd number: cut to that many pixels and
+    mirrored at the border, which is torchvision's gaussian_blur where kernel // 2 is below the image's sides.
+    """
 
     def matrix(size: int) -> Tensor:
-        at = torch.arange(size, device=x.device, dtype=x.dtype)
-        distance = (at[:, None] - at[None, :]).square()[None]
-        weight = torch.exp(-distance / (2 * sigma.clamp(min=1e-3).square()[:, None, None]))
+        at = torch.arange(size, device=x.device, dtype=sigma.dtype)
+        here, there = at[:, None], at[None, :]
+        weight = gauss(here - there)
+        if kernel is not None:  # the images of each pixel in the mirrors at 0 and at size - 1
+            weight = weight + gauss(here + there) * (there > 0)
+            weight = weight + gauss(2 * (size - 1) - here - there) * (there < size - 1)
         return weight / weight.sum(2, keepdim=True)
+
+    def gauss(distance: Tensor) -> Tensor:
+        weight = torch.exp(-distance.square() / (2 * sigma.clamp(min=1e-3).square()[:, None, None]))
+        return weight if kernel is None else weight * (distance.abs() <= kernel // 2)
 
     return _apply(matrix(x.shape[2]), x, matrix(x.shape[3]))

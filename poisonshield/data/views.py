@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.data import augment
+from poisonshield.errors import ConfigError
 from poisonshield.ops.philox import KeyedRandom
 
 _RATIO = (3 / 4, 4 / 3)
@@ -22,36 +23,56 @@ _RATIO = (3 / 4, 4 / 3)
 class ViewsConfig(Settings):
     """name: auto takes what the method asks for. size: output side in pixels; null keeps the image's.
 
-    crop_flip: shift by up to `padding` pixels and mirror; images above 64 px get a random resized crop, area 0.08 to 1.
-    ssl: random resized crop (area min_area to 1), jitter (p 0.8), grayscale (p gray_p), blur (p blur_p, sigma 0.1
-    to 2), mirror.
+    crop_flip: a random resized crop and mirror, or shift by up to `padding` pixels and mirror. random_resized_crop says
+    which; auto shifts where `size` is the image's and at most 64 px.
+    ssl: random resized crop, jitter (p 0.8), grayscale (p gray_p), blur (p blur_p, sigma 0.1 to 2), mirror.
+    test: shorter side to 256/224 of `size`, then the middle.
     none: the pixels as they are.
+    min_area: least share of the image in a random resized crop; null is 0.2 for ssl and 0.08 for crop_flip.
+    blur_kernel: null blurs with the whole Gaussian; 9 with a kernel cut to 9 pixels, as the authors generate poisons.
     """
 
-    name: Literal["auto", "crop_flip", "ssl", "none"] = "auto"
+    name: Literal["auto", "crop_flip", "ssl", "test", "none"] = "auto"
     size: int | None = Field(None, ge=1)
     padding: int = Field(4, ge=0)
-    min_area: float = Field(0.2, gt=0, le=1)
+    random_resized_crop: Literal["auto"] | bool = "auto"
+    min_area: float | None = Field(None, gt=0, le=1)
     jitter: float = Field(0.4, ge=0, le=1)
     hue: float = Field(0.1, ge=0, le=0.5)
     gray_p: float = Field(0.2, ge=0, le=1)
     blur_p: float = Field(0.5, ge=0, le=1)
+    blur_kernel: int | None = Field(None, ge=1)
+
+    @field_validator("blur_kernel")
+    @classmethod
+    def _odd(cls, value: int | None) -> int | None:
+        if value is not None and value % 2 == 0:
+            raise ValueError(f"{value} has no middle pixel: give an odd number, or null for the whole Gaussian")
+        return value
 
 
 def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
     """One view for supervised training."""
     size = config.size or x.shape[2]
-    if x.shape[2] <= 64 and size == x.shape[2]:
+    resized = config.random_resized_crop
+    if resized == "auto":
+        resized = size != x.shape[2] or size > 64
+    elif not resized and size != x.shape[2]:
+        raise ConfigError(
+            f"views.random_resized_crop: false keeps the size, but images have {x.shape[2]} rows and views.size asks "
+            f"for {size}. Set it to true."
+        )
+    if not resized:
         return augment.shifted_crop(x, rng.uniform("crop_flip", 3), padding=config.padding)
     u = rng.uniform("crop_flip", 23)
-    boxes = augment.crop_boxes(u, *x.shape[2:], area=(0.08, 1.0), ratio=_RATIO)
+    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.08, 1.0), ratio=_RATIO)
     return augment.resized_crop(x, boxes, size, u[:, 22] < 0.5)
 
 
 def ssl(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
     """One view for self-supervised training."""
     u = rng.uniform("ssl", 35)
-    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area, 1.0), ratio=_RATIO)
+    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.2, 1.0), ratio=_RATIO)
     # Mirroring commutes with all later operations, so it is folded into the crop.
     x = augment.resized_crop(x, boxes, config.size or x.shape[2], u[:, 22] < 0.5)
     if config.jitter > 0 or config.hue > 0:
@@ -61,8 +82,14 @@ def ssl(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
         x = torch.where((u[:, 32] < config.gray_p).view(-1, 1, 1, 1), augment.grayscale(x), x)
     if config.blur_p > 0:
         rows = (u[:, 33] < config.blur_p).nonzero()[:, 0]
-        x = x.index_copy(0, rows, augment.gaussian_blur(x[rows], 0.1 + 1.9 * u[rows, 34]))
+        x = x.index_copy(0, rows, augment.gaussian_blur(x[rows], 0.1 + 1.9 * u[rows, 34], kernel=config.blur_kernel))
     return x.clamp(0, 1)
+
+
+def center_crop(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
+    """The middle of the image, a little closer: the same for every draw."""
+    size = config.size or x.shape[2]
+    return augment.resized_center_crop(x, shorter=round(256 / 224 * size), size=size)
 
 
 def none(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
@@ -71,7 +98,7 @@ def none(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
 
 
 _Pipeline = Callable[[Tensor, KeyedRandom, ViewsConfig], Tensor]
-_PIPELINES: dict[str, _Pipeline] = {"crop_flip": crop_flip, "ssl": ssl, "none": none}
+_PIPELINES: dict[str, _Pipeline] = {"crop_flip": crop_flip, "ssl": ssl, "test": center_crop, "none": none}
 
 
 class Views:

@@ -7,6 +7,7 @@ import torchvision.transforms.v2.functional as tv
 from poisonshield.batch import Batch
 from poisonshield.data import augment
 from poisonshield.data.views import Views, ViewsConfig
+from poisonshield.errors import ConfigError
 from poisonshield.ops.philox import philox_uniform
 
 
@@ -137,6 +138,38 @@ def test_views_leave_the_global_random_state_alone():
 def test_output_size_is_the_configs():
     views = Views(ViewsConfig(size=20), default="crop_flip", count=1, seed=0)(Batch(("a",), images(1, 40, 40))).views
     assert views[0].shape == (1, 3, 20, 20)
+
+
+def test_a_setting_chooses_the_form_of_the_supervised_crop():
+    small, large = Batch(("a", "b"), images(2, 32, 32)), Batch(("a", "b"), images(2, 80, 80))
+
+    def view(batch, **settings):
+        return Views(ViewsConfig(**settings), default="crop_flip", count=1, seed=0)(batch).views[0]
+
+    black = (view(small, random_resized_crop=False) == 0).all(1)
+    assert black[:, 0].all(1).any() or black[:, -1].all(1).any()  # shifted, so a border of padding
+    assert torch.equal(view(small), view(small, random_resized_crop=False))
+    assert torch.equal(view(large), view(large, random_resized_crop=True))
+    assert not torch.equal(view(small), view(small, random_resized_crop=True))
+    assert torch.equal(view(large), view(large, min_area=0.08)) and not torch.equal(
+        view(large), view(large, min_area=0.2)
+    )
+    assert view(large, random_resized_crop=False).shape == (2, 3, 80, 80)
+    with pytest.raises(ConfigError, match="images have 80 rows and views.size asks for 32. Set it to true"):
+        view(large, random_resized_crop=False, size=32)
+
+
+def test_the_test_view_is_the_middle_and_draws_nothing():
+    x = images(2, 50, 40)
+    make = Views(ViewsConfig(name="test", size=28), default="ssl", count=1, seed=0)
+    out = make(Batch(("a", "b"), x)).views[0]
+    torch.testing.assert_close(out, tv.center_crop(tv.resize(x, [32], antialias=True), [28]), atol=2e-6, rtol=0)
+    assert torch.equal(out, make(Batch(("c", "d"), x, epoch=3)).views[0])
+
+
+def test_a_blur_kernel_without_a_middle_is_refused():
+    with pytest.raises(ValueError, match="8 has no middle pixel"):
+        ViewsConfig(blur_kernel=8)
 
 
 def test_augmentations_are_differentiable_in_the_pixels():
