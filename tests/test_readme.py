@@ -44,7 +44,7 @@ def test_library_example_runs():
     (code,) = [b for b in BLOCKS if "import ShardStream" in b]
     names = {}
     exec(code, names)
-    assert {"PGD", "ShardStream", "open_dataset", "ntxent"} <= names.keys()
+    assert {"PGD", "ShardStream", "open_dataset", "infonce"} <= names.keys()
 
 
 def test_every_command_and_file_that_is_named_exists():

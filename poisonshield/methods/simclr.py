@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
-from poisonshield.losses.ntxent import ntxent
+from poisonshield.losses.infonce import infonce
 from poisonshield.method import Method
 from poisonshield.models.heads import projector
 
@@ -37,5 +37,5 @@ class SimCLR(Method):
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """NT-Xent over all views and the global batch."""
         z = tuple(self.projector(h) for h in features)
-        loss = ntxent(z, temperature=self.config.temperature, rank_sizes=batch.rank_sizes)
+        loss = infonce(z, temperature=self.config.temperature, rank_sizes=batch.rank_sizes)
         return StepOutput(loss, {"ssl": loss.detach()})

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from poisonshield import collectives
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.errors import ConfigError
-from poisonshield.losses.ntxent import ntxent
+from poisonshield.losses.infonce import infonce
 from poisonshield.methods.simclr import SimCLR
 from poisonshield.methods.supervised import Supervised
 
@@ -33,7 +33,7 @@ def full_attack(model, batch, start, *, eps, step, steps, flagged):
     for _ in range(steps):
         leaves = [v.clone().requires_grad_() for v in views]
         h = [model.encoder(v) for v in leaves]
-        ssl = ntxent(tuple(model.method.projector(x) for x in h))
+        ssl = infonce(tuple(model.method.projector(x) for x in h))
         ce = sum(F.cross_entropy(model.head(x), batch.y) for x in h) / len(h)
         model.zero_grad()
         (0.0 * ssl + 1.0 * ce).backward()
@@ -134,7 +134,7 @@ def test_joint_loss_is_the_papers_sum():
     out = model(batch)
     views = [other.attacked(batch.views[0], 0, batch), batch.views[1]]
     h = [other.encoder(v) for v in views]
-    ssl = ntxent(tuple(other.method.projector(x) for x in h))
+    ssl = infonce(tuple(other.method.projector(x) for x in h))
     ce = (F.cross_entropy(other.head(h[0]), batch.y) + F.cross_entropy(other.head(h[1]), batch.y)) / 2
     torch.testing.assert_close(out.loss, 0.5 * ssl + 2.0 * ce)
     torch.testing.assert_close(out.metrics["ssl"], ssl.detach())

@@ -1,0 +1,64 @@
+"""Barlow Twins: the cross-correlation of two views is the identity. Source: Zbontar et al. 2021; HSIC: Tsai et al. 2021.
+
+    X = z_i^T z_j / B over standardised columns;   L = sum_d (X_dd - 1)^2 + off_diagonal sum_{d != e} X_de^2
+averaged over pairs of views. With hsic the off-diagonal aims at -1: (X_de + 1)^2.
+
+Each rank needs the correlation of the global batch: z is gathered with gradient, once for all views.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.losses.pairs import Views, pairs
+from poisonshield.ops.precision import at_least_float32
+
+
+def barlow(
+    online: Views,
+    target: Views | None = None,
+    *,
+    off_diagonal: float = 0.005,
+    scaling: Literal["columns", "rows"] = "columns",
+    hsic: bool = False,
+    legacy: bool = False,
+    symmetrized: bool = True,
+    rank_sizes: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A scalar; online and target one [B, D] per view, target defaults to online.
+
+    scaling: standardise columns over the batch (biased deviation, epsilon 1e-5 as a batch norm has), or l2-normalise rows.
+    legacy: as in the VESPR authors' code. The upper triangle counts twice and the lower one not at all, although X is not
+    symmetric; deviations are unbiased, without epsilon; hsic adds 1 to the zeroed triangle too, a constant.
+    """
+    target = online if target is None else target
+    asked = pairs(online, target, symmetrized=symmetrized)
+    p = [_scaled(collectives.gather(at_least_float32(x), rank_sizes), scaling, legacy) for x in online]
+    m = (
+        p
+        if target is online
+        else [_scaled(collectives.gather(at_least_float32(x), rank_sizes), scaling, legacy) for x in target]
+    )
+    aim = -1.0 if hsic else 0.0
+    total = p[0].new_zeros(())
+    for i, j in asked:
+        cross = p[i].T @ m[j] / len(p[i])  # [D, D]
+        if legacy:
+            off = 2 * (cross.triu(1) - aim).square().sum()
+        else:
+            away = (cross - aim).square()
+            off = away.sum() - away.diagonal().sum()
+        total = total + (cross.diagonal() - 1).square().sum() + off_diagonal * off
+    return total / len(asked)
+
+
+def _scaled(z: Tensor, scaling: str, legacy: bool) -> Tensor:
+    if scaling == "rows":
+        return F.normalize(z, dim=1)
+    centred = z - z.mean(0)
+    if legacy:
+        return centred / z.std(0)
+    return centred * torch.rsqrt(centred.square().mean(0) + 1e-5)

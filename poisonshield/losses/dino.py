@@ -1,0 +1,44 @@
+"""DINO: the student's softmax matches the centred, sharpened softmax of the teacher. Source: Caron et al. 2021.
+
+    L = - 1 / pairs sum_{i, j != i} mean_n softmax((m_j[n] - centre) / teacher_t) . log_softmax(p_i[n] / student_t)
+    centre <- momentum centre + (1 - momentum) mean of the teacher's outputs over all target views and the global batch
+
+The loss reads a centre and never moves it: only the training step does, so that an attack that evaluates the loss
+leaves it alone. No sample meets another one, so nothing is gathered; the centre's mean is summed over ranks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.losses.pairs import Views, pairs
+from poisonshield.ops.precision import at_least_float32
+
+
+def dino(
+    online: Views,
+    target: Views,
+    centre: Tensor,
+    *,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.05,
+    symmetrized: bool = True,
+    rank_sizes: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A scalar; online and target one [B, D] per view, centre [D]. The teacher's side gets no gradient."""
+    asked = pairs(online, target, symmetrized=symmetrized)
+    teacher = [F.softmax((at_least_float32(m.detach()) - centre) / teacher_temperature, dim=1) for m in target]
+    student = [F.log_softmax(at_least_float32(p) / student_temperature, dim=1) for p in online]
+    return -collectives.mean(sum((teacher[j] * student[i]).sum(1) for i, j in asked), rank_sizes) / len(asked)
+
+
+@torch.no_grad()
+def moved_centre(
+    centre: Tensor, target: Views, *, momentum: float = 0.9, rank_sizes: tuple[int, ...] | None = None
+) -> Tensor:
+    """The centre [D] after one step; equal on all ranks."""
+    per_sample = sum(at_least_float32(m) for m in target) / len(target)  # [B, D]
+    total = sum(rank_sizes) if rank_sizes else len(per_sample) * collectives.world_size()
+    mean = collectives.all_reduce_sum(per_sample.sum(0)) / total
+    return momentum * centre + (1 - momentum) * mean.to(centre.dtype)

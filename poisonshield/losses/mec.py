@@ -1,0 +1,49 @@
+"""Maximum entropy coding: the coding rate of two views' agreement, as a Taylor series. Source: Liu et al. 2022.
+
+    A = z_i z_j^T / (B distortion),   L = -(B + D)/2 tr sum_{k=1..terms} (-1)^(k+1) A^k / k,   averaged over pairs
+over l2-normalised rows; `distortion` is the paper's epsilon^2 D. tr(A^k) is taken in the smaller of [B, B] and [D, D]
+(equal by cyclicity), and the last power needs no product: tr(A^2) = sum A * A^T.
+
+Each rank needs the products of the global batch: views are gathered with gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.losses.pairs import Views, pairs
+from poisonshield.ops.precision import at_least_float32
+
+
+def mec(
+    online: Views,
+    target: Views | None = None,
+    *,
+    distortion: float = 0.06,
+    terms: int = 4,
+    symmetrized: bool = True,
+    rank_sizes: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A scalar; online and target one [B, D] per view, target defaults to online. terms 2 is the VESPR authors' form."""
+    target = online if target is None else target
+    asked = pairs(online, target, symmetrized=symmetrized)
+    p = [F.normalize(collectives.gather(at_least_float32(x), rank_sizes), dim=1) for x in online]
+    m = (
+        p
+        if target is online
+        else [F.normalize(collectives.gather(at_least_float32(x), rank_sizes), dim=1) for x in target]
+    )
+    size, width = p[0].shape
+    total = torch.stack([_log_det_series(p[i], m[j], size * distortion, terms) for i, j in asked]).sum()
+    return -0.5 * (size + width) * total / len(asked)
+
+
+def _log_det_series(a: Tensor, b: Tensor, scale: float, terms: int) -> Tensor:
+    """The first terms of tr log(I + a b^T / scale)."""
+    step = (a @ b.T if len(a) <= a.shape[1] else b.T @ a) / scale
+    power, out = None, (a * b).sum() / scale
+    for k in range(2, terms + 1):
+        power = step if power is None else power @ step  # A^(k - 1)
+        out = out + (-1) ** (k + 1) / k * (power * step.T).sum()
+    return out

@@ -1,0 +1,28 @@
+"""Which view asks which: the ordered pairs (online view i, target view j) that every self-supervised loss sums over.
+
+Online views may outnumber target views (multi-crop: small crops ask, large ones answer); a view never asks itself.
+"""
+
+from torch import Tensor
+
+from poisonshield.errors import ShapeError
+
+Views = tuple[Tensor, ...]
+"""One [B, D] per view."""
+
+
+def pairs(online: Views, target: Views, *, symmetrized: bool = True) -> list[tuple[int, int]]:
+    """(i, j) with i != j; only i = 0 asks where not symmetrized. The losses average over these pairs.
+
+    Raises ShapeError for fewer than two views, more target than online views, or shapes that differ.
+    """
+    if len(online) < 2 or not 1 <= len(target) <= len(online):
+        raise ShapeError(
+            f"the loss got {len(online)} online and {len(target)} target views; it needs at least two online views, and "
+            "target views for the first of them."
+        )
+    if any(t.shape != online[0].shape or t.dim() != 2 for t in (*online, *target)):
+        shapes = [tuple(t.shape) for t in (*online, *target)]
+        raise ShapeError(f"the loss got views of shapes {shapes}; it needs all of them [B, D] alike.")
+    asking = range(len(online)) if symmetrized else range(1)
+    return [(i, j) for i in asking for j in range(len(target)) if j != i]

@@ -1,0 +1,52 @@
+"""VICReg: variance above one, views alike, columns uncorrelated. Source: Bardes, Ponce and LeCun 2022.
+
+    L = variance * v + invariance * MSE(p_i, m_j) + covariance * c, averaged over pairs of views (i, j), with
+    v = 1/2 sum over {p_i, m_j} of mean_d max(0, 1 - std_d),   c = sum over {p_i, m_j} of sum_{d != e} cov_de^2 / D
+
+Each rank needs the statistics of the global batch: views are gathered with gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.losses.pairs import Views, pairs
+from poisonshield.ops.precision import at_least_float32
+
+
+def vicreg(
+    online: Views,
+    target: Views | None = None,
+    *,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+    legacy: bool = False,
+    symmetrized: bool = True,
+    rank_sizes: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A scalar; online and target one [B, D] per view, target defaults to online. Needs two samples or more.
+
+    legacy: as in the VESPR authors' code. The two variance terms are added, not averaged, the floor is max(var, 1e-6) in place
+    of var + 1e-4, and for more than two views p_i's own terms count once, not once for each partner.
+    """
+    target = online if target is None else target
+    asked = pairs(online, target, symmetrized=symmetrized)
+    p = [collectives.gather(at_least_float32(x), rank_sizes) for x in online]
+    m = p if target is online else [collectives.gather(at_least_float32(x), rank_sizes) for x in target]
+
+    def spread(z: Tensor) -> Tensor:
+        """variance and covariance terms of one view."""
+        centred = z - z.mean(0)
+        cov = centred.T @ centred / (len(z) - 1)  # [D, D]
+        var = cov.diagonal()
+        std = (var.clamp(min=1e-6) if legacy else var + 1e-4).sqrt()
+        off = (cov.square().sum() - var.square().sum()) / z.shape[1]
+        return variance * (1 if legacy else 0.5) * (1 - std).clamp(min=0).mean() + covariance * off
+
+    own = [spread(z) for z in p]
+    other = own if m is p else [spread(z) for z in m]
+    total = torch.stack([invariance * (p[i] - m[j]).square().mean() + other[j] for i, j in asked]).sum()
+    once = dict.fromkeys(i for i, _ in asked)
+    total = total + sum(own[i] for i in (once if legacy else (i for i, _ in asked)))
+    return total / len(asked)
