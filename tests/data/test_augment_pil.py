@@ -1,7 +1,7 @@
 """Augmentations against torchvision and Pillow with the same parameters, and their draws against torchvision's.
 
 Tolerances: 1 level of 255 beside Pillow, which rounds down after each operation; 2 where it also rounds the gray
-that it mixes in (contrast, saturation) and for its Gaussian, which is three box blurs; 1e-5 beside torchvision in float32.
+that it mixes in (contrast, saturation) and for its Gaussian, which is three box blurs; 1e-5 beside torchvision.
 """
 
 import math
