@@ -38,5 +38,5 @@ class Method(nn.Module):
         """Class scores [B, K] of x [B, 3, H, W] in [0, 1], or None for a method without a classifier."""
         return None
 
-    def after_step(self) -> None:
-        """Called after each optimiser step: moving averages, queues, centres."""
+    def after_step(self, progress: float) -> None:
+        """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done, in (0, 1]."""

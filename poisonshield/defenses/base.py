@@ -56,6 +56,6 @@ class Wrapped(Method):
         """The inner method's class scores."""
         return self.method.logits(x)
 
-    def after_step(self) -> None:
+    def after_step(self, progress: float) -> None:
         """Passed on."""
-        self.method.after_step()
+        self.method.after_step(progress)

@@ -79,7 +79,7 @@ class Trainer:
             verdict = self.guard.judge(self.step, output.loss, norm, batch.keys, stop=signals.caught)
             lr = self.lr()
             if verdict.finite:
-                self.backend.step(lr)
+                self.backend.step(lr, (self.step + 1) / self.total_steps)
                 self.metrics.add(output, batch)
             else:
                 self.backend.discard()

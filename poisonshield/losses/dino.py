@@ -26,9 +26,9 @@ def dino(
     symmetrized: bool = True,
     rank_sizes: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """A scalar; online and target one [B, D] per view, centre [D]. The teacher's side gets no gradient."""
+    """A scalar; online and target one [B, D] per view, centre [D]. Detach the target, or have it made without gradient: nothing is stopped here."""
     asked = pairs(online, target, symmetrized=symmetrized)
-    teacher = [F.softmax((at_least_float32(m.detach()) - centre) / teacher_temperature, dim=1) for m in target]
+    teacher = [F.softmax((at_least_float32(m) - centre) / teacher_temperature, dim=1) for m in target]
     student = [F.log_softmax(at_least_float32(p) / student_temperature, dim=1) for p in online]
     return -collectives.mean(sum((teacher[j] * student[i]).sum(1) for i, j in asked), rank_sizes) / len(asked)
 

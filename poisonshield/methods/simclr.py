@@ -9,33 +9,35 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.config import Settings
-from poisonshield.losses.infonce import infonce
+from poisonshield.losses.infonce import SameView, infonce
 from poisonshield.method import Method
-from poisonshield.models.heads import projector
+from poisonshield.models.heads import ProjectorConfig, build_projector
 
 
 class SimCLR(Method):
-    """NT-Xent on a projector's output. Labels are not used."""
+    """InfoNCE on a projector's output. Labels are not used."""
 
     name: ClassVar[str] = "simclr"
     num_views: ClassVar[int] = 2
     default_views: ClassVar[str] = "ssl"
 
-    class Config(Settings):
-        """temperature of the similarities; hidden and out: the projector's widths."""
+    class Config(ProjectorConfig):
+        """temperature of the similarities; same_view, margin, symmetrized: see losses/infonce.py."""
 
         temperature: float = Field(0.2, gt=0)
-        hidden: int = Field(2048, gt=0)
-        out: int = Field(2048, gt=0)
+        same_view: SameView = "others"
+        margin: float = Field(0.0, ge=0)
+        symmetrized: bool = True
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
-        self.projector = projector(encoder.feature_dim, hidden=config.hidden, out=config.out)
+        self.projector = build_projector(config, encoder.feature_dim)
 
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
-        """NT-Xent over all views and the global batch."""
+        """InfoNCE over all views and the global batch."""
+        c = self.config
         z = tuple(self.projector(h) for h in features)
-        loss = infonce(z, temperature=self.config.temperature, rank_sizes=batch.rank_sizes)
+        loss = infonce(z, temperature=c.temperature, same_view=c.same_view, margin=c.margin,
+                       symmetrized=c.symmetrized, rank_sizes=batch.rank_sizes)  # fmt: skip
         return StepOutput(loss, {"ssl": loss.detach()})

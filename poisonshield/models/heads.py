@@ -1,20 +1,73 @@
-"""Heads on top of an encoder: projectors of self-supervised methods."""
+"""Heads on top of an encoder: the projectors and predictors of self-supervised methods.
 
-from torch import nn
+Shapes follow the VESPR authors' table; linear layers have no bias where batch norm follows. E encoder width, H `hidden`,
+O `out`, P `predictor`:
+    moco            E-H BN ReLU, H-H BN ReLU, H-O BN (no affine)          simsiam   E-E BN ReLU, E-E BN ReLU, E-O BN (no affine)
+    byol            E-H BN ReLU, H-O                                     vicreg    E-H BN ReLU, H-H BN ReLU, H-O
+    dino_cnn        E-H BN GELU, H-H BN GELU, H-bottleneck, l2-normalised, prototypes O of length 1
+    dino_vit        the same without batch norm
+    predictor       O-P BN ReLU, P-O with bias
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.config import Settings
+
+ProjectorName = Literal["moco", "simsiam", "byol", "vicreg", "dino_cnn", "dino_vit"]
 
 
-def projector(feature_dim: int, *, hidden: int, out: int) -> nn.Sequential:
-    """Three linear layers with batch norm, the last one without affine: MoCo v3's head, VESPR's default.
+class ProjectorConfig(Settings):
+    """projector: which of the table; hidden, out: its widths; bottleneck: of the two dino heads."""
 
-    [B, feature_dim] -> [B, out]. No biases, since batch norm follows each layer.
-    """
-    return nn.Sequential(
-        nn.Linear(feature_dim, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out, bias=False),
-        nn.BatchNorm1d(out, affine=False),
-    )
+    projector: ProjectorName = "moco"
+    hidden: int = Field(2048, gt=0)
+    out: int = Field(2048, gt=0)
+    bottleneck: int = Field(256, gt=0)
+
+
+def build_projector(config: ProjectorConfig, feature_dim: int) -> nn.Sequential:
+    """[B, feature_dim] -> [B, out]."""
+    name, hidden, out = config.projector, config.hidden, config.out
+    if name == "simsiam":
+        return nn.Sequential(*_normed(feature_dim, feature_dim), *_normed(feature_dim, feature_dim),
+                             nn.Linear(feature_dim, out, bias=False), nn.BatchNorm1d(out, affine=False))  # fmt: skip
+    if name == "byol":
+        return nn.Sequential(*_normed(feature_dim, hidden), nn.Linear(hidden, out, bias=False))
+    if name in ("dino_cnn", "dino_vit"):
+        norm = (lambda: [nn.BatchNorm1d(hidden)]) if name == "dino_cnn" else list
+        layers = [nn.Linear(feature_dim, hidden), *norm(), nn.GELU(), nn.Linear(hidden, hidden), *norm(), nn.GELU()]
+        return nn.Sequential(*layers, nn.Linear(hidden, config.bottleneck), Prototypes(config.bottleneck, out))
+    last = [nn.Linear(hidden, out, bias=False)] + ([nn.BatchNorm1d(out, affine=False)] if name == "moco" else [])
+    return nn.Sequential(*_normed(feature_dim, hidden), *_normed(hidden, hidden), *last)
+
+
+def _normed(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+
+
+class Prototypes(nn.Module):
+    """Cosines of [B, inputs] with `outputs` directions: weight norm whose magnitudes are fixed at 1."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(inputs, outputs, bias=False).weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, outputs] in [-1, 1]."""
+        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+
+class Predictor(nn.Module):
+    """Two layers on a projection, view by view."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*_normed(width, hidden), nn.Linear(hidden, width))
+
+    def forward(self, views: tuple[Tensor, ...], rank_sizes: tuple[int, ...] | None) -> tuple[Tensor, ...]:
+        """One [B, width] for each view."""
+        return tuple(self.layers(z) for z in views)

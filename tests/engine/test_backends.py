@@ -63,8 +63,8 @@ class Teacher(AttackedMethod):
         extra = collectives.mean((h - target).pow(2).sum(1) + scores.sin().sum(1), batch.rank_sizes)
         return StepOutput(out.loss + extra, out.metrics)
 
-    def after_step(self):
-        super().after_step()
+    def after_step(self, progress):
+        super().after_step(progress)
         for old, new in zip(self.teacher.parameters(), self.encoder.parameters()):
             old.data.lerp_(new.data, 0.2)
 
@@ -81,8 +81,8 @@ class Around(Method):
         out = self.inner(batch)
         return StepOutput((self.gain * out.loss).sum(), {**out.metrics, "inner": out.loss.detach()})
 
-    def after_step(self):
-        self.inner.after_step()
+    def after_step(self, progress):
+        self.inner.after_step(progress)
 
 
 class BadGradient(AttackedMethod):

@@ -89,7 +89,7 @@ class TinyMethod(Method):
         loss = collectives.mean(per_sample, batch.rank_sizes)
         return StepOutput(loss, {"ce": loss.detach()})
 
-    def after_step(self) -> None:
+    def after_step(self, progress: float) -> None:
         self.average.lerp_(self.head.weight.detach(), 0.1)
 
 
@@ -202,7 +202,7 @@ def by_hand(
             p.grad *= min(1.0, clip_norm / (norm + 1e-6))
         optim.param_groups[0]["lr"] = rate
         optim.step()
-        method.after_step()
+        method.after_step(1.0)
     return method
 
 

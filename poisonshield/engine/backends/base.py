@@ -33,7 +33,7 @@ class Backend(Protocol):
     def clip(self) -> Tensor:
         """Clip gradients (now or in `step`); a scalar that is finite exactly if this rank's gradients are."""
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, progress: float) -> None:
         """Move the weights, then let the method do its `after_step`."""
 
     def discard(self) -> None:

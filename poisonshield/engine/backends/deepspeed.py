@@ -90,13 +90,13 @@ class DeepSpeed:
             gradients = [g for part in parts if part is not None for g in part if g is not None and g.numel()]
         return torch.nn.utils.get_total_norm(gradients).to(self.device)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, progress: float) -> None:
         """One step of DeepSpeed's at this rate, then `after_step` with whole weights."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         if self.config.zero_stage < 3:
-            self.method.after_step()
+            self.method.after_step(progress)
             return
         # Weights are in pieces: averages and queues need them whole. Costs one all-gather of the method a step.
         import deepspeed
@@ -104,7 +104,7 @@ class DeepSpeed:
         inner = [m for m in self.method.modules() if isinstance(m, Method)]
         if any(type(m).after_step is not Method.after_step for m in inner):
             with deepspeed.zero.GatheredParameters(list(self.method.parameters()), modifier_rank=0):
-                self.method.after_step()
+                self.method.after_step(progress)
 
     def discard(self) -> None:
         """Raises BackendError: not possible here."""

@@ -61,12 +61,12 @@ class Plain:
             return nn.utils.clip_grad_norm_(parameters, limit)
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, progress: float) -> None:
         """One optimiser step at this rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.method.after_step()
+        self.method.after_step(progress)
 
     def discard(self) -> None:
         """Gradients dropped, buffers as before the forward."""

@@ -1,0 +1,46 @@
+"""Barlow Twins: two views' features correlate one to one. Source: Zbontar et al. 2021.
+
+The VESPR authors give no recipe; projector and weight are the paper's. `legacy: true` takes their loss, which counts one
+triangle of the off-diagonal twice.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.barlow import barlow
+from poisonshield.method import Method
+from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
+
+
+class Barlow(Method):
+    """Cross-correlation of projections against the identity. Labels are not used."""
+
+    name: ClassVar[str] = "barlow"
+    num_views: ClassVar[int] = 2
+    default_views: ClassVar[str] = "ssl"
+
+    class Config(ProjectorConfig):
+        """off_diagonal: weight of the redundancy term; scaling, hsic, legacy, symmetrized: see losses/barlow.py."""
+
+        projector: ProjectorName = "vicreg"
+        off_diagonal: float = Field(0.005, ge=0)
+        scaling: Literal["columns", "rows"] = "columns"
+        hsic: bool = False
+        legacy: bool = False
+        symmetrized: bool = False
+
+    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.projector = build_projector(config, encoder.feature_dim)
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """The first view against the others, or all pairs where symmetrized."""
+        c = self.config
+        z = tuple(self.projector(h) for h in features)
+        loss = barlow(z, off_diagonal=c.off_diagonal, scaling=c.scaling, hsic=c.hsic, legacy=c.legacy,
+                      symmetrized=c.symmetrized, rank_sizes=batch.rank_sizes)  # fmt: skip
+        return StepOutput(loss, {"ssl": loss.detach()})

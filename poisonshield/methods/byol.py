@@ -1,0 +1,49 @@
+"""BYOL: predict the momentum encoder's view of the same sample, with no negatives. Source: Grill et al. 2020.
+
+The VESPR authors' documented command keeps the moco projector: `projector: moco`.
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.cosine import negative_cosine
+from poisonshield.method import Method
+from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
+from poisonshield.models.predictors import PredictorConfig, build_predictor
+from poisonshield.models.target import Target, TargetConfig
+
+
+class BYOL(Method):
+    """Negative cosine between predictions and a momentum encoder's projections. Labels are not used."""
+
+    name: ClassVar[str] = "byol"
+    num_views: ClassVar[int] = 2
+    default_views: ClassVar[str] = "ssl"
+
+    class Config(ProjectorConfig, PredictorConfig, TargetConfig):
+        """symmetrized: every view predicts, not the first alone."""
+
+        projector: ProjectorName = "byol"
+        momentum: float = Field(0.999, ge=0, le=1)
+        symmetrized: bool = True
+
+    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.projector = build_projector(config, encoder.feature_dim)
+        self.predictor = build_predictor(config, config.out)
+        self.target = Target(config, encoder, self.projector)
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """Every view predicts what the target makes of the other large views."""
+        p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
+        targets = tuple(self.target(v) for v in batch.views[: self.num_views])
+        loss = negative_cosine(p, targets, symmetrized=self.config.symmetrized, rank_sizes=batch.rank_sizes)
+        return StepOutput(loss, {"ssl": loss.detach()})
+
+    def after_step(self, progress: float) -> None:
+        """The target follows."""
+        self.target.follow(self.encoder, self.projector, progress=progress)

@@ -1,0 +1,62 @@
+"""DINO: the student's distribution over prototypes matches a slow, centred, sharpened teacher's. Source: Caron et al. 2021.
+
+As in the paper, large views teach and all views learn; `all_views_teach` is the VESPR authors' form. The centre moves once in
+a training step and never in an attack. Not built, as in their code: a warm-up of the teacher's temperature, and holding
+the last layer still at first.
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.dino import dino, moved_centre
+from poisonshield.method import Method
+from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
+from poisonshield.models.target import Target, TargetConfig
+
+
+class DINO(Method):
+    """Cross-entropy between a student's and a momentum teacher's prototypes. Labels are not used."""
+
+    name: ClassVar[str] = "dino"
+    num_views: ClassVar[int] = 2
+    default_views: ClassVar[str] = "ssl"
+    centre: Tensor
+
+    class Config(ProjectorConfig, TargetConfig):
+        """out: how many prototypes; the two temperatures; centre_momentum: what the centre keeps at each step."""
+
+        projector: ProjectorName = "dino_vit"
+        momentum: float = Field(0.999, ge=0, le=1)
+        student_temperature: float = Field(0.1, gt=0)
+        teacher_temperature: float = Field(0.05, gt=0)
+        centre_momentum: float = Field(0.9, ge=0, lt=1)
+        all_views_teach: bool = False
+        symmetrized: bool = True
+
+    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.projector = build_projector(config, encoder.feature_dim)
+        self.target = Target(config, encoder, self.projector)
+        self.register_buffer("centre", torch.zeros(config.out))
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """Every view learns from the other views that teach."""
+        c = self.config
+        student = tuple(self.projector(h) for h in features)
+        teacher = tuple(self.target(v) for v in (batch.views if c.all_views_teach else batch.views[: self.num_views]))
+        loss = dino(student, teacher, self.centre, student_temperature=c.student_temperature,
+                    teacher_temperature=c.teacher_temperature, symmetrized=c.symmetrized,
+                    rank_sizes=batch.rank_sizes)  # fmt: skip
+        if self.training:
+            moved = moved_centre(self.centre, teacher, momentum=c.centre_momentum, rank_sizes=batch.rank_sizes)
+            self.centre.copy_(moved)
+        return StepOutput(loss, {"ssl": loss.detach()})
+
+    def after_step(self, progress: float) -> None:
+        """The teacher follows."""
+        self.target.follow(self.encoder, self.projector, progress=progress)

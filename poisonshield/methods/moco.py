@@ -1,0 +1,53 @@
+"""MoCo v3: predictions find their own sample among the momentum encoder's keys. Source: Chen, Xie and He 2021.
+
+`same_view: others` is what the VESPR authors' documented command trains; the paper's loss is "none", the default here.
+Small crops ask and are never keys.
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.infonce import SameView, infonce
+from poisonshield.method import Method
+from poisonshield.models.heads import ProjectorConfig, build_projector
+from poisonshield.models.predictors import PredictorConfig, build_predictor
+from poisonshield.models.target import Target, TargetConfig
+
+
+class MoCo(Method):
+    """InfoNCE between predictions and a momentum encoder's projections. Labels are not used."""
+
+    name: ClassVar[str] = "moco"
+    num_views: ClassVar[int] = 2
+    default_views: ClassVar[str] = "ssl"
+
+    class Config(ProjectorConfig, PredictorConfig, TargetConfig):
+        """temperature of the similarities; same_view, margin, symmetrized: see losses/infonce.py."""
+
+        temperature: float = Field(0.2, gt=0)
+        same_view: SameView = "none"
+        margin: float = Field(0.0, ge=0)
+        symmetrized: bool = True
+
+    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.projector = build_projector(config, encoder.feature_dim)
+        self.predictor = build_predictor(config, config.out)
+        self.target = Target(config, encoder, self.projector)
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """InfoNCE of every view's prediction against the large views' keys."""
+        c = self.config
+        p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
+        keys = tuple(self.target(v) for v in batch.views[: self.num_views])
+        loss = infonce(p, keys, temperature=c.temperature, same_view=c.same_view, margin=c.margin,
+                       symmetrized=c.symmetrized, rank_sizes=batch.rank_sizes)  # fmt: skip
+        return StepOutput(loss, {"ssl": loss.detach()})
+
+    def after_step(self, progress: float) -> None:
+        """The target follows."""
+        self.target.follow(self.encoder, self.projector, progress=progress)

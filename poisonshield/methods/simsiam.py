@@ -1,0 +1,40 @@
+"""SimSiam: predict the other view's projection, which stands still: no negatives, no second network. Source: Chen and He 2021."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.cosine import negative_cosine
+from poisonshield.method import Method
+from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
+from poisonshield.models.predictors import PredictorConfig, build_predictor
+
+
+class SimSiam(Method):
+    """Negative cosine between predictions and stopped projections. Labels are not used."""
+
+    name: ClassVar[str] = "simsiam"
+    num_views: ClassVar[int] = 2
+    default_views: ClassVar[str] = "ssl"
+
+    class Config(ProjectorConfig, PredictorConfig):
+        """stop_gradient: false collapses, and is there to be studied. symmetrized: every view predicts."""
+
+        projector: ProjectorName = "simsiam"
+        stop_gradient: bool = True
+        symmetrized: bool = True
+
+    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.projector = build_projector(config, encoder.feature_dim)
+        self.predictor = build_predictor(config, config.out)
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """Every view predicts the other large views' projections."""
+        z = tuple(self.projector(h) for h in features)
+        p = self.predictor(z, batch.rank_sizes)
+        targets = tuple(v.detach() if self.config.stop_gradient else v for v in z[: self.num_views])
+        loss = negative_cosine(p, targets, symmetrized=self.config.symmetrized, rank_sizes=batch.rank_sizes)
+        return StepOutput(loss, {"ssl": loss.detach()})

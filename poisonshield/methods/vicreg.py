@@ -1,0 +1,45 @@
+"""VICReg: views alike, every feature varied, no two features alike. Source: Bardes, Ponce and LeCun 2022.
+
+`legacy: true` takes the VESPR authors' loss, whose variance terms weigh double.
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.vicreg import vicreg
+from poisonshield.method import Method
+from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
+
+
+class VICReg(Method):
+    """Variance, invariance and covariance of projections. Labels are not used."""
+
+    name: ClassVar[str] = "vicreg"
+    num_views: ClassVar[int] = 2
+    default_views: ClassVar[str] = "ssl"
+
+    class Config(ProjectorConfig):
+        """invariance, variance, covariance: weights of the three terms; legacy, symmetrized: see losses/vicreg.py."""
+
+        projector: ProjectorName = "vicreg"
+        invariance: float = Field(25.0, ge=0)
+        variance: float = Field(25.0, ge=0)
+        covariance: float = Field(1.0, ge=0)
+        legacy: bool = False
+        symmetrized: bool = False
+
+    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.projector = build_projector(config, encoder.feature_dim)
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """The first view against the others, or all pairs where symmetrized."""
+        c = self.config
+        z = tuple(self.projector(h) for h in features)
+        loss = vicreg(z, invariance=c.invariance, variance=c.variance, covariance=c.covariance, legacy=c.legacy,
+                      symmetrized=c.symmetrized, rank_sizes=batch.rank_sizes)  # fmt: skip
+        return StepOutput(loss, {"ssl": loss.detach()})
