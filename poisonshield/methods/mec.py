@@ -1,0 +1,49 @@
+"""MEC: of all agreeing codes, the one of maximum entropy. Source: Liu et al. 2022.
+
+The VESPR authors give no recipe; this is the suggested one: their mec projector (simsiam's), a predictor of 512, stopped
+targets, distortion 0.06. `terms: 2` is their length of the series, 4 the paper's.
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.mec import mec
+from poisonshield.method import Method
+from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
+from poisonshield.models.predictors import PredictorConfig, build_predictor
+
+
+class MEC(Method):
+    """Coding rate of the agreement of predictions and stopped projections. Labels are not used."""
+
+    name: ClassVar[str] = "mec"
+    num_views: ClassVar[int] = 2
+    default_views: ClassVar[str] = "ssl"
+
+    class Config(ProjectorConfig, PredictorConfig):
+        """distortion, terms, symmetrized: see losses/mec.py; stop_gradient: targets stand still."""
+
+        projector: ProjectorName = "simsiam"
+        distortion: float = Field(0.06, gt=0)
+        terms: int = Field(4, ge=1)
+        stop_gradient: bool = True
+        symmetrized: bool = True
+
+    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.projector = build_projector(config, encoder.feature_dim)
+        self.predictor = build_predictor(config, config.out)
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """Predictions of every view against the other large views' projections."""
+        c = self.config
+        z = tuple(self.projector(h) for h in features)
+        p = self.predictor(z, batch.rank_sizes)
+        targets = tuple(v.detach() if c.stop_gradient else v for v in z[: self.num_views])
+        loss = mec(p, targets, distortion=c.distortion, terms=c.terms, symmetrized=c.symmetrized,
+                   rank_sizes=batch.rank_sizes)  # fmt: skip
+        return StepOutput(loss, {"ssl": loss.detach()})
