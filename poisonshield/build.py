@@ -17,7 +17,7 @@ from poisonshield.config import Checker, Choice, Pixels, Settings, dump, load_tr
 from poisonshield.data import ResidentSource, ShardSet, ShardStream, Source, evaluate_batches, open_dataset
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.defenses.base import Defense
-from poisonshield.engine.optim import OptimConfig
+from poisonshield.engine.optim import OptimConfig, parameter_groups
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import ConfigError, DataError
@@ -153,6 +153,8 @@ def read_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> R
     record["defenses"] = [_record(d, b) for d, b in zip(defenses, blocks, strict=True)]
     if isinstance(poison, Choice):
         record["data"]["poison"] = _record(poison, tree.values["data"]["poison"])
+    # The record keeps lr as written; from here on it is the peak.
+    settings = settings.model_copy(update={"optimizer": settings.optimizer.for_batch(settings.data.batch_size)})
     return Run(settings, method, defenses, poison, record, Path(path))
 
 
@@ -190,6 +192,11 @@ def _check_pairs(checker: Checker, settings: RunConfig, method: Choice, defenses
             except ConfigError as err:
                 checker.problem(("defenses", i), f"defenses[{i}]: {err}")
                 return
+    try:
+        settings.optimizer.check_sharding(settings.engine.zero_stage)
+        parameter_groups(inner, settings.optimizer)
+    except ConfigError as err:
+        checker.problem(("optimizer",), str(err))
     if settings.data.batch_size < 2:
         checker.problem(("data", "batch_size"), "data.batch_size: batch norm needs at least 2 samples.")
 

@@ -51,16 +51,21 @@ class ScheduleConfig(BaseModel):
         return (default if self.warmup_fraction is None else self.warmup_fraction) * ticks
 
 
-def lr_at(config: ScheduleConfig, *, lr: float, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of step `step` (from 0) of `total_steps`; `lr` is the peak."""
+def lr_at(
+    config: ScheduleConfig, *, lr: float, step: int, total_steps: int, steps_per_epoch: int, decay: bool = True
+) -> float:
+    """The learning rate of step `step` (from 0) of `total_steps`; `lr` is the peak, which stays without decay."""
     tick, ticks = step + 1, total_steps
     if config.per_epoch:
         tick, ticks = step // steps_per_epoch + 1, math.ceil(total_steps / steps_per_epoch)
     warmup = config.warmup_ticks(ticks, steps_per_epoch)
     if config.name == "one_cycle":
-        return lr * _one_cycle(tick, ticks, warmup, config.start_fraction, config.final_fraction)
+        final = config.final_fraction if decay else 1.0
+        return lr * _one_cycle(tick, ticks, warmup, config.start_fraction, final)
     if tick < warmup:
         return lr * tick / warmup
+    if not decay:
+        return lr
     if config.name == "cosine":
         return lr * _between(1.0, config.final_fraction, (tick - 1) / ticks)
     if config.name == "step":

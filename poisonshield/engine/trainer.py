@@ -79,7 +79,8 @@ class Trainer:
             verdict = self.guard.judge(self.step, output.loss, norm, batch.keys, stop=signals.caught)
             lr = self.lr()
             if verdict.finite:
-                self.backend.step(lr, (self.step + 1) / self.total_steps)
+                progress = (self.step + 1) / self.total_steps
+                self.backend.step(lr, progress, constant_lr=self.lr(decay=False))
                 self.metrics.add(output, batch)
             else:
                 self.backend.discard()
@@ -92,10 +93,10 @@ class Trainer:
             if verdict.stop and not done:
                 raise Preempted(self.step)
 
-    def lr(self) -> float:
-        """The learning rate of the step to come."""
+    def lr(self, *, decay: bool = True) -> float:
+        """The learning rate of the step to come; without decay, for what keeps the peak after warm-up."""
         run = {"total_steps": self.total_steps, "steps_per_epoch": self.stream.steps_per_epoch}
-        return lr_at(self.schedule, lr=self.optim_config.lr, step=self.step, **run)
+        return lr_at(self.schedule, lr=self.optim_config.lr, step=self.step, decay=decay, **run)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole method's state on the CPU of rank 0, whatever shards it; empty on other ranks. All ranks call."""

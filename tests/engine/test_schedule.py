@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from poisonshield.engine.schedule import ScheduleConfig, lr_at
 
 
-def rates(config, *, total, lr=1.0, steps_per_epoch=1):
-    return [lr_at(config, lr=lr, step=s, total_steps=total, steps_per_epoch=steps_per_epoch) for s in range(total)]
+def rates(config, *, total, lr=1.0, steps_per_epoch=1, decay=True):
+    run = {"lr": lr, "total_steps": total, "steps_per_epoch": steps_per_epoch, "decay": decay}
+    return [lr_at(config, step=s, **run) for s in range(total)]
 
 
 def torch_rates(make, *, total, lr):
@@ -36,9 +37,26 @@ def test_cosine_after_warmup_is_that_of_the_vespr_code():
 
 
 def test_drops_after_warmup_are_those_of_the_linear_probe():
-    epochs = rates(ScheduleConfig(name="step", warmup_epochs=10, per_epoch=True), total=100, lr=10.0)
-    known = {1: 1.0, 9: 9.0, 10: 10.0, 59: 10.0, 60: 2.0, 74: 2.0, 75: 0.4, 89: 0.4, 90: 0.08, 100: 0.08}
-    assert {e: epochs[e - 1] for e in known} == pytest.approx(known)
+    """100 epochs of 3 steps; 5.0 per 256 samples at 512, warm-up of 10 epochs, then times 0.2 at 60, 75 and 90."""
+    config = ScheduleConfig(name="step", warmup_epochs=10, per_epoch=True)
+    epochs = [float(e) for e in range(1, 10)] + [10.0] * 50 + [2.0] * 15 + [0.4] * 15 + [0.08] * 11
+    per_step = rates(config, total=300, lr=10.0, steps_per_epoch=3)
+    assert per_step == pytest.approx([rate for rate in epochs for _ in range(3)])
+
+
+@pytest.mark.parametrize("name", ["cosine", "step", "constant"])
+def test_rate_without_decay_stays_at_the_peak_after_warmup(name):
+    """At the epoch where warm-up ends, cosine has begun to fall (0.248753) and the predictor's rate has not."""
+    config = ScheduleConfig(name=name, warmup_epochs=10, per_epoch=True)
+    expected = [0.25 * e / 10 for e in range(1, 10)] + [0.25] * 191
+    assert rates(config, total=200, lr=0.25, decay=False) == pytest.approx(expected)
+
+
+def test_one_cycle_without_decay_rises_as_it_does_and_stays():
+    config = ScheduleConfig(name="one_cycle")
+    usual, kept = rates(config, total=50), rates(config, total=50, decay=False)
+    top = usual.index(max(usual))
+    assert kept[: top + 1] == usual[: top + 1] and kept[top:] == pytest.approx([1.0] * (50 - top))
 
 
 @pytest.mark.parametrize("total", [20, 47, 100])

@@ -33,8 +33,8 @@ class Backend(Protocol):
     def clip(self) -> Tensor:
         """Clip gradients (now or in `step`); a scalar that is finite exactly if this rank's gradients are."""
 
-    def step(self, lr: float, progress: float) -> None:
-        """Move the weights, then let the method do its `after_step`."""
+    def step(self, lr: float, progress: float, *, constant_lr: float | None = None) -> None:
+        """Move the weights, then let the method do its `after_step`. constant_lr: for groups that keep the peak."""
 
     def discard(self) -> None:
         """Drop the gradients of the last forward_backward, and what its forward did to buffers."""

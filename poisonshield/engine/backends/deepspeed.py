@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.engine.optim import OptimConfig, build_optimizer
+from poisonshield.engine.optim import OptimConfig, build_optimizer, set_lr
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import BackendError, CheckpointError
 from poisonshield.method import Method
@@ -26,6 +26,7 @@ _BUCKET = 50_000_000  # elements sent at once; the default of 500 million is a b
 
 def deepspeed_config(config: EngineConfig, optimizer: OptimConfig) -> dict[str, Any]:
     """The JSON that DeepSpeed gets. The micro batch size serves its own timers only: the stream decides batches."""
+    optimizer.check_sharding(config.zero_stage)
     zero = {"stage": config.zero_stage, "reduce_bucket_size": _BUCKET}
     if config.zero_stage < 3:
         zero["allgather_bucket_size"] = _BUCKET
@@ -90,10 +91,9 @@ class DeepSpeed:
             gradients = [g for part in parts if part is not None for g in part if g is not None and g.numel()]
         return torch.nn.utils.get_total_norm(gradients).to(self.device)
 
-    def step(self, lr: float, progress: float) -> None:
+    def step(self, lr: float, progress: float, *, constant_lr: float | None = None) -> None:
         """One step of DeepSpeed's at this rate, then `after_step` with whole weights."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.engine.optimizer, lr, constant_lr)
         self.engine.step()
         if self.config.zero_stage < 3:
             self.method.after_step(progress)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.engine.checkpoint import load_plain, save_plain
-from poisonshield.engine.optim import OptimConfig, build_optimizer
+from poisonshield.engine.optim import OptimConfig, build_optimizer, set_lr
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.method import Method
 
@@ -61,10 +61,9 @@ class Plain:
             return nn.utils.clip_grad_norm_(parameters, limit)
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def step(self, lr: float, progress: float) -> None:
+    def step(self, lr: float, progress: float, *, constant_lr: float | None = None) -> None:
         """One optimiser step at this rate."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr, constant_lr)
         self.optimizer.step()
         self.method.after_step(progress)
 
