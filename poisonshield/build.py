@@ -13,7 +13,7 @@ from pydantic import Field
 
 from poisonshield import collectives
 from poisonshield.batch import Batch
-from poisonshield.config import Checker, Choice, Pixels, Settings, dump, load_tree
+from poisonshield.config import Checker, Choice, Settings, dump, load_tree
 from poisonshield.data import ResidentSource, ShardSet, ShardStream, Source, evaluate_batches, open_dataset
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.defenses.base import Defense
@@ -21,6 +21,7 @@ from poisonshield.engine.optim import OptimConfig, parameter_groups
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.evals.settings import EvaluateConfig
 from poisonshield.method import Method
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import synchronize
@@ -59,18 +60,6 @@ class DataConfig(Settings):
     workers: int = Field(0, ge=0)
     window: int = Field(16, ge=1)
     verify: Literal["always", "once"] = "always"
-
-
-class EvaluateConfig(Settings):
-    """Which readouts a finished run gets, all on clean test images. robust_steps 0 leaves the attack out."""
-
-    batch_size: int = Field(500, ge=1)
-    knn_k: int = Field(20, ge=1)
-    linear_weight_decay: float = Field(1e-4, ge=0)
-    robust_eps: Pixels = 4 / 255
-    robust_step_size: Pixels = 1 / 255
-    robust_steps: int = Field(10, ge=0)
-    robust_samples: int = Field(500, ge=1)
 
 
 class ForgeConfig(Settings):

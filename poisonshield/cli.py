@@ -54,13 +54,19 @@ def train(
 
 @app.command()
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="The run.dir of a finished run.")], overrides: Overrides = None
+    run_folder: Annotated[Path, typer.Argument(help="The run.dir of a finished run.")],
+    overrides: Overrides = None,
+    legacy: Annotated[
+        bool, typer.Option("--legacy", help="Sample as VESPR's authors do; the same as evaluate.legacy=true.")
+    ] = False,
 ) -> None:
-    """Classifier head, k-NN, linear probe and robust accuracy of a finished run, on clean test images."""
+    """Accuracy of a finished run on clean test images (head, k-NN, linear probe, under attack), and probes."""
     from poisonshield.commands.evaluate import evaluate as run
+    from poisonshield.commands.probes import scalars
 
-    for name, value in run(run_folder, overrides or []).items():
-        print(f"{name:12s} {'-' if value is None else f'{value:.2f}'}")
+    values = run(run_folder, [*(overrides or []), *(["evaluate.legacy=true"] if legacy else [])])
+    for name, value in scalars(values).items():
+        print(f"{name:12s} {'-' if value is None else f'{value:.4g}' if '.' in name else f'{value:.2f}'}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Accuracy of a finished run by every readout, always on clean test images."""
+"""Accuracy of a finished run by every readout, always on clean test images, and the probes of probes.py."""
 
 import json
 import logging
@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from poisonshield.build import OpenData, Run, TrainingSet, build_method, build_training_set, open_data, read_run
-from poisonshield.data import evaluate_batches
+from poisonshield.commands.plots import plot_probes
+from poisonshield.commands.probes import probes
+from poisonshield.commands.samples import LEGACY_ATTACKED, LEGACY_BANK, LEGACY_QUERIES, Samples
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.engine.runfolder import RunFolder
@@ -24,8 +26,8 @@ from poisonshield.method import Method
 log = logging.getLogger(__name__)
 
 
-def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict[str, float | None]:
-    """The readouts of a finished run folder, written to its results. Overrides may say how they are read.
+def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict[str, Any]:
+    """The readouts and probes of a finished run folder, written to its results. Overrides may say how they are read.
 
     Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
     """
@@ -59,23 +61,30 @@ def fresh_method(run: Run, data: OpenData, state: dict[str, torch.Tensor], devic
     return method.to(device, memory_format=torch.channels_last).eval()
 
 
-def readouts(
-    run: Run, data: OpenData, method: Method, training: TrainingSet, device: torch.device
-) -> dict[str, float | None]:
-    """test_top1 (classifier head), knn_top1, linear_top1, robust_top1, in percent; None where there is no classifier.
+def readouts(run: Run, data: OpenData, method: Method, training: TrainingSet, device: torch.device) -> dict[str, Any]:
+    """test_top1 (classifier head), knn_top1, linear_top1, robust_top1, in percent, None where there is no classifier;
+    and under `probes` what probes.py gives.
 
     k-NN and the linear probe see the training set as it was trained on (poisoned, purified), without augmentation.
+    With evaluate.legacy, k-NN has a bank and queries of its own, and fewer images are attacked.
     """
-    s, size = run.settings.evaluate, run.settings.evaluate.batch_size
-
-    def test_batches():  # noqa: ANN202
-        return evaluate_batches(data.test, batch_size=size, device=device)
-
-    train_features = extract(method.encoder, training.batches(size, device))
-    test_features = extract(method.encoder, test_batches())
+    s, samples = run.settings.evaluate, Samples(run, data, training, method, device)
+    train_features = extract(method.encoder, samples.train())
+    test_features = extract(method.encoder, samples.test())
+    bank, queries = train_features, test_features
+    if s.legacy:
+        bank = extract(method.encoder, samples.augmented(LEGACY_BANK, name="crop_flip"))
+        queries = extract(method.encoder, samples.test(LEGACY_QUERIES))
     values = {
-        "test_top1": classifier(method, test_batches()),
-        "knn_top1": knn(train_features, test_features, k=s.knn_k, num_classes=data.num_classes),
+        "test_top1": classifier(method, samples.test()),
+        "knn_top1": knn(
+            bank,
+            queries,
+            k=s.knn_k,
+            num_classes=data.num_classes,
+            weighted=s.knn_weighted,
+            temperature=s.knn_temperature,
+        ),
         "linear_top1": linear(
             train_features, test_features, num_classes=data.num_classes, weight_decay=s.linear_weight_decay
         ),
@@ -84,20 +93,22 @@ def readouts(
     if s.robust_steps > 0:
         values["robust_top1"] = robust(
             method,
-            test_batches(),
+            samples.test(LEGACY_ATTACKED if s.legacy else s.robust_samples),
             eps=s.robust_eps,
             steps=s.robust_steps,
             step_size=s.robust_step_size,
-            max_samples=s.robust_samples,
+            restarts=s.robust_restarts,
+            loss="logit" if s.legacy else "ce",
             seed=run.seed,
         )
-    return values
+    return {**values, "probes": probes(samples, train_features, test_features, bank)}
 
 
 def write_results(
     run: Run, data: OpenData, folder: RunFolder, values: dict[str, Any], *, steps: int, seconds: float
 ) -> None:
-    """Adds the run's row to results.json, and all readouts with their settings to evaluation.json."""
+    """Adds the run's row to results.json, all readouts and probes with their settings to evaluation.json, and draws
+    the probes into probes.png."""
     poison = run.poison_label
     if poison == "none" and data.train.manifest.poison:
         poison = data.train.manifest.poison.get("name", "unnamed")
@@ -113,4 +124,5 @@ def write_results(
     }
     folder.add_result(row)
     write_whole(folder.path / "evaluation.json", json.dumps({**values, "settings": run.record["evaluate"]}, indent=1))
-    log.info("results: %s", "  ".join(f"{k} {v:.2f}" for k, v in values.items() if v is not None))
+    plot_probes(folder)
+    log.info("results: %s", "  ".join(f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float)))

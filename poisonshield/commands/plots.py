@@ -33,6 +33,35 @@ def plot_run(folder: RunFolder) -> Path:
     return _save(figure, folder.path / "results.png")
 
 
+def plot_probes(folder: RunFolder) -> Path:
+    """Writes probes.png of one run from evaluation.json: the spectrum, and bars of what else was probed."""
+    probes = json.loads((folder.path / "evaluation.json").read_text())["probes"]
+    views, lipschitz, pairs = (probes[name] or {} for name in ("alignment", "lipschitz", "pairs"))
+    panels = {
+        "cosine": {
+            "two views": views.get("positive_cosine"),
+            "other samples": views.get("negative_cosine"),
+            "clean, poisoned": pairs.get("psn_cln_sim"),
+        },
+        "local Lipschitz, unit features": {
+            "found by ascent": lipschitz.get("unit"),
+            "clean to poisoned": pairs.get("psn_local_lip_unit"),
+        },
+        "cross-entropy": {"clean": pairs.get("ce_clean"), "poisoned": pairs.get("ce_poisoned")},
+    }
+    panels = {title: {k: v for k, v in bars.items() if v is not None} for title, bars in panels.items()}
+    panels = {title: bars for title, bars in panels.items() if bars}
+    figure, axes = _figure(1 + len(panels), 4.2 * (1 + len(panels)))
+    first, *others = axes if panels else [axes]
+    first.plot(range(1, len(probes["spectrum"]["log10_shares"]) + 1), probes["spectrum"]["log10_shares"])
+    first.set(xlabel="eigenvalue", ylabel="log10 of its share")
+    first.set_title(f"features: effective rank {probes['spectrum']['effective_rank']:.1f}")
+    for axis, (title, bars) in zip(others, panels.items(), strict=True):
+        axis.bar_label(axis.bar(list(bars), list(bars.values())), fmt="%.3g", fontsize=8)
+        axis.set_title(title)
+    return _save(figure, folder.path / "probes.png")
+
+
 def plot_comparison(rows: Sequence[dict], labels: Sequence[str], path: Path) -> Path:
     """Writes one bar group per readout with a bar per run; rows as in results.json."""
     figure, axis = _figure(1, 8.0)

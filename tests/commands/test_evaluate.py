@@ -1,0 +1,168 @@
+"""Every readout and probe of finished runs by the one command: a joint model, plain self-supervision, legacy draws."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from poisonshield.build import build_training_set, open_data, read_run
+from poisonshield.cli import app
+from poisonshield.commands import evaluate as command
+from poisonshield.commands.evaluate import fresh_method
+from poisonshield.commands.probes import scalars
+from poisonshield.commands.samples import Samples
+from poisonshield.engine.runfolder import RESULT_KEYS
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
+TINY = ["engine.max_steps=2", "engine.log_every_steps=1", "engine.device=cpu", "method.hidden=16", "method.out=16",
+        "model.widths=[8,8,8,8]", "evaluate.robust_steps=0", "evaluate.alignment_samples=0"]  # fmt: skip
+ALL = ["evaluate.robust_steps=2", "evaluate.robust_restarts=2", "evaluate.robust_samples=60",
+       "evaluate.knn_weighted=true", "evaluate.linear_rates=[0.01,0.1]", "evaluate.linear_epochs=3",
+       "evaluate.alignment_samples=40",
+       "evaluate.lipschitz_samples=20", "evaluate.lipschitz_steps=2", "evaluate.lipschitz_restarts=2",
+       "evaluate.pair_samples=30"]  # fmt: skip
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def trained(folder, *overrides):
+    assert invoke("train", MINI, *TINY, *overrides, f"run.dir={folder}").exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("runs") / "vespr")
+
+
+@pytest.fixture(scope="module")
+def samples(joint):
+    run = read_run(joint / "config.yaml")
+    data = open_data(run)
+    device = torch.device("cpu")
+    method = fresh_method(run, data, load_file(joint / "export" / "method.safetensors"), device)
+    return Samples(run, data, build_training_set(run, data), method, device)
+
+
+def evaluated(folder, *arguments):
+    assert invoke("evaluate", folder, *arguments).exit_code == 0
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_training_leaves_the_cheap_probes_only(joint, tmp_path):
+    probes = json.loads((joint / "evaluation.json").read_text())["probes"]
+    assert probes["spectrum"]["effective_rank"] >= 1 and len(probes["spectrum"]["log10_shares"]) == 8
+    assert {k for k, v in probes.items() if v is None} == {"linear_sweep", "alignment", "lipschitz", "pairs"}
+    assert (joint / "probes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_joint_checkpoint_gets_every_readout_and_probe_and_gets_them_again(joint):
+    (joint / "probes.png").unlink()
+    first = evaluated(joint, *ALL)
+    probes = first["probes"]
+    assert all(isinstance(first[k], float) for k in ("test_top1", "knn_top1", "linear_top1", "robust_top1"))
+    assert list(probes["linear_sweep"]) == ["0.01", "0.1"]
+    assert probes["alignment"]["samples"] == 40 and probes["pairs"]["pairs"] == 30
+    assert all(math.isfinite(v) for v in scalars(probes).values())
+    assert None not in (*probes["pairs"].values(), *probes["lipschitz"].values())
+    assert (joint / "probes.png").read_bytes().startswith(b"\x89PNG")
+    assert evaluated(joint, *ALL) == first
+    (row,) = json.loads((joint / "results.json").read_text())
+    assert tuple(row) == RESULT_KEYS and row["knn_top1"] == round(first["knn_top1"], 2) and row["steps"] == 2
+
+
+def test_accuracy_under_attack_is_read_from_class_scores(joint, samples):
+    """Without a radius it is the classifier's accuracy on the same images, and not the features' largest element."""
+    out = evaluated(joint, "evaluate.robust_steps=1", "evaluate.robust_eps=0")
+    assert out["robust_top1"] == out["test_top1"]
+    batch = next(samples.test())
+    assert samples.method.logits(batch.x).shape[1] == 10 != samples.method.encoder(batch.x).shape[1]
+
+
+def test_numbers_are_printed_by_name(joint):
+    out = invoke("evaluate", joint, *ALL).stdout
+    for name in ("robust_top1", "probes.spectrum.effective_rank", "probes.alignment.mutual_information",
+                 "probes.lipschitz.unit", "probes.pairs.psn_cln_sim", "probes.linear_sweep.0.1"):  # fmt: skip
+        assert f"\n{name} " in out
+    assert "log10_shares" not in out
+
+
+def test_a_method_without_classifier_and_poison_gets_the_rest(tmp_path, caplog):
+    folder = trained(tmp_path / "simclr", "defenses=[]", "data.poison=null")
+    with caplog.at_level(logging.WARNING):
+        out = evaluated(folder, *ALL)
+    assert out["test_top1"] is None and out["robust_top1"] is None
+    assert out["probes"]["pairs"] is None and "poisons nothing itself" in caplog.text
+    assert out["probes"]["lipschitz"]["raw"] > 0
+
+
+def test_clean_and_poisoned_batches_are_the_same_samples(samples):
+    clean, poisoned = list(samples.clean(700)), list(samples.train(700))
+    assert [b.keys for b in clean] == [b.keys for b in poisoned] and [len(b) for b in clean] == [500, 200]
+    for a, b in zip(clean, poisoned):
+        assert torch.equal(a.y, b.y)
+        assert 0 < (a.x - b.x).abs().max() <= 8 / 255 + 1e-6
+
+
+def test_a_draw_depends_on_the_seed_alone_and_all_come_in_order(samples):
+    keys = [k for b in samples.test(300) for k in b.keys]
+    assert len(keys) == len(set(keys)) == 300
+    assert keys == [k for b in samples.test(300) for k in b.keys]
+    everything = [k for b in samples.test() for k in b.keys]
+    assert keys != everything[:300] and set(keys) < set(everything)
+    assert [k for b in samples.test(10**6) for k in b.keys] == everything == list(samples.data.test.keys)
+
+
+def test_legacy_draws_its_bank_queries_and_attacked_images(joint, monkeypatch):
+    seen = {}
+
+    def spy(name, of):
+        original = getattr(command, name)
+
+        def wrapped(*arguments, **settings):
+            arguments = [list(a) if hasattr(a, "__next__") else a for a in arguments]
+            seen[name] = (of(*arguments), settings)
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(command, name, wrapped)
+
+    spy("knn", lambda bank, queries: (len(bank.y), len(queries.y), bank.h))
+    spy("robust", lambda method, batches: sum(len(b) for b in batches))
+    monkeypatch.setattr(command, "LEGACY_BANK", 400)
+    monkeypatch.setattr(command, "LEGACY_QUERIES", 90)
+    monkeypatch.setattr(command, "LEGACY_ATTACKED", 30)
+    small = ["evaluate.robust_steps=1", "evaluate.alignment_samples=0"]
+    out = evaluated(joint, "--legacy", *small)
+    assert out["settings"]["legacy"] is True
+    assert seen["knn"][0][:2] == (400, 90) and seen["robust"][0] == 30 and seen["robust"][1]["loss"] == "logit"
+    first = seen["knn"][0][2]
+    assert evaluated(joint, *small, "evaluate.legacy=true") == out and torch.equal(seen["knn"][0][2], first)
+    plain = evaluated(joint, *small)
+    assert plain["settings"]["legacy"] is False and plain["test_top1"] == out["test_top1"]
+    assert seen["knn"][0][:2] == (5000, 1000) and seen["robust"][0] == 1000 and seen["robust"][1]["loss"] == "ce"
+
+
+def test_legacy_takes_all_of_a_small_set_and_its_bank_is_augmented(joint, samples):
+    out = evaluated(joint, "--legacy", "evaluate.alignment_samples=0")
+    assert out["robust_top1"] is None and 0 <= out["knn_top1"] <= 100
+    bank, plain = (next(iter(b)) for b in (samples.augmented(10_240, name="crop_flip"), samples.train(10_240)))
+    assert bank.keys == plain.keys and bank.x.shape == plain.x.shape
+    assert (bank.x != plain.x).flatten(1).any(1).float().mean() > 0.95
+    assert sum(len(b) for b in samples.augmented(10_240, name="crop_flip")) == 5000
+
+
+def test_settings_of_an_older_run_still_read(joint, tmp_path):
+    record = yaml.safe_load((joint / "config.yaml").read_text())
+    old = ("batch_size", "knn_k", "linear_weight_decay", "robust_eps", "robust_step_size", "robust_steps")
+    record["evaluate"] = {k: record["evaluate"][k] for k in old} | {"robust_samples": 500}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    assert read_run(tmp_path / "config.yaml").settings.evaluate.robust_samples == 500
