@@ -160,6 +160,20 @@ def bench_ops(
     run(op or [], out, plot, rounds, quick, threads)
 
 
+@bench_app.command("vespr")
+def bench_vespr(
+    out: Annotated[Optional[Path], typer.Option(help="Also add rows to this CSV.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each, interleaved.")] = 15,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of the attack.")] = 10,
+    quick: Annotated[bool, typer.Option(help="A tiny network: does it work, not how fast.")] = False,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch.")] = None,
+) -> None:
+    """One joint training step on the CPU beside the VESPR authors' way of taking it, checked to be the same step."""
+    from poisonshield.commands.bench.vespr import bench as run
+
+    run(out, rounds, quick, steps, threads)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors of ours end with status 1 and their words only; a preempted run ends with 75."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
