@@ -1,15 +1,19 @@
-"""Ordinary supervised training: cross-entropy of a linear head. The victim of every availability poison."""
+"""Ordinary supervised training: cross-entropy of a linear head. The victim of every availability poison.
+
+From a finished run's encoder it is fine-tuning, and with that encoder frozen a linear probe.
+"""
 
 from typing import ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.method import Method
+from poisonshield.models.weights import Branch, load_encoder
 from poisonshield.ops.precision import at_least_float32
 
 
@@ -19,14 +23,40 @@ class Supervised(Method):
     name: ClassVar[str] = "supervised"
 
     class Config(Settings):
-        """label_smoothing: share of the target spread over all classes."""
+        """label_smoothing: share of the target spread over all classes.
+
+        init_from: a finished run's folder, or its export/method.safetensors or backbone.safetensors; null starts anew.
+        branch: which of its encoders. freeze_encoder: only the head trains; batch statistics and dropout stand still.
+        """
 
         label_smoothing: float = Field(0.0, ge=0, lt=1)
+        init_from: str | None = None
+        branch: Branch = "online"
+        freeze_encoder: bool = False
+
+        @model_validator(mode="after")
+        def _encoder_comes_from_somewhere(self) -> "Supervised.Config":
+            if self.init_from is None and (self.freeze_encoder or self.branch != "online"):
+                setting = "freeze_encoder" if self.freeze_encoder else "branch"
+                raise ValueError(f"{setting} needs a trained encoder: set init_from to a finished run's folder.")
+            return self
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.head = nn.Linear(encoder.feature_dim, num_classes)
+        if config.init_from is not None:
+            load_encoder(encoder, config.init_from, branch=config.branch)
+        if config.freeze_encoder:
+            encoder.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Supervised":
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()
+        return self
 
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """Mean cross-entropy over all views."""

@@ -8,7 +8,6 @@ from torch import nn
 from poisonshield.errors import BackendError, ConfigError
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import SyncedBatchNorm, synchronize
-from poisonshield.models.heads import projector
 from poisonshield.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
 
@@ -89,8 +88,25 @@ def test_synchronized_batch_norm_alone_is_plain_batch_norm():
     torch.testing.assert_close(synced(x), plain(x))
 
 
-def test_projector_ends_in_batch_norm_without_affine():
-    head = projector(6, hidden=8, out=5)
-    assert head(torch.rand(4, 6)).shape == (4, 5)
-    assert not [p for n, p in head.named_parameters() if n.endswith("7.weight")]
-    assert all(layer.bias is None for layer in head if isinstance(layer, nn.Linear))
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3"), ("resnet_mini", "bn2")])
+def test_residual_branches_start_at_zero(name, last):
+    """As the authors' ResNets do: the last batch norm of a block has weights of zero, every other one of one."""
+    backbone = build_encoder(BackboneConfig(name=name)).backbone
+    norms = {n: m for n, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert any(n.endswith(last) for n in norms)
+    for path, norm in norms.items():
+        expected = 0.0 if path.startswith("layer") and path.endswith(last) else 1.0
+        assert norm.weight.unique().tolist() == [expected], path
+
+
+@pytest.mark.parametrize(("padding", "side"), [(1, 28), (2, 30)])
+def test_cifar_stem_on_the_crop_of_28(padding, side):
+    backbone = build_encoder(BackboneConfig(name="resnet18", stem_padding=padding)).backbone
+    assert backbone.conv1(torch.rand(1, 3, 28, 28)).shape == (1, 64, side, side)
+
+
+@pytest.mark.parametrize("settings", [{"image_size": 96}, {"freeze_patch": True}, {"position": "learned"}], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet_mini"])
+def test_settings_of_a_vit_are_refused_elsewhere(name, settings):
+    with pytest.raises(ConfigError, match=f"are for ViTs, and {name} is none. Leave them out, or"):
+        build_encoder(BackboneConfig(name=name, **settings))
