@@ -88,7 +88,7 @@ def change_member(folder, shard, ending, change):
 
 def test_unknown_key():
     text = said("defenses.0.step_sise=1/255")
-    assert "defenses[0].step_sise is not a setting of vespr. Did you mean step_size?  Settings: attack_views" in text
+    assert "defenses[0].step_sise is not a setting of vespr. Did you mean step_size?  Settings: attack_" in text
 
 
 def test_wrong_type():

@@ -1,7 +1,23 @@
 """Attacks: one file each. An attack sees an objective (one loss per sample), never a model."""
 
-from poisonshield.attacks.base import Attack, Objective, frozen_stats
-from poisonshield.attacks.budgets import L2, Budget, Linf, budget
+from poisonshield.attacks.base import Attack, Objective, batch_stats, frozen_stats
+from poisonshield.attacks.budgets import L1, L2, Budget, ChannelLinf, Linf, budget
+from poisonshield.attacks.memory import ClassMemory
 from poisonshield.attacks.pgd import PGD
+from poisonshield.attacks.settings import AttackConfig
 
-__all__ = ["L2", "PGD", "Attack", "Budget", "Linf", "Objective", "budget", "frozen_stats"]
+__all__ = [
+    "L1",
+    "L2",
+    "PGD",
+    "Attack",
+    "AttackConfig",
+    "Budget",
+    "ChannelLinf",
+    "ClassMemory",
+    "Linf",
+    "Objective",
+    "batch_stats",
+    "budget",
+    "frozen_stats",
+]

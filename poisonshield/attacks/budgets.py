@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from poisonshield.errors import BudgetError
@@ -67,6 +68,75 @@ class L2(Budget):
         return delta.flatten(1).norm(dim=1)
 
 
-def budget(norm: Literal["linf", "l2"], eps: float) -> Budget:
+class L1(Budget):
+    """The absolute values sum to at most eps. Steps move the elements of the largest gradient, which share step_size.
+
+    In plain PyTorch: no kernel has it. The projection is the Euclidean one (Duchi et al. 2008), by sorting.
+    """
+
+    norm = "l1"
+
+    def start_(self, x_adv: Tensor, x: Tensor, rng: KeyedRandom, purpose: str) -> Tensor:
+        """x plus uniform noise of the ball's radius, brought back into the ball and into [0, 1]."""
+        u = rng.to(x.device).uniform(purpose, x[0].numel()).view(x.shape)
+        return x_adv.copy_((x + self.project((2 * u - 1) * self.eps)).clamp(0, 1))
+
+    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:
+        """Spend step_size on the largest gradient elements, then back into the ball and into [0, 1]."""
+        size = grad.abs().flatten(1)
+        top = ((size == size.amax(1, keepdim=True)) & (size > 0)).view_as(grad)
+        share = top / top.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (grad.dim() - 1))
+        moved = x_adv + step_size * grad.sign() * share
+        return x_adv.copy_((x + self.project(moved - x)).clamp(0, 1))
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The nearest point of the ball, per sample."""
+        size = delta.abs().flatten(1)
+        ordered = size.sort(1, descending=True).values
+        excess = ordered.cumsum(1) - self.eps
+        rank = torch.arange(1, size.shape[1] + 1, device=delta.device)
+        last = (ordered * rank > excess).sum(1, keepdim=True).clamp(min=1)  # how many elements stay above zero
+        threshold = (excess.gather(1, last - 1) / last).clamp(min=0)
+        return delta.sign() * (size - threshold).clamp(min=0).view_as(delta)
+
+    def measure(self, delta: Tensor) -> Tensor:
+        """Sum of absolute values."""
+        return delta.abs().flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class ChannelLinf(Budget):
+    """linf with a radius for each channel, eps * scale[c], and steps scaled alike: a box in some normalised space.
+
+    For comparison with code that attacks normalised pixels. clip: keep pixels in [0, 1], which such code does not.
+    """
+
+    scale: tuple[float, ...] = (1.0, 1.0, 1.0)
+    clip: bool = True
+    norm: ClassVar[str] = "linf"
+
+    def _scale(self, x: Tensor) -> Tensor:
+        return torch.tensor(self.scale, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+
+    def start_(self, x_adv: Tensor, x: Tensor, rng: KeyedRandom, purpose: str) -> Tensor:
+        """Uniform in the box."""
+        u = rng.to(x.device).uniform(purpose, x[0].numel()).view(x.shape)
+        return self._into(x_adv, x + (2 * u - 1) * self.eps * self._scale(x), x)
+
+    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:
+        """A sign step, then back into the box."""
+        return self._into(x_adv, x_adv + step_size * self._scale(x) * grad.sign(), x)
+
+    def _into(self, x_adv: Tensor, moved: Tensor, x: Tensor) -> Tensor:
+        radius = self.eps * self._scale(x)
+        moved = torch.minimum(torch.maximum(moved, x - radius), x + radius)
+        return x_adv.copy_(moved.clamp(0, 1) if self.clip else moved)
+
+    def measure(self, delta: Tensor) -> Tensor:
+        """Largest element in units of its channel's scale: at most eps."""
+        return (delta / self._scale(delta)).abs().flatten(1).amax(1)
+
+
+def budget(norm: Literal["linf", "l2", "l1"], eps: float) -> Budget:
     """The budget of a norm's name."""
-    return {"linf": Linf, "l2": L2}[norm](eps)
+    return {"linf": Linf, "l2": L2, "l1": L1}[norm](eps)

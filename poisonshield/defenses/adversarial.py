@@ -3,15 +3,14 @@
 Blunts poisons that fit inside its radius; costs `steps` more forward and input-backward passes per step.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from poisonshield.attacks import PGD, budget, frozen_stats
+from poisonshield.attacks import AttackConfig, frozen_stats
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.config import Number, Settings
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import Method
@@ -23,22 +22,10 @@ class Adversarial(Defense):
 
     name: ClassVar[str] = "adversarial"
 
-    class Config(Settings):
-        """Attack settings; eps and step_size in pixel units of the chosen norm."""
+    class Config(AttackConfig):
+        """The attack's settings, and no others. steps: 1 or more."""
 
-        norm: Literal["linf", "l2"] = "linf"
-        eps: Number = Field(8 / 255, ge=0)
-        step_size: Number = Field(2 / 255, ge=0)
         steps: int = Field(10, ge=1)
-        random_start: bool = True
-
-        @model_validator(mode="after")
-        def _linf_is_in_pixels(self) -> "Adversarial.Config":
-            for name in ("eps", "step_size"):
-                value = getattr(self, name)
-                if self.norm == "linf" and value > 1:
-                    raise ValueError(f"{name} {value:g} of linf is outside [0, 1]. Did you mean {value:g}/255?")
-            return self
 
     def wrap(self, method: Method) -> Method:
         """Raises ConfigError for a method without a classifier."""
@@ -55,8 +42,7 @@ class AdversarialMethod(Wrapped):
 
     def __init__(self, method: Method, config: Adversarial.Config, seed: int) -> None:
         super().__init__(method)
-        self.attack = PGD(config.steps, config.step_size, config.random_start)
-        self.budget, self.seed = budget(config.norm, config.eps), seed
+        self.attack, self.budget, self.seed = config.attack(), config.budget(), seed
 
     def forward(self, batch: Batch) -> StepOutput:
         """The inner method's loss on attacked views."""

@@ -1,32 +1,45 @@
 """VESPR: train self-supervision and a classifier together on views attacked against the classifier. arXiv 2409.08509.
 
     L = ssl_weight L_SSL(views) + ce_weight mean_v CE(head(encoder(view_v)), y),   views in attack_views replaced by
-    x + argmax_{|d| <= eps} CE(head(encoder(x + d)), y)
+    x + argmax_{|d| <= eps} attack_ce_weight CE(head(encoder(x + d)), y) + attack_ssl_weight L_SSL
 
 Supervised training finds a planted shortcut first, so its loss is the best detector of it; ascending that loss erases
-the shortcut, and positive pairs can then agree on real content only. With `attack_views: []` this is joint
+the shortcut, and positive pairs can then agree on real content only. With `attack_views: none` this is joint
 self-supervised and supervised training without any attack (the ablation "SSL+CE").
 
 Differs from the authors' code: budgets are in true pixel units, attacked pixels stay in [0, 1], and the attack runs
 encoder and classifier alone, on the attacked views alone, without parameter gradients. With the classifier's loss as
 the only objective, this takes the same sign steps as attacking the joint loss at 0 * L_SSL + 1 * L_CE, at a third of
-the cost.
+the cost. keep_clean adds the clean copies as further views of the same samples, where the authors' code makes further
+samples of them, which fails on the labels and turns unattacked views into false negatives.
 """
 
-from typing import ClassVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.attacks import PGD, Linf, frozen_stats
+from poisonshield.attacks import AttackConfig, ChannelLinf, ClassMemory, batch_stats, frozen_stats
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.config import Pixels, Settings
+from poisonshield.config import Number
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import Method
+from poisonshield.models.normalize import IMAGENET_STD
+from poisonshield.ops.philox import KeyedRandom
 from poisonshield.ops.precision import at_least_float32
+
+_SCALE = {"fp16": 1024.0}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _as_views(value: Any) -> Any:
+    named = {"none": (), "both": (0, 1)}
+    return named.get(value, (value,)) if isinstance(value, (str, int)) else value
 
 
 class VESPR(Defense):
@@ -34,16 +47,56 @@ class VESPR(Defense):
 
     name: ClassVar[str] = "vespr"
 
-    class Config(Settings):
-        """eps, step_size: linf, pixel units. attack_views: which views are attacked, counted from 0."""
+    class Config(AttackConfig):
+        """attack_views: none, 0, 1, both, or a list of views counted from 0. The nominal method attacks view 0 alone.
 
-        eps: Pixels = 4 / 255
-        step_size: Pixels = 0.6 / 255
-        steps: int = Field(10, ge=0)
-        random_start: bool = True
-        attack_views: tuple[int, ...] = (0,)
+        attack_ce_weight, attack_ssl_weight: the loss that the attack ascends; ce_weight, ssl_weight: the one that trains.
+        ssl_sees, ce_sees: which views each loss trains on. ce_all_views: the classifier's loss is the mean over views, not
+        that of view 0 alone. stop_gradient: the classifier reads features without changing them.
+        keep_clean: attacked views stay in the batch unattacked too. attack_mode: train lets batch norm use the attacked
+        batch's statistics. attack_precision: that of the inner loop; fp16 scales the loss by 1024.
+        stop_loss: samples whose cross-entropy has reached this are attacked no further (null: all steps for all).
+        warm_start: begin at the class's average perturbation of earlier steps.
+        legacy_scalar_std: as the authors' code, a radius of eps * std[c] / this (0.226) for channel c, without clipping.
+        """
+
+        eps: Number = Field(4 / 255, ge=0)
+        step_size: Number = Field(0.6 / 255, ge=0)
+        attack_views: Annotated[tuple[int, ...], BeforeValidator(_as_views)] = (0,)
+        attack_ce_weight: float = Field(1.0, ge=0)
+        attack_ssl_weight: float = Field(0.0, ge=0)
         ssl_weight: float = Field(1.0, ge=0)
         ce_weight: float = Field(1.0, ge=0)
+        ssl_sees: Literal["attacked", "clean"] = "attacked"
+        ce_sees: Literal["attacked", "clean"] = "attacked"
+        ce_all_views: bool = True
+        stop_gradient: bool = False
+        keep_clean: bool = False
+        attack_mode: Literal["eval", "train"] = "eval"
+        attack_precision: Literal["run", "fp32", "bf16", "fp16"] = "run"
+        stop_loss: float | None = Field(None, gt=0)
+        warm_start: bool = False
+        legacy_scalar_std: float | None = Field(None, gt=0)
+
+        @model_validator(mode="after")
+        def _parts_fit(self) -> "VESPR.Config":
+            if not self.attack_views:
+                return self
+            if self.stop_gradient and self.attack_ce_weight > 0:
+                raise ValueError(
+                    "stop_gradient leaves the classifier's loss without a gradient in the pixels, so it cannot be attacked. "
+                    "Set attack_ce_weight: 0 and attack_ssl_weight: 1, or attack_views: none."
+                )
+            if self.attack_ce_weight == self.attack_ssl_weight == 0:
+                raise ValueError("attack_ce_weight and attack_ssl_weight are both 0: set attack_views: none instead.")
+            if self.stop_loss is not None and (self.attack_ssl_weight > 0 or self.attack_mode == "train"):
+                raise ValueError(
+                    "stop_loss attacks some samples without the rest, and here a sample's loss depends on its batch. "
+                    "It needs attack_ssl_weight: 0 and attack_mode: eval."
+                )
+            if self.legacy_scalar_std is not None and self.norm != "linf":
+                raise ValueError(f"legacy_scalar_std belongs to norm: linf, not {self.norm}.")
+            return self
 
     @property
     def label(self) -> str:
@@ -72,32 +125,106 @@ class VESPRMethod(Wrapped):
         super().__init__(method)
         self.config, self.seed = config, seed
         self.head = nn.Linear(method.encoder.feature_dim, num_classes)
-        self.attack = PGD(config.steps, config.step_size, config.random_start)
-        self.budget = Linf(config.eps)
+        self.attack = config.attack(grad_scale=_SCALE.get(config.attack_precision, 1.0), stop_loss=config.stop_loss)
+        self.budget = config.budget()
+        if config.legacy_scalar_std is not None:
+            scale = tuple(std / config.legacy_scalar_std for std in IMAGENET_STD)
+            self.budget = ChannelLinf(config.eps, scale, clip=False)
+        self.memory = ClassMemory(num_classes, method.num_views) if config.warm_start else None
 
     def forward(self, batch: Batch) -> StepOutput:
         """ssl_weight * L_SSL + ce_weight * L_CE on the attacked batch."""
-        batch = batch.replace(views=tuple(self.attacked(v, i, batch) for i, v in enumerate(batch.views)))
-        features = self.method.features(batch)
-        out = self.method.loss(features, batch)
-        scores = (at_least_float32(self.head(h)) for h in features)
-        ce = sum(F.cross_entropy(s, batch.y, reduction="none") for s in scores) / len(features)
-        ce = collectives.mean(ce, batch.rank_sizes)
-        loss = self.config.ssl_weight * out.loss + self.config.ce_weight * ce
-        return StepOutput(loss, {**out.metrics, "ce": ce.detach()})
+        c, flagged = self.config, self.config.attack_views
+        attacked = batch.replace(views=self.attacked_views(batch))
+        if self.memory is not None:
+            for i in flagged:
+                self.memory.remember(i, attacked.views[i] - batch.views[i], batch.y)
+        if c.keep_clean and flagged:
+            attacked = attacked.replace(views=attacked.views + tuple(batch.views[i] for i in flagged))
+        seen = {"attacked": attacked, "clean": batch}
+        features = self.method.features(seen[c.ssl_sees])
+        out = self.method.loss(features, seen[c.ssl_sees])
+        if c.ce_sees != c.ssl_sees:
+            features = self.method.features(seen[c.ce_sees])
+        per_view = [self._cross_entropy(h, batch.y) for h in (features if c.ce_all_views else features[:1])]
+        ce = collectives.mean(sum(per_view) / len(per_view), batch.rank_sizes)
+        metrics = {**out.metrics, "ce": ce.detach(), **self._diagnostics(features, per_view, batch)}
+        return StepOutput(c.ssl_weight * out.loss + c.ce_weight * ce, metrics)
+
+    def _cross_entropy(self, h: Tensor, y: Tensor) -> Tensor:
+        """Of each sample, from features [B, E]."""
+        scores = self.head(h.detach() if self.config.stop_gradient else h)
+        return F.cross_entropy(at_least_float32(scores), y, reduction="none")
+
+    @torch.no_grad()
+    def _diagnostics(self, features: tuple[Tensor, ...], per_view: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """How much more an attacked view costs the classifier than a plain one, and how alike the encoder finds them."""
+        flagged = self.config.attack_views
+        plain = next((i for i in range(len(per_view)) if i not in flagged), None)
+        if not flagged or plain is None or self.config.ce_sees == "clean":
+            return {}
+        hard, easy = flagged[0], plain
+        if hard >= len(per_view):
+            return {}
+        gap = collectives.mean(per_view[hard] - per_view[easy], batch.rank_sizes)
+        alike = F.cosine_similarity(at_least_float32(features[hard]), at_least_float32(features[easy]), dim=1)
+        return {"attack_ce_gap": gap, "attack_similarity": collectives.mean(alike, batch.rank_sizes)}
+
+    def attacked_views(self, batch: Batch) -> tuple[Tensor, ...]:
+        """All views as the attack leaves them, [B, 3, H, W] each, in [0, 1] (beyond it with legacy_scalar_std)."""
+        if self.config.attack_ssl_weight > 0 and self.config.attack_views:
+            return self._attacked_together(batch)
+        return tuple(self.attacked(v, i, batch) for i, v in enumerate(batch.views))
 
     def attacked(self, view: Tensor, index: int, batch: Batch) -> Tensor:
-        """The view as the losses see it: attacked if `index` is flagged, else unchanged. [B, 3, H, W] in [0, 1]."""
+        """One view attacked against the classifier if `index` is flagged, else unchanged. Sends nothing over ranks."""
         if index not in self.config.attack_views:
             return view
 
-        def objective(v: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_float32(self.logits(v)), batch.y, reduction="none")
+        def objective(v: Tensor, rows: Tensor | None = None) -> Tensor:
+            y = batch.y if rows is None else batch.y[rows]
+            with self._precision(v):
+                scores = self.logits(v)
+            return F.cross_entropy(at_least_float32(scores), y, reduction="none")
 
-        with frozen_stats(self.method.encoder, self.head):
-            return self.attack(
-                objective, view, self.budget, batch.random(self.seed, view.device).within(f"view{index}")
-            )
+        start = None if self.memory is None else self.memory.start(index, view, batch.y, self.budget)
+        with self._still(self.method.encoder, self.head):
+            rng = batch.random(self.seed, view.device).within(f"view{index}")
+            return self.attack(objective, view, self.budget, rng, start=start)
+
+    def _attacked_together(self, batch: Batch) -> tuple[Tensor, ...]:
+        """All flagged views attacked at once, since the self-supervised loss ties them to each other and to the batch."""
+        c, flagged = self.config, self.config.attack_views
+
+        def composed(x: Tensor) -> tuple[Tensor, ...]:
+            found = dict(zip(flagged, x.chunk(len(flagged)), strict=True))
+            return tuple(found.get(i, v) for i, v in enumerate(batch.views))
+
+        def objective(x: Tensor) -> Tensor:
+            seen = batch.replace(views=composed(x))
+            with self._precision(x):
+                features = self.method.features(seen)
+                ssl = self.method.loss(features, seen).loss
+            ce = sum(self._cross_entropy(h, batch.y) for h in features) / len(features)
+            joint = c.attack_ssl_weight * ssl + c.attack_ce_weight * collectives.mean(ce, batch.rank_sizes)
+            if not torch.is_grad_enabled():  # restarts are compared: all ranks must pick the same one
+                joint = collectives.all_reduce_mean({"joint": joint})["joint"]
+            return joint.expand(len(x))
+
+        together = torch.cat([batch.views[i] for i in flagged])  # [views * B, 3, H, W]
+        keyed = batch.random(self.seed, together.device)
+        rng = KeyedRandom(keyed.seed, torch.cat([keyed.ids + i for i in flagged]), keyed.offset, "views")
+        with self._still(self):
+            return composed(self.attack(objective, together, self.budget, rng))
+
+    def _still(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        return (frozen_stats if self.config.attack_mode == "eval" else batch_stats)(*modules)
+
+    def _precision(self, x: Tensor) -> AbstractContextManager[None]:
+        name = self.config.attack_precision
+        if name == "run":
+            return nullcontext()
+        return torch.autocast(x.device.type, _DTYPES.get(name, torch.bfloat16), enabled=name in _DTYPES)
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, K]."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import tiny_batch, tiny_encoder
 from torch import nn
 
-from poisonshield.attacks import PGD, L2, Linf, budget, frozen_stats
+from poisonshield.attacks import L1, L2, PGD, Linf, budget, frozen_stats
 from poisonshield.errors import BudgetError
 from poisonshield.ops.philox import KeyedRandom, sample_ids
 
@@ -116,3 +116,36 @@ def test_frozen_stats_restores_each_submodule_even_after_an_error():
         assert not any(m.training for m in encoder.modules())
         raise RuntimeError("boom")
     assert {n: m.training for n, m in encoder.named_modules()} == before
+
+
+def slow_l1_projection(delta, radius):
+    """The nearest point of the l1 ball by bisection on the threshold, one sample at a time, float64."""
+    out = []
+    for row in delta.double().flatten(1):
+        low, high = 0.0, row.abs().max().item()
+        if row.abs().sum() <= radius:
+            out.append(row)
+            continue
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if (row.abs() - middle).clamp(min=0).sum() > radius else (low, middle)
+        out.append(row.sign() * (row.abs() - high).clamp(min=0))
+    return torch.stack(out).view(delta.shape)
+
+
+def test_l1_projection_is_the_nearest_point():
+    delta = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    delta[0] *= 1e-3
+    for radius in (0.0, 0.5, 7.0):
+        ours = L1(radius).project(delta)
+        torch.testing.assert_close(ours.double(), slow_l1_projection(delta, radius), atol=1e-5, rtol=0)
+
+
+def test_l1_step_spends_its_length_on_the_largest_gradient():
+    x = torch.full((2, 3, 2, 2), 0.5)
+    grad = torch.zeros_like(x)
+    grad[0, 0, 0, 0], grad[0, 1, 0, 0], grad[0, 2, 0, 0] = 2.0, -2.0, 1.0
+    moved = L1(10.0).step_(x.clone(), grad, x, 0.2) - x
+    expected = torch.zeros_like(x)
+    expected[0, 0, 0, 0], expected[0, 1, 0, 0] = 0.1, -0.1
+    torch.testing.assert_close(moved, expected)
