@@ -171,7 +171,7 @@ def _check_pairs(checker: Checker, settings: RunConfig, method: Choice, defenses
         encoder = torch.nn.Identity()
         encoder.feature_dim = 1
         try:
-            inner = method.cls(method.config, encoder=encoder, num_classes=2)
+            inner = _viewing(method.cls(method.config, encoder=encoder, num_classes=2), settings)
         except ConfigError as err:
             checker.problem(("method",), f"method: {err}")
             return
@@ -306,9 +306,18 @@ def build_method(run: Run, num_classes: int) -> Method:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         encoder = build_encoder(run.settings.model)
-        method = run.method.cls(run.method.config, encoder=encoder, num_classes=num_classes)
+        method = _viewing(run.method.cls(run.method.config, encoder=encoder, num_classes=num_classes), run.settings)
         for defense in build_defenses(run, num_classes):
             method = defense.wrap(method)
+    return method
+
+
+def _viewing(method: Method, settings: RunConfig) -> Method:
+    """The method with as many large views as the run asks for. Raises ConfigError for fewer than it needs."""
+    count = settings.views.count
+    if count is not None and count < method.num_views:
+        raise ConfigError(f"views.count {count}: {method.name} needs {method.num_views} views or more.")
+    method.num_views = count or method.num_views
     return method
 
 

@@ -15,7 +15,7 @@ from poisonshield.errors import ConfigError, DataError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MINI = str(CONFIGS / "defend" / "vespr_cifar10_mini.yaml")
-ALL_CONFIGS = sorted(p for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("base"))
+ALL_CONFIGS = sorted(p for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("base") and p.parent.name != "grid")
 
 
 @pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda p: p.stem)
@@ -113,7 +113,7 @@ def test_name_of_a_block_keeps_the_settings_given_beside_it_in_any_order(turned)
     ],
 )
 def test_linf_radius_in_levels_is_refused_where_the_norm_is_a_choice(overrides):
-    with pytest.raises(ConfigError, match="8 of .*linf is outside .* Did you mean 8/255"):
+    with pytest.raises(ConfigError, match="8 .*is outside .* Did you mean 8/255"):
         read_run(MINI, overrides)
     l2 = [o.replace("linf", "l2").replace("eps: 8", "eps: 8, norm: l2") for o in overrides]
     assert read_run(MINI, l2).record

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_grid(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> 
     checker = Checker(tree)
     config = checker.settings(GridConfig, (), tree.values, owner="a grid")
     checker.finish()
-    base = Path(path).parent / config.base
+    base = Path(os.path.normpath(Path(path).parent / config.base))
     cells, known = [], {}
     for block in config.blocks:
         for picks in itertools.product(*(_choices(axis, choices) for axis, choices in block.items())):
@@ -136,14 +137,21 @@ def run_grid(
 
 
 def table(cells: list[Cell]) -> str:
-    """A Markdown table: one line a place in the grid; mean and (lowest to highest) over seeds, in percent."""
-    axes = list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
-    head = [*axes, *READOUTS.values(), "seconds a run", "seeds done"]
+    """A Markdown table: one line a place in the grid; mean and (lowest to highest) over seeds, in percent.
+
+    Axes that all blocks have are columns; what a block varies beside them stands together in one column.
+    """
+    axes = _axes(cells)
+    common = [axis for axis in axes if all(axis in cell.labels for cell in cells)]
+    ablation = ["varied"] if len(common) < len(axes) else []
+    head = [*common, *ablation, *READOUTS.values(), "seconds a run", "seeds done"]
     lines = [head, ["---"] * len(head)]
     for labels, rows, wanted in _places(cells):
         numbers = [_spread([r[k] for r in rows]) for k in READOUTS]
         cost = f"{mean(r['seconds'] for r in rows):.0f}" if rows else "-"
-        lines.append([*(labels.get(a, "") for a in axes), *numbers, cost, f"{len(rows)} of {wanted}"])
+        varied = ", ".join(f"{a}: {label}" for a, label in labels.items() if a not in common)
+        place = [*(labels[a] for a in common), *([varied] if ablation else [])]
+        lines.append([*place, *numbers, cost, f"{len(rows)} of {wanted}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     over_poisons = _over_poisons(cells)
     return f"{text}\n\n{over_poisons}" if over_poisons else text
@@ -153,7 +161,7 @@ def write_tables(folder: Path, cells: list[Cell]) -> None:
     """table.md, and results.csv with one line for each finished run."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "table.md", table(cells) + "\n")
-    axes = list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
+    axes = _axes(cells)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow([*axes, "seed", *READOUTS, "steps", "seconds", "folder"])
@@ -195,6 +203,10 @@ def _places(cells: list[Cell]) -> list[tuple[dict[str, str], list[dict[str, Any]
         row = cell.row()
         places[_slug(cell.labels)] = (labels, rows + ([] if row is None else [row]), wanted + 1)
     return list(places.values())
+
+
+def _axes(cells: list[Cell]) -> list[str]:
+    return list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
 
 
 def _spread(values: list[float | None]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from poisonshield.batch import Batch
@@ -30,6 +30,8 @@ class ViewsConfig(Settings):
     none: the pixels as they are.
     min_area: least share of the image in a random resized crop; null is 0.2 for ssl and 0.08 for crop_flip.
     blur_kernel: null blurs with the whole Gaussian; 9 with a kernel cut to 9 pixels, as the authors generate poisons.
+    count: large views; null takes what the method asks for. local: small crops beside them (multi-crop), local_size
+    pixels wide, of local_area of the image, otherwise made alike; the VESPR authors give them the large ones' areas.
     """
 
     name: Literal["auto", "crop_flip", "ssl", "test", "none"] = "auto"
@@ -42,6 +44,10 @@ class ViewsConfig(Settings):
     gray_p: float = Field(0.2, ge=0, le=1)
     blur_p: float = Field(0.5, ge=0, le=1)
     blur_kernel: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1)
+    local: int = Field(0, ge=0)
+    local_size: int | None = Field(None, ge=1)
+    local_area: tuple[float, float] = (0.05, 0.2)
 
     @field_validator("blur_kernel")
     @classmethod
@@ -50,8 +56,16 @@ class ViewsConfig(Settings):
             raise ValueError(f"{value} has no middle pixel: give an odd number, or null for the whole Gaussian")
         return value
 
+    @model_validator(mode="after")
+    def _local_crops_fit(self) -> "ViewsConfig":
+        if self.local > 0 and self.local_size is None:
+            raise ValueError("local crops need local_size, their side in pixels, such as 96 beside views of 224.")
+        if not 0 < self.local_area[0] <= self.local_area[1] <= 1:
+            raise ValueError(f"local_area {self.local_area}: two shares of the image, the smaller one first.")
+        return self
 
-def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
+
+def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """One view for supervised training."""
     size = config.size or x.shape[2]
     resized = config.random_resized_crop
@@ -65,14 +79,14 @@ def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
     if not resized:
         return augment.shifted_crop(x, rng.uniform("crop_flip", 3), padding=config.padding)
     u = rng.uniform("crop_flip", 23)
-    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.08, 1.0), ratio=_RATIO)
+    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.08, max_area), ratio=_RATIO)
     return augment.resized_crop(x, boxes, size, u[:, 22] < 0.5)
 
 
-def ssl(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
+def ssl(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """One view for self-supervised training."""
     u = rng.uniform("ssl", 35)
-    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.2, 1.0), ratio=_RATIO)
+    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.2, max_area), ratio=_RATIO)
     # Mirroring commutes with all later operations, so it is folded into the crop.
     x = augment.resized_crop(x, boxes, config.size or x.shape[2], u[:, 22] < 0.5)
     if config.jitter > 0 or config.hue > 0:
@@ -86,31 +100,35 @@ def ssl(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
     return x.clamp(0, 1)
 
 
-def center_crop(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
+def center_crop(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """The middle of the image, a little closer: the same for every draw."""
     size = config.size or x.shape[2]
     return augment.resized_center_crop(x, shorter=round(256 / 224 * size), size=size)
 
 
-def none(x: Tensor, rng: KeyedRandom, config: ViewsConfig) -> Tensor:
+def none(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """The pixels unchanged."""
     return x
 
 
-_Pipeline = Callable[[Tensor, KeyedRandom, ViewsConfig], Tensor]
+_Pipeline = Callable[..., Tensor]
 _PIPELINES: dict[str, _Pipeline] = {"crop_flip": crop_flip, "ssl": ssl, "test": center_crop, "none": none}
 
 
 class Views:
-    """The stage: fills `views` with `count` augmentations of `x`, in channels-last memory."""
+    """The stage: fills `views` with `count` augmentations of `x` and the local crops, in channels-last memory."""
 
     def __init__(self, config: ViewsConfig, *, default: str, count: int, seed: int) -> None:
-        self.config, self.count, self.seed = config, count, seed
+        self.config, self.count, self.seed = config, config.count or count, seed
+        small = {"size": config.local_size, "min_area": config.local_area[0], "random_resized_crop": True}
+        self.local = config.model_copy(update=small)
         self.pipeline = _PIPELINES[default if config.name == "auto" else config.name]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with views [B, 3, S, S] each."""
+        """The batch with views [B, 3, S, S] each, large ones first."""
         rng = batch.random(self.seed, batch.x.device)
-        views = (self.pipeline(batch.x, rng.within(f"view{i}"), self.config) for i in range(self.count))
+        views = [self.pipeline(batch.x, rng.within(f"view{i}"), self.config) for i in range(self.count)]
+        most = self.config.local_area[1]
+        views += [self.pipeline(batch.x, rng.within(f"local{i}"), self.local, most) for i in range(self.config.local)]
         return batch.replace(views=tuple(v.contiguous(memory_format=torch.channels_last) for v in views))

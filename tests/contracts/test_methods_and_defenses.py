@@ -137,3 +137,14 @@ def test_defense_does_nothing_by_default():
     batch, method = tiny_batch(), make_method("supervised")
     defense = Nothing(None, num_classes=4, seed=0)
     assert defense.before(batch) is batch and defense.wrap(method) is method and defense.label == "nothing"
+
+
+def test_small_crops_train_with_every_method():
+    """Two large views and two small ones of another size; targets are made of the large ones."""
+    small = tiny_batch(12, views=2, side=6).views
+    for name in METHODS.names():
+        method = make_method(name).train()
+        batch = tiny_batch(12, views=method.num_views)
+        out = method(batch.replace(views=batch.views + small)) if method.num_views > 1 else method(batch)
+        out.loss.backward()
+        assert torch.isfinite(out.loss), name

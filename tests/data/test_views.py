@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 import torchvision.transforms.v2.functional as tv
 
 from poisonshield.batch import Batch
@@ -180,3 +181,25 @@ def test_augmentations_are_differentiable_in_the_pixels():
     assert torch.autograd.gradcheck(lambda v: augment.gaussian_blur(v, torch.tensor([0.5, 1.0, 2.0]).double()), x)
     inner = (0.3 + 0.2 * images(3, 6, 6).double()).requires_grad_()  # away from the clamps
     assert torch.autograd.gradcheck(lambda v: augment.color_jitter(v, u, strength=0.2, hue=0.05), inner)
+
+
+def test_local_crops_are_small_in_size_and_area():
+    ramp = torch.linspace(0, 1, 64).expand(32, 3, 64, 64)
+    config = ViewsConfig(size=48, jitter=0, hue=0, gray_p=0, blur_p=0, local=3, local_size=24, local_area=(0.05, 0.14))
+    batch = Views(config, default="ssl", count=2, seed=0)(Batch(tuple(f"{i}" for i in range(32)), ramp))
+    assert [v.shape[2] for v in batch.views] == [48, 48, 24, 24, 24]
+    for v in batch.views[2:]:
+        span = v.amax((1, 2, 3)) - v.amin((1, 2, 3))  # the share of the image's width, at most sqrt(0.14 * 4/3)
+        assert (span < 0.45).all() and not torch.equal(v, batch.views[2 if v is not batch.views[2] else 3])
+
+
+def test_more_large_views_may_be_asked_for():
+    batch = Views(ViewsConfig(count=3), default="ssl", count=2, seed=0)(Batch(("a", "b"), images(2)))
+    assert len(batch.views) == 3
+
+
+def test_local_crops_need_a_size():
+    with pytest.raises(ValidationError, match="local_size"):
+        ViewsConfig(local=2)
+    with pytest.raises(ValidationError, match="smaller one first"):
+        ViewsConfig(local_area=(0.5, 0.2))
