@@ -27,8 +27,9 @@ class Method(nn.Module):
         return self.loss(self.features(batch), batch)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Encoder features of each view, [B, D] each. Views run one by one: batch statistics are per view."""
-        return tuple(self.encoder(v) for v in batch.views)
+        """Encoder features of each view, [B, D] each; batch statistics are per view. An encoder may have a way of its own."""
+        one_by_one = lambda views: tuple(self.encoder(v) for v in views)
+        return getattr(self.encoder, "views", one_by_one)(batch.views)
 
     @abstractmethod
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:

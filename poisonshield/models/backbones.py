@@ -9,11 +9,13 @@ Every backbone is exported under timm's own parameter names: with its own stem, 
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.config import Settings
 from poisonshield.errors import ConfigError
+from poisonshield.models.batchnorm import per_view_statistics
 from poisonshield.models.normalize import Normalize
 from poisonshield.models.position import fix_position
 from poisonshield.registry import suggest
@@ -26,6 +28,7 @@ class BackboneConfig(Settings):
     up to about 64 px; "imagenet" is the network's own. stem_padding: 1, or 2 as in the VESPR authors' CIFAR models.
     widths: channels of resnet_mini's four stages. stem_stride: 2 halves a CIFAR image first, at a quarter of the cost.
     batch_norm: "synced" over ranks, so that losses do not depend on their number; "local" saves the communication.
+    views_together: run views of one size as one long batch, with batch statistics still view by view.
     For ViTs only: image_size, null for the network's own; freeze_patch keeps the patch projection as drawn; position is
     learned, or sincos (2-D, fixed); null is sincos with freeze_patch, else learned.
     """
@@ -36,6 +39,7 @@ class BackboneConfig(Settings):
     stem_stride: Literal[1, 2] = 1
     widths: tuple[int, int, int, int] = (16, 32, 64, 128)
     batch_norm: Literal["synced", "local"] = "synced"
+    views_together: bool = False
     image_size: int | None = Field(None, ge=1)
     freeze_patch: bool = False
     position: Literal["learned", "sincos"] | None = None
@@ -52,6 +56,13 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, D] of x [B, 3, H, W] in [0, 1]."""
         return self.backbone(self.normalize(x))
+
+    def views(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Features of each view, [B, D] each; batch statistics are those of each view alone, together or not."""
+        if not self.config.views_together or len({v.shape for v in views}) > 1:
+            return tuple(self(v) for v in views)
+        with per_view_statistics(self, len(views)):
+            return self(torch.cat(views)).chunk(len(views))
 
 
 def build_encoder(config: BackboneConfig) -> Encoder:

@@ -5,6 +5,10 @@ differentiable gather per layer and are combined by Chan's formula, which keeps 
 (every attack) there is no communication.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -72,3 +76,30 @@ def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
     for norm in norms:
         norm.__class__ = SyncedBatchNorm  # same attributes: only forward differs
     return module
+
+
+@contextmanager
+def per_view_statistics(module: nn.Module, num_views: int) -> Iterator[None]:
+    """Inside, a batch of views stacked one after the other is normalised view by view, as if they came one by one.
+
+    Everything but batch norm then runs once on the long batch. Running statistics move once for each view, in order;
+    in evaluation mode there is nothing to keep apart.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kinds = [type(m) for m in norms]
+    for norm in norms:
+        norm.__class__, norm.num_views = _per_view(type(norm)), num_views
+    try:
+        yield
+    finally:
+        for norm, kind in zip(norms, kinds, strict=True):
+            norm.__class__ = kind
+            del norm.num_views
+
+
+@lru_cache
+def _per_view(kind: type) -> type:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: ANN001
+        return torch.cat([kind.forward(self, part) for part in x.chunk(self.num_views)])
+
+    return type(f"PerView{kind.__name__}", (kind,), {"forward": forward})

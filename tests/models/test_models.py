@@ -1,5 +1,7 @@
 """Encoders: shapes, stems, strict export names; normalisation; batch norm over ranks when alone."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -110,3 +112,26 @@ def test_cifar_stem_on_the_crop_of_28(padding, side):
 def test_settings_of_a_vit_are_refused_elsewhere(name, settings):
     with pytest.raises(ConfigError, match=f"are for ViTs, and {name} is none. Leave them out, or"):
         build_encoder(BackboneConfig(name=name, **settings))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_views_together_keep_the_statistics_of_each_view(training):
+    """Features, gradients and running statistics are those of views that come one by one."""
+    torch.manual_seed(0)
+    apart = build_encoder(BackboneConfig(name="resnet_mini", widths=(8, 8, 8, 8))).double().train(training)
+    together = copy.deepcopy(apart)
+    together.config = BackboneConfig(name="resnet_mini", widths=(8, 8, 8, 8), views_together=True)
+    kinds = [type(m) for m in together.modules()]
+    views = tuple(torch.rand(4, 3, 16, 16, dtype=torch.float64) * scale for scale in (1.0, 0.5, 0.2))
+    results = []
+    for encoder in (apart, together):
+        features = encoder.views(views)
+        sum((h.square() * (i + 1)).sum() for i, h in enumerate(features)).backward()
+        results.append((features, [p.grad for p in encoder.parameters()], list(encoder.buffers())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    assert [type(m) for m in together.modules()] == kinds
+    whole = together(torch.cat(views)).chunk(3)
+    assert training != torch.allclose(whole[0], results[0][0][0])
+    small = together.views((views[0], views[1][:, :, :8, :8]))
+    assert [h.shape for h in small] == [(4, 8)] * 2
