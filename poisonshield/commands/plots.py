@@ -19,16 +19,27 @@ def _figure(columns: int, width: float):  # noqa: ANN202
 
 
 def plot_run(folder: RunFolder) -> Path:
-    """Writes results.png of one run: losses over steps, and accuracy by readout."""
+    """Writes results.png of one run: losses and shortcut diagnostics over steps, and accuracy by readout.
+
+    Diagnostics: how alike the encoder finds an attacked and a plain view (VESPR logs it), or a clean and a poisoned image
+    (evaluate.watch_pairs), and how much more the attacked view, or the clean image, costs the classifier.
+    """
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     rows = json.loads(folder.results.read_text())
-    figure, (left, right) = _figure(2, 8.5)
-    for name in ("loss", "ssl", "ce"):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            left.plot(*zip(*points, strict=True), label=name)
-    left.set(xlabel="step", ylabel="training loss", title=folder.path.name)
-    left.legend()
+    curves = {
+        "training loss": ("loss", "ssl", "ce"),
+        "cosine of features": ("psn_cln_sim", "attack_similarity"),
+        "cross-entropy gap": ("ce_gap", "attack_ce_gap"),
+    }
+    curves = {k: names for k, names in curves.items() if any(n in line for line in lines for n in names)}
+    figure, (*left, right) = _figure(len(curves) + 1, 4.2 * (len(curves) + 1))
+    for axis, (what, names) in zip(left, curves.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name)
+        axis.set(xlabel="step", ylabel=what, title=folder.path.name)
+        axis.legend()
     _bars(right, [rows[-1]], [f"seed {rows[-1]['seed']}"])
     return _save(figure, folder.path / "results.png")
 

@@ -1,6 +1,7 @@
 """What a finished run's features look like beyond accuracy: rank, alignment, local Lipschitz constant, poison pairs."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from poisonshield.commands.samples import Samples
@@ -57,6 +58,21 @@ def probes(samples: Samples, train: Features, test: Features, bank: Features) ->
         )
         values["lipschitz"] = {"raw": raw, "unit": unit}
     return values
+
+
+def watch_pairs(samples: Samples) -> Callable[[], dict[str, float | None]] | None:
+    """What the trainer logs of `evaluate.watch_pairs` fixed training samples, clean and poisoned: how alike the encoder
+    finds them, and how much more the clean one costs the classifier. None where nothing is to be watched."""
+    count = samples.run.settings.evaluate.watch_pairs
+    if count == 0 or samples.run.poison is None:
+        return None
+    clean, poisoned = list(samples.clean(count)), list(samples.train(count))
+
+    def watch() -> dict[str, float | None]:
+        values = pairs(samples.method, clean, poisoned)
+        return {name: values[name] for name in ("psn_cln_sim", "ce_gap")}
+
+    return watch
 
 
 def _pairs(samples: Samples) -> dict[str, Any] | None:

@@ -20,6 +20,8 @@ from poisonshield.build import (
 )
 from poisonshield.commands.evaluate import fresh_method, readouts, write_results
 from poisonshield.commands.plots import plot_run
+from poisonshield.commands.probes import watch_pairs
+from poisonshield.commands.samples import Samples
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
@@ -53,6 +55,7 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
             run_folder=folder,
             seed=run.seed,
             fixed_record=run.record,
+            watch=watch_pairs(Samples(run, data, training, method, device)),
         )
         done = trainer.fit()
         state = trainer.state_dict()

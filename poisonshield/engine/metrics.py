@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,11 @@ class Metrics:
         self.count += 1
         self.images += sum(batch.rank_sizes) if batch.rank_sizes else len(batch) * collectives.world_size()
 
-    def write(self, step: int, lr: float) -> None:
-        """Report the interval that ends with `step` (from 1) and start the next."""
+    def write(self, step: int, lr: float, watched: Mapping[str, float | None] | None = None) -> None:
+        """Report the interval that ends with `step` (from 1), and what was `watched` at its end, and start the next."""
         means = collectives.all_reduce_mean(self.sums)
-        row: dict[str, Any] = {"step": step, **{k: v.item() / self.count for k, v in means.items()}, "lr": lr}
+        row: dict[str, Any] = {"step": step, **{k: v.item() / self.count for k, v in means.items()}}
+        row |= {k: v for k, v in (watched or {}).items() if v is not None} | {"lr": lr}
         now = time.perf_counter()
         elapsed = now - self._since
         self.seconds += elapsed

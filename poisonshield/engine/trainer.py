@@ -5,6 +5,7 @@ It knows ranks, time and disk, and nothing of poisons, defenses or data formats.
 
 import logging
 import socket
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Trainer:
     """Runs `method` over `stream` to the last step. Build and use it inside `processes(config, seed=seed)`.
 
     fixed_record: the resolved config, plain values only; it goes to config.yaml and into every checkpoint.
+    watch: numbers to log beside each interval's means, asked of every rank at its end; it may read the method only.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class Trainer:
         run_folder: RunFolder,
         seed: int,
         fixed_record: dict[str, Any],
+        watch: Callable[[], Mapping[str, float | None]] | None = None,
     ) -> None:
         self.method, self.stream, self.config, self.seed = method, stream, config, seed
         self.optim_config, self.schedule = optimizer, schedule
-        self.folder, self.fixed_record = run_folder, fixed_record
+        self.folder, self.fixed_record, self.watch = run_folder, fixed_record, watch
         self.device = choose_device(config.device)
         self.backend = backends.get(config.backend)(config, optimizer, self.device)
         self.checkpoints = checkpoint.Checkpoints(run_folder.checkpoints, keep=config.keep_checkpoints)
@@ -87,7 +90,7 @@ class Trainer:
             self.step += 1
             done = self.step == self.total_steps
             if self.metrics.count and (done or self.step % self.config.log_every_steps == 0):
-                self.metrics.write(self.step, lr)
+                self.metrics.write(self.step, lr, None if self.watch is None else self.watch())
             if done or verdict.stop or self._checkpoint_is_due():
                 self.save()
             if verdict.stop and not done:

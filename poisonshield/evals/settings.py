@@ -13,6 +13,7 @@ class EvaluateConfig(Settings):
     robust_*: the attack on the classifier; no steps, no attack. linear_rates: also one SGD probe for each of these
     learning rates, over linear_epochs. alignment reads two views of training samples, lipschitz test samples, pair_*
     training samples with and without the poison.
+    watch_pairs: during training, log of so many fixed training samples how alike the encoder finds clean and poisoned.
     *_samples: how many, drawn with the run's seed; null takes all, 0 leaves the probe out.
     legacy: sample as VESPR's authors do, a k-NN bank of 10,240 augmented training images, 2,560 queries and 1,024
     attacked images (all, where there are fewer), and attack the true class's score. Every other setting holds.
@@ -37,4 +38,5 @@ class EvaluateConfig(Settings):
     lipschitz_steps: int = Field(10, ge=0)
     lipschitz_restarts: int = Field(5, ge=1)
     pair_samples: int | None = Field(0, ge=0)
+    watch_pairs: int = Field(0, ge=0)
     legacy: bool = False

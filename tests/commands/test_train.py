@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from poisonshield.cli import app, main
 from poisonshield.commands import demo as demo_command
 from poisonshield.commands.demo import STORIES, summary
+from poisonshield.commands.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
@@ -145,3 +146,17 @@ def test_summary_states_the_share_that_came_back():
     rows = [{"test_top1": v} for v in (60.0, 30.0, 40.0, 48.0)]
     assert "30.0 points" in summary(rows) and "60 % of the loss is back" in summary(rows)
     assert "back" not in summary([{"test_top1": v} for v in (30.0, 60.0, 1.0, 1.0)])
+
+
+def test_shortcut_is_watched_during_training_without_changing_it(tmp_path):
+    """The log shows the poisoned image costing the classifier less than the clean one; weights are those of a blind run."""
+    common = ["engine.max_steps=16", "engine.log_every_steps=4", "engine.device=cpu", "evaluate.robust_steps=0",
+              "method={name: supervised}", "defenses=[]"]  # fmt: skip
+    weights = {}
+    for count in (0, 64):
+        folder = train(MINI, [*common, f"run.dir={tmp_path / str(count)}", f"evaluate.watch_pairs={count}"])
+        weights[count] = load_file(folder / "export" / "method.safetensors")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert all(("psn_cln_sim" in line) == ("ce_gap" in line) == (count > 0) for line in lines)
+    assert all(torch.equal(v, weights[64][k]) for k, v in weights[0].items())
+    assert -1 <= lines[-1]["psn_cln_sim"] < 1 and lines[-1]["ce_gap"] > 0
