@@ -1,22 +1,16 @@
 """However many processes share the work, and whatever shards it, VESPR's losses are those of one process."""
 
-import functools
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from dist import run_dist
-from torch import nn
+from runs import MINI, apart, fit, logged, opened, smooth
 
 from poisonshield import collectives
-from poisonshield.build import build_method, build_stream, build_training_set, open_data, read_run, spread_batch_norm
+from poisonshield.build import build_method, build_stream, read_run, spread_batch_norm
 from poisonshield.engine.processes import processes
-from poisonshield.engine.runfolder import RunFolder
-from poisonshield.engine.trainer import Trainer
 
-MINI = str(Path(__file__).resolve().parents[1] / "configs" / "defend" / "vespr_cifar10_mini.yaml")
 # 2 ranks of 32. At lr 0.001 rounding grows less than tenfold in 20 steps; at 0.1 it does so in each of the first ones.
 SHORT = ("engine.max_steps=5", "engine.log_every_steps=1", "engine.device=cpu", "schedule.name=constant",
          "optimizer.lr=0.001", "model.widths=[8,16,16,32]", "method.hidden=64", "method.out=64")  # fmt: skip
@@ -28,41 +22,10 @@ BACKENDS = {
 }
 
 
-def smooth(module):
-    """ReLU becomes SiLU, in place. At ReLU's kink one rounding error flips a whole gradient element, so that two equal
-    computations with sums in another order drift apart within some steps, on one process as on two."""
-    for child in module.modules():
-        for name, part in child.named_children():
-            if isinstance(part, nn.ReLU):
-                setattr(child, name, nn.SiLU())
-    return module
-
-
-@functools.cache
-def opened():
-    """The data of every run here."""
-    run = read_run(MINI)
-    data = open_data(run)
-    return data, build_training_set(run, data)
-
-
 def losses(folder, overrides):
-    """The loss of each step of a run built as `poisonshield train` builds it, but for the activation."""
-    run = read_run(MINI, [*SHORT, *overrides, f"run.dir={folder}"])
-    data, training = opened()
-    with processes(run.settings.engine, seed=run.seed) as device:
-        method = spread_batch_norm(run, smooth(build_method(run, data.num_classes)), device)
-        Trainer(
-            method,
-            build_stream(run, training, method, device),
-            run.settings.engine,
-            optimizer=run.settings.optimizer,
-            schedule=run.settings.schedule,
-            run_folder=RunFolder(folder),
-            seed=run.seed,
-            fixed_record=run.record,
-        ).fit()
-    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """The loss of each step of a run."""
+    fit(folder, [*SHORT, *overrides], change=smooth)
+    return logged(folder)
 
 
 def both(folder, overrides):
@@ -98,10 +61,6 @@ def every_backend(rank, world, folder, more):
 def local_norm(rank, world, folder):
     """Two ranks with batch norm of their own."""
     return losses(f"{folder}/local", NO_ATTACK + ("model.batch_norm=local",))
-
-
-def apart(a, b):
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture(scope="module")

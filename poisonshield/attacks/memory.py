@@ -1,7 +1,7 @@
 """A warm start for attacks: what earlier attacks found, averaged for each class and view.
 
-A planted shortcut is the same for all images of a class, so part of what erases it is too. Kept at 32 x 32 pixels per class
-whatever the views' size, since crops of different places cannot remember more than that.
+A planted shortcut is the same for all images of a class, so part of what erases it is too. Kept at 32 x 32 pixels per
+class whatever the views' size, since crops of different places cannot remember more than that.
 """
 
 import torch
@@ -15,19 +15,27 @@ _SIDE = 32
 
 
 class ClassMemory(nn.Module):
-    """A buffer [views, classes, 3, 32, 32], part of the checkpoint. `keep` is what stays of it at each step."""
+    """A buffer, part of the checkpoint, seen as `average` [views, classes, 3, 32, 32]. `keep` stays of it at each step.
 
-    average: Tensor
+    It lies flat, since torch fails to move a module with a buffer of five dimensions to channels-last memory.
+    """
+
+    flat: Tensor
 
     def __init__(self, num_classes: int, num_views: int, *, keep: float = 0.9) -> None:
         super().__init__()
         self.keep = keep
-        self.register_buffer("average", torch.zeros(num_views, num_classes, 3, _SIDE, _SIDE))
+        self.register_buffer("flat", torch.zeros(num_views, num_classes, 3 * _SIDE * _SIDE))
+
+    @property
+    def average(self) -> Tensor:
+        """The memory itself, not a copy."""
+        return self.flat.unflatten(2, (3, _SIDE, _SIDE))
 
     def start(self, view: int, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
         """x [B, 3, H, W] moved by its class's average, inside the budget and [0, 1]."""
-        delta = F.interpolate(self.average[view][y], x.shape[2:], mode="bilinear", antialias=True).to(x.dtype)
-        x_adv = (x + delta).contiguous(memory_format=torch.preserve_format)
+        delta = F.interpolate(self.average[view][y], x.shape[2:], mode="bilinear", antialias=True)
+        x_adv = x.clone().add_(delta)  # in x's memory layout, which is channels last for training views
         return budget.step_(x_adv, torch.zeros_like(x_adv), x, 0.0)
 
     @torch.no_grad()
