@@ -177,7 +177,13 @@ def _check_pairs(checker: Checker, settings: RunConfig, method: Choice, defenses
             return
         for i, choice in enumerate(defenses):
             try:
-                inner = choice.cls(choice.config, num_classes=2, seed=0).wrap(inner)
+                defense = choice.cls(choice.config, num_classes=2, seed=0)
+                if settings.engine.zero_stage == 3 and not defense.ranks_stay_in_step:
+                    raise ConfigError(
+                        f"with engine.zero_stage: 3 every forward pass gathers weights, and these settings of {choice.name} let "
+                        "each rank stop its attack by itself. Use zero_stage 2 or less, or all steps for all."
+                    )
+                inner = defense.wrap(inner)
             except ConfigError as err:
                 checker.problem(("defenses", i), f"defenses[{i}]: {err}")
                 return
@@ -301,14 +307,19 @@ def build_defenses(run: Run, num_classes: int) -> list[Defense]:
     return [d.cls(d.config, num_classes=num_classes, seed=run.seed) for d in run.defenses]
 
 
-def build_method(run: Run, num_classes: int) -> Method:
-    """Encoder, method and defenses around it, with weights drawn from the run's seed; torch's generator is restored."""
+def build_method(run: Run, num_classes: int, *, initialize: bool = True) -> Method:
+    """Encoder, method and defenses around it, with weights drawn from the run's seed; torch's generator is restored.
+
+    initialize: False for a method whose weights are to be loaded, which then needs no file that it first started from.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         encoder = build_encoder(run.settings.model)
         method = _viewing(run.method.cls(run.method.config, encoder=encoder, num_classes=num_classes), run.settings)
         for defense in build_defenses(run, num_classes):
             method = defense.wrap(method)
+    if initialize:
+        method.initialize()
     return method
 
 

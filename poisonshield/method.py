@@ -39,5 +39,8 @@ class Method(nn.Module):
         """Class scores [B, K] of x [B, 3, H, W] in [0, 1], or None for a method without a classifier."""
         return None
 
+    def initialize(self) -> None:
+        """Called once on the method of a new run, and not where weights are loaded: take weights from other files."""
+
     def after_step(self, progress: float) -> None:
         """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done, in (0, 1]."""

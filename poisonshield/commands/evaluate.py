@@ -56,14 +56,14 @@ def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) ->
 
 def fresh_method(run: Run, data: OpenData, state: dict[str, torch.Tensor], device: torch.device) -> Method:
     """The run's method on one device with the given weights, whatever trained and sharded them."""
-    method = build_method(run, data.num_classes)
+    method = build_method(run, data.num_classes, initialize=False)
     method.load_state_dict(state)
     return method.to(device, memory_format=torch.channels_last).eval()
 
 
 def readouts(run: Run, data: OpenData, method: Method, training: TrainingSet, device: torch.device) -> dict[str, Any]:
-    """test_top1 (classifier head), knn_top1, linear_top1, robust_top1, in percent, None where there is no classifier;
-    and under `probes` what probes.py gives.
+    """test_top1 and train_top1 (classifier head), knn_top1, linear_top1, robust_top1, in percent, None where there is no
+    classifier; and under `probes` what probes.py gives.
 
     k-NN and the linear probe see the training set as it was trained on (poisoned, purified), without augmentation.
     With evaluate.legacy, k-NN has a bank and queries of its own, and fewer images are attacked.
@@ -73,10 +73,11 @@ def readouts(run: Run, data: OpenData, method: Method, training: TrainingSet, de
     test_features = extract(method.encoder, samples.test())
     bank, queries = train_features, test_features
     if s.legacy:
-        bank = extract(method.encoder, samples.augmented(LEGACY_BANK, name="crop_flip"))
+        bank = extract(method.encoder, samples.augmented(LEGACY_BANK, legacy_bank=True))
         queries = extract(method.encoder, samples.test(LEGACY_QUERIES))
     values = {
         "test_top1": classifier(method, samples.test()),
+        "train_top1": classifier(method, samples.train()),
         "knn_top1": knn(
             bank,
             queries,

@@ -4,13 +4,17 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import nn
+
+from poisonshield.attacks import frozen_stats
 from poisonshield.commands.samples import Samples
 from poisonshield.evals.alignment import alignment
 from poisonshield.evals.features import Features, extract
 from poisonshield.evals.linear import linear_sweep
 from poisonshield.evals.lipschitz import local_lipschitz
 from poisonshield.evals.pairs import pairs
-from poisonshield.evals.spectrum import log_of, rank_of, spectrum
+from poisonshield.evals.spectrum import effective_rank, log_of, rank_of, spectrum
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +22,15 @@ log = logging.getLogger(__name__)
 def probes(samples: Samples, train: Features, test: Features, bank: Features) -> dict[str, Any]:
     """Each probe's values under its name; None for one that the settings leave out.
 
-    spectrum: of the k-NN bank. linear_sweep: {learning rate: top-1}. alignment: of two views of training samples, as
+    spectrum: of the k-NN bank. projection_rank: effective rank of what the projector makes of it. linear_sweep: {learning rate: top-1}. alignment: of two views of training samples, as
     the method augments them. lipschitz: of clean test images. pairs: of training samples, clean and poisoned.
     """
     s, method, run = samples.run.settings.evaluate, samples.method, samples.run
     eigenvalues = spectrum(bank.h)
+    projector = getattr(method, "projector", None)
     values: dict[str, Any] = {
         "spectrum": {"effective_rank": rank_of(eigenvalues), "log10_shares": log_of(eigenvalues).tolist()},
+        "projection_rank": None if projector is None else effective_rank(_projected(projector, bank.h)),
         "linear_sweep": None,
         "alignment": None,
         "lipschitz": None,
@@ -60,11 +66,23 @@ def probes(samples: Samples, train: Features, test: Features, bank: Features) ->
     return values
 
 
+@torch.no_grad()
+def _projected(projector: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    """z of features [N, D], evaluation mode, some at a time."""
+    with frozen_stats(projector):
+        return torch.cat([projector(part) for part in h.split(1000)])
+
+
 def watch_pairs(samples: Samples) -> Callable[[], dict[str, float | None]] | None:
     """What the trainer logs of `evaluate.watch_pairs` fixed training samples, clean and poisoned: how alike the encoder
     finds them, and how much more the clean one costs the classifier. None where nothing is to be watched."""
     count = samples.run.settings.evaluate.watch_pairs
-    if count == 0 or samples.run.poison is None:
+    if count == 0:
+        return None
+    if samples.run.poison is None:
+        log.warning(
+            "Nothing to watch: this run poisons nothing itself. Set data.poison, on clean data, for watch_pairs."
+        )
         return None
     clean, poisoned = list(samples.clean(count)), list(samples.train(count))
 

@@ -41,7 +41,7 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
     refuse_missing(engine)
     data = open_data(run)
     training = build_training_set(run, data)
-    method = build_method(run, data.num_classes)
+    method = build_method(run, data.num_classes, initialize=not folder.will_load(engine.resume))
     with processes(engine, seed=run.seed) as device:
         method = spread_batch_norm(run, method, device)
         log.info("%s: %s on %s, poison %s, defense %s", run.origin, run.method.name, run.settings.data.train,

@@ -60,6 +60,8 @@ class ViewsConfig(Settings):
     def _local_crops_fit(self) -> "ViewsConfig":
         if self.local > 0 and self.local_size is None:
             raise ValueError("local crops need local_size, their side in pixels, such as 96 beside views of 224.")
+        if self.local > 0 and self.name in ("none", "test"):
+            raise ValueError(f"name {self.name} makes no random crops, so there are no local ones. Set local: 0.")
         if not 0 < self.local_area[0] <= self.local_area[1] <= 1:
             raise ValueError(f"local_area {self.local_area}: two shares of the image, the smaller one first.")
         return self

@@ -22,6 +22,11 @@ class Defense:
         """How result tables call it."""
         return self.name
 
+    @property
+    def ranks_stay_in_step(self) -> bool:
+        """Whether every rank runs the method's parts equally often, as sharded weights need."""
+        return True
+
     def before(self, batch: Batch) -> Batch:
         """The batch with purified pixels `x`, before any augmentation."""
         return batch
@@ -44,6 +49,11 @@ class Wrapped(Method):
         """The inner method's encoder."""
         return self.method.encoder
 
+    @property
+    def projector(self):  # noqa: ANN201
+        """The inner method's projector, or None."""
+        return getattr(self.method, "projector", None)
+
     def features(self, batch: Batch):  # noqa: ANN201
         """The inner method's features."""
         return self.method.features(batch)
@@ -55,6 +65,10 @@ class Wrapped(Method):
     def logits(self, x):  # noqa: ANN001, ANN201
         """The inner method's class scores."""
         return self.method.logits(x)
+
+    def initialize(self) -> None:
+        """Passed on."""
+        self.method.initialize()
 
     def after_step(self, progress: float) -> None:
         """Passed on."""

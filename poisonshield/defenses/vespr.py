@@ -82,6 +82,12 @@ class VESPR(Defense):
         def _parts_fit(self) -> "VESPR.Config":
             if not self.attack_views:
                 return self
+            if len(set(self.attack_views)) < len(self.attack_views):
+                raise ValueError(f"attack_views {list(self.attack_views)} names a view twice.")
+            if self.ssl_sees == self.ce_sees == "clean":
+                raise ValueError(
+                    "ssl_sees and ce_sees are both clean: no loss sees the attack. Set attack_views: none."
+                )
             if self.stop_gradient and self.attack_ce_weight > 0:
                 raise ValueError(
                     "stop_gradient leaves the classifier's loss without a gradient in the pixels, so it cannot be attacked. "
@@ -102,6 +108,11 @@ class VESPR(Defense):
     def label(self) -> str:
         """'vespr', or 'ssl+ce' when no view is attacked."""
         return self.name if self.config.attack_views else "ssl+ce"
+
+    @property
+    def ranks_stay_in_step(self) -> bool:
+        """Not with stop_loss: a rank whose samples have all stopped runs no further pass."""
+        return self.config.stop_loss is None or not self.config.attack_views
 
     def wrap(self, method: Method) -> Method:
         """Raises ConfigError for a view that the method does not have, or a method that is already supervised."""
@@ -159,13 +170,11 @@ class VESPRMethod(Wrapped):
     @torch.no_grad()
     def _diagnostics(self, features: tuple[Tensor, ...], per_view: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """How much more an attacked view costs the classifier than a plain one, and how alike the encoder finds them."""
-        flagged = self.config.attack_views
-        plain = next((i for i in range(len(per_view)) if i not in flagged), None)
-        if not flagged or plain is None or self.config.ce_sees == "clean":
+        flagged, large = self.config.attack_views, range(self.method.num_views)
+        plain = [i for i in large if i not in flagged] or [len(batch.views)]  # or the first clean copy
+        if not flagged or self.config.ce_sees == "clean" or max(flagged[0], plain[0]) >= len(per_view):
             return {}
-        hard, easy = flagged[0], plain
-        if hard >= len(per_view):
-            return {}
+        hard, easy = flagged[0], plain[0]
         gap = collectives.mean(per_view[hard] - per_view[easy], batch.rank_sizes)
         alike = F.cosine_similarity(at_least_float32(features[hard]), at_least_float32(features[easy]), dim=1)
         return {"attack_ce_gap": gap, "attack_similarity": collectives.mean(alike, batch.rank_sizes)}
@@ -177,7 +186,10 @@ class VESPRMethod(Wrapped):
         return tuple(self.attacked(v, i, batch) for i, v in enumerate(batch.views))
 
     def attacked(self, view: Tensor, index: int, batch: Batch) -> Tensor:
-        """One view attacked against the classifier if `index` is flagged, else unchanged. Sends nothing over ranks."""
+        """One view attacked against the classifier if `index` is flagged, else unchanged.
+
+        Sends nothing over ranks, but for synced batch norm with attack_mode: train.
+        """
         if index not in self.config.attack_views:
             return view
 
@@ -214,8 +226,11 @@ class VESPRMethod(Wrapped):
         together = torch.cat([batch.views[i] for i in flagged])  # [views * B, 3, H, W]
         keyed = batch.random(self.seed, together.device)
         rng = KeyedRandom(keyed.seed, torch.cat([keyed.ids + i for i in flagged]), keyed.offset, "views")
+        start = None
+        if self.memory is not None:
+            start = torch.cat([self.memory.start(i, batch.views[i], batch.y, self.budget) for i in flagged])
         with self._still(self):
-            return composed(self.attack(objective, together, self.budget, rng))
+            return composed(self.attack(objective, together, self.budget, rng, start=start))
 
     def _still(self, *modules: nn.Module) -> AbstractContextManager[None]:
         return (frozen_stats if self.config.attack_mode == "eval" else batch_stats)(*modules)
@@ -224,7 +239,9 @@ class VESPRMethod(Wrapped):
         name = self.config.attack_precision
         if name == "run":
             return nullcontext()
-        return torch.autocast(x.device.type, _DTYPES.get(name, torch.bfloat16), enabled=name in _DTYPES)
+        # Not cached: weights cast for the attack must not turn up in the training step.
+        kind = {"dtype": _DTYPES.get(name, torch.bfloat16), "enabled": name in _DTYPES}
+        return torch.autocast(x.device.type, **kind, cache_enabled=False)
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, K]."""

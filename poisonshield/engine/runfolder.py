@@ -58,6 +58,10 @@ class RunFolder:
             log.warning("Going on in %s with changed settings: %s.", self.path, ", ".join(changed))
         return resume is False
 
+    def will_load(self, resume: str | bool) -> bool:
+        """Whether a run that starts so takes its weights from a checkpoint."""
+        return resume not in (False, "auto") or (resume == "auto" and any(self.checkpoints.glob("step-*")))
+
     def claim(self, record: Mapping[str, Any], *, resume: str | bool) -> None:
         """Make the folder this run's: check, empty it if the run starts anew, write config.yaml. Rank 0 only."""
         if self.check(record, resume=resume):

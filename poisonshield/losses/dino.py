@@ -13,9 +13,10 @@ from torch import Tensor
 
 from poisonshield import collectives
 from poisonshield.losses.pairs import Views, pairs
-from poisonshield.ops.precision import at_least_float32
+from poisonshield.ops.precision import at_least_float32, outside_autocast
 
 
+@outside_autocast
 def dino(
     online: Views,
     target: Views,

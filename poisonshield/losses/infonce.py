@@ -20,11 +20,12 @@ from torch import Tensor
 from poisonshield import collectives
 from poisonshield.errors import ShapeError
 from poisonshield.losses.pairs import Views, pairs
-from poisonshield.ops.precision import at_least_float32
+from poisonshield.ops.precision import at_least_float32, outside_autocast
 
 SameView = Literal["none", "others", "all"]
 
 
+@outside_autocast
 def infonce(
     queries: Views,
     keys: Views | None = None,

@@ -25,10 +25,11 @@ class MoCo(Method):
     default_views: ClassVar[str] = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig, TargetConfig):
-        """temperature of the similarities; same_view, margin, symmetrized: see losses/infonce.py."""
+        """temperature of the similarities; same_view, negative_weight, margin, symmetrized: losses/infonce.py."""
 
         temperature: float = Field(0.2, gt=0)
         same_view: SameView = "none"
+        negative_weight: float = Field(1.0, gt=0)
         margin: float = Field(0.0, ge=0)
         symmetrized: bool = True
 
@@ -44,7 +45,8 @@ class MoCo(Method):
         c = self.config
         p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
         keys = tuple(self.target(v) for v in batch.views[: self.num_views])
-        loss = infonce(p, keys, temperature=c.temperature, same_view=c.same_view, margin=c.margin,
+        loss = infonce(p, keys, temperature=c.temperature, same_view=c.same_view,
+                       negative_weight=c.negative_weight, margin=c.margin,
                        symmetrized=c.symmetrized, rank_sizes=batch.rank_sizes)  # fmt: skip
         return StepOutput(loss, {"ssl": loss.detach()})
 

@@ -22,10 +22,11 @@ class SimCLR(Method):
     default_views: ClassVar[str] = "ssl"
 
     class Config(ProjectorConfig):
-        """temperature of the similarities; same_view, margin, symmetrized: see losses/infonce.py."""
+        """temperature of the similarities; same_view, negative_weight, margin, symmetrized: losses/infonce.py."""
 
         temperature: float = Field(0.2, gt=0)
         same_view: SameView = "others"
+        negative_weight: float = Field(1.0, gt=0)
         margin: float = Field(0.0, ge=0)
         symmetrized: bool = True
 
@@ -38,6 +39,7 @@ class SimCLR(Method):
         """InfoNCE over all views and the global batch."""
         c = self.config
         z = tuple(self.projector(h) for h in features)
-        loss = infonce(z, temperature=c.temperature, same_view=c.same_view, margin=c.margin,
+        loss = infonce(z, temperature=c.temperature, same_view=c.same_view,
+                       negative_weight=c.negative_weight, margin=c.margin,
                        symmetrized=c.symmetrized, rank_sizes=batch.rank_sizes)  # fmt: skip
         return StepOutput(loss, {"ssl": loss.detach()})

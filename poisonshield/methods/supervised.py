@@ -45,11 +45,14 @@ class Supervised(Method):
         super().__init__()
         self.config, self.encoder = config, encoder
         self.head = nn.Linear(encoder.feature_dim, num_classes)
-        if config.init_from is not None:
-            load_encoder(encoder, config.init_from, branch=config.branch)
         if config.freeze_encoder:
             encoder.requires_grad_(False)
         self.train()
+
+    def initialize(self) -> None:
+        """The encoder of `init_from`."""
+        if self.config.init_from is not None:
+            load_encoder(self.encoder, self.config.init_from, branch=self.config.branch)
 
     def train(self, mode: bool = True) -> "Supervised":
         """A frozen encoder stays in evaluation mode."""

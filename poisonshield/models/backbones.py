@@ -7,10 +7,11 @@ size that their patches divide: position embeddings are interpolated from the gr
 Every backbone is exported under timm's own parameter names: with its own stem, timm loads it strictly.
 """
 
+from itertools import groupby
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from poisonshield.config import Settings
@@ -44,6 +45,12 @@ class BackboneConfig(Settings):
     freeze_patch: bool = False
     position: Literal["learned", "sincos"] | None = None
 
+    @model_validator(mode="after")
+    def _stem_settings_have_a_stem(self) -> "BackboneConfig":
+        if self.stem == "imagenet" and (self.stem_padding != 1 or self.stem_stride != 1):
+            raise ValueError("stem_padding and stem_stride belong to stem: cifar; stem: imagenet is the network's own.")
+        return self
+
 
 class Encoder(nn.Module):
     """Normalisation and backbone. `feature_dim` is D; `config` says how the backbone was made."""
@@ -59,10 +66,14 @@ class Encoder(nn.Module):
 
     def views(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Features of each view, [B, D] each; batch statistics are those of each view alone, together or not."""
-        if not self.config.views_together or len({v.shape for v in views}) > 1:
+        if not self.config.views_together:
             return tuple(self(v) for v in views)
-        with per_view_statistics(self, len(views)):
-            return self(torch.cat(views)).chunk(len(views))
+        features: list[Tensor] = []
+        for _, group in groupby(views, key=lambda v: v.shape):
+            alike = tuple(group)
+            with per_view_statistics(self, len(alike)):
+                features += self(torch.cat(alike)).chunk(len(alike))
+        return tuple(features)
 
 
 def build_encoder(config: BackboneConfig) -> Encoder:

@@ -2,7 +2,7 @@
 
 torch's own SyncBatchNorm refuses CPU tensors. Here each rank's mean and centred sum of squares travel in one
 differentiable gather per layer and are combined by Chan's formula, which keeps float32 accuracy. In evaluation mode
-(every attack) there is no communication.
+(every attack, unless it asks for batch statistics) there is no communication.
 """
 
 from collections.abc import Iterator

@@ -45,7 +45,8 @@ class DirectSet(nn.Module):
             seen = collectives.all_reduce_sum(z.T @ z) / count
             first = self.steps == 0
             self.correlation.copy_(torch.where(first, seen, torch.lerp(seen, self.correlation.to(seen), self.momentum)))
-            if int(self.steps) % self.every == 0:
+            # A bad batch is the trainer's to judge, by its loss; the decomposition would only fail on it.
+            if int(self.steps) % self.every == 0 and bool(self.correlation.isfinite().all()):
                 self.weight.copy_(optimal_weight(self.correlation, exponent=self.exponent, offset=self.offset))
             self.steps += 1
 

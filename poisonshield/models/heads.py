@@ -21,7 +21,7 @@ ProjectorName = Literal["moco", "simsiam", "byol", "vicreg", "dino_cnn", "dino_v
 
 
 class ProjectorConfig(Settings):
-    """projector: which of the table; hidden, out: its widths; bottleneck: of the two dino heads."""
+    """projector: which of the table; hidden, out, bottleneck: its widths (simsiam has no hidden, only dino a bottleneck)."""
 
     projector: ProjectorName = "moco"
     hidden: int = Field(2048, gt=0)

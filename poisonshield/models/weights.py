@@ -21,7 +21,7 @@ _BRANCHES = {
     "online": re.compile(r"(?:method\.)*encoder\.(.+)"),
     "target": re.compile(r"(?:method\.)*target\.parts\.0\.(.+)"),
 }
-_NO_MATTER = {"batch_norm", "freeze_patch", "position"}  # how it was trained, not what it computes
+_NO_MATTER = {"batch_norm", "views_together", "freeze_patch", "position"}  # how it was trained, not what it computes
 
 
 @torch.no_grad()

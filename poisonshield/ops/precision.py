@@ -1,5 +1,9 @@
 """Which precision a loss is computed in."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,3 +11,15 @@ from torch import Tensor
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32 where it is a half precision, else as it is: losses need float32, and float64 must stay exact."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, taking tensors or a tuple of them first, with autocast off: its products keep the inputs' precision."""
+
+    @wraps(function)
+    def run(first: Tensor | tuple[Tensor, ...], *args: Any, **settings: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0] if len(first) else torch.empty(0)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(first, *args, **settings)
+
+    return run

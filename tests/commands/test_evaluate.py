@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,13 @@ def test_settings_of_an_older_run_still_read(joint, tmp_path):
     record["evaluate"] = {k: record["evaluate"][k] for k in old} | {"robust_samples": 500}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
     assert read_run(tmp_path / "config.yaml").settings.evaluate.robust_samples == 500
+
+
+def test_images_are_read_at_the_size_that_was_trained_on(samples):
+    """views.size 28: shorter side to 32, then the middle; without it images stay as they are."""
+    sized = replace(samples, run=replace(samples.run, settings=samples.run.settings.model_copy(
+        update={"views": samples.run.settings.views.model_copy(update={"size": 28})})))  # fmt: skip
+    whole, middle = next(samples.test(8)).x, next(sized.test(8)).x
+    assert whole.shape[2:] == (32, 32) and torch.equal(middle, whole[:, :, 2:30, 2:30])
+    assert next(sized.train(8)).x.shape[2:] == next(sized.clean(8)).x.shape[2:] == (28, 28)
+    assert next(sized.augmented(8)).x.shape[2:] == (28, 28)

@@ -1,6 +1,7 @@
 """VESPR's family by settings: joint attacks, who sees what, clean copies, legacy radius, warm start, early stop, precision."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from pydantic import ValidationError
 from tiny import tiny_batch, tiny_encoder
 
 from poisonshield.attacks import ClassMemory, Linf
-from poisonshield.build import METHODS
+from poisonshield.build import METHODS, read_run
 from poisonshield.defenses.vespr import VESPR
+from poisonshield.errors import ConfigError
 from poisonshield.models.normalize import IMAGENET_STD
 
 SMALL = {"hidden": 12, "out": 10, "predictor": 6, "bottleneck": 5}
@@ -92,7 +94,7 @@ def test_joint_attack_ascends_the_weighted_sum(method, flagged, ssl, ce):
 
 def test_each_loss_may_see_its_own_views():
     batch = tiny_batch(8)
-    for ssl_sees, ce_sees in [("attacked", "clean"), ("clean", "attacked"), ("clean", "clean")]:
+    for ssl_sees, ce_sees in [("attacked", "clean"), ("clean", "attacked")]:
         model = joint(steps=2, ssl_sees=ssl_sees, ce_sees=ce_sees)
         slow = copy.deepcopy(model)
         views = {"attacked": slow.attacked_views(batch), "clean": batch.views}
@@ -129,6 +131,8 @@ def test_stopped_gradient_makes_the_classifier_an_online_probe():
     [
         ({"stop_gradient": True}, "cannot be attacked"),
         ({"attack_ce_weight": 0.0}, "both 0"),
+        ({"attack_views": [0, 0]}, "names a view twice"),
+        ({"ssl_sees": "clean", "ce_sees": "clean"}, "no loss sees the attack"),
         ({"stop_loss": 1.0, "attack_ssl_weight": 1.0}, "stop_loss"),
         ({"stop_loss": 1.0, "attack_mode": "train"}, "attack_mode: eval"),
         ({"legacy_scalar_std": 0.226, "norm": "l2"}, "norm: linf"),
@@ -224,3 +228,45 @@ def test_other_norms_stay_inside_their_balls(norm):
     x_adv = model.attacked(batch.views[0], 0, batch)
     size = model.budget.measure(x_adv - batch.views[0])
     assert (size <= 0.5 + 1e-5).all() and (size > 0.1).all() and x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_joint_attack_may_start_warm_too():
+    settings = {"steps": 1, "attack_ssl_weight": 1.0, "attack_views": "both"}
+    warm, batch = joint(warm_start=True, **settings), tiny_batch(8)
+    cold = joint(random_start=False, **settings)
+    for a, b in zip(warm.attacked_views(batch), cold.attacked_views(batch), strict=True):
+        assert torch.equal(a, b)
+    warm(batch)
+    assert not torch.equal(warm.attacked_views(batch)[0], cold.attacked_views(batch)[0])
+
+
+def test_attack_in_another_half_precision_leaves_the_step_alone():
+    """fp16 inside a bf16 run: weights cast for the attack must not reach the training step."""
+    batch = tiny_batch(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = joint(attack_precision="fp16", steps=2)(batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_diagnostics_compare_with_a_clean_copy_where_all_views_are_attacked():
+    small = tiny_batch(8, views=1, side=6).views
+    batch = tiny_batch(8)
+    batch = batch.replace(views=batch.views + small)
+    model = joint(attack_views="both", keep_clean=True, steps=2)
+    slow = copy.deepcopy(model)
+    views = (*slow.attacked_views(batch), batch.views[0], batch.views[1])
+    h = [slow.encoder(v) for v in views]
+    ce = [F.cross_entropy(slow.head(x), batch.y) for x in h]
+    torch.testing.assert_close(model(batch).metrics["attack_ce_gap"], (ce[0] - ce[3]).detach())
+    assert "attack_ce_gap" not in joint(attack_views="both", steps=2)(batch).metrics
+
+
+def test_stop_loss_is_refused_where_every_pass_gathers_weights():
+    path, deepspeed = (
+        Path(__file__).parents[2] / "configs/defend/vespr_cifar10_mini.yaml",
+        ["engine.backend=deepspeed", "engine.zero_stage=3"],
+    )
+    read_run(path, deepspeed)
+    with pytest.raises(ConfigError, match="stop its attack by itself"):
+        read_run(path, [*deepspeed, "defenses.0.stop_loss=2.0"])

@@ -70,3 +70,24 @@ def test_pairs_of_small_crops_ask_the_large_ones_only():
         pairs(views[:1], views[:1])
     with pytest.raises(ShapeError, match="2 online and 3 target"):
         pairs(views[:2], views)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "negative_cosine", "barlow", "vicreg", "mec", "dino"])
+def test_half_precision_run_does_not_reach_the_losses_products(loss):
+    """Under autocast, on half-precision projections, a loss is that of the same numbers in float32."""
+    from poisonshield.losses import barlow, cosine, dino, infonce, mec, vicreg
+
+    functions = {f.__name__: f for f in (infonce.infonce, barlow.barlow, vicreg.vicreg, mec.mec)}
+    functions["negative_cosine"] = lambda p: cosine.negative_cosine(p, p)
+    functions["dino"] = lambda p: dino.dino(p, p, torch.zeros(5))
+    draw = torch.Generator().manual_seed(0)
+    half = tuple(torch.randn(9, 5, generator=draw).bfloat16().requires_grad_() for _ in range(2))
+    full = tuple(z.detach().float().requires_grad_() for z in half)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = functions[loss](half)
+    theirs = functions[loss](full)
+    assert ours.dtype == torch.float32 and ours.item() == theirs.item()
+    ours.backward()
+    theirs.backward()
+    for a, b in zip(half, full, strict=True):
+        torch.testing.assert_close(a.grad, b.grad.bfloat16())

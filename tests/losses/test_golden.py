@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from losses.golden import golden
 
+from poisonshield.batch import Batch
+from poisonshield.defenses.vespr import VESPR
 from poisonshield.losses.barlow import barlow
 from poisonshield.losses.cosine import negative_cosine
 from poisonshield.losses.dino import dino, moved_centre
 from poisonshield.losses.infonce import infonce
 from poisonshield.losses.mec import mec
 from poisonshield.losses.vicreg import vicreg
+from poisonshield.methods.simclr import SimCLR
 
 TABLE = [  # loss, settings, views, symmetrised, not symmetrised
     (infonce, {"same_view": "none"}, 2, 1.170675308, 1.327687888),
@@ -52,6 +54,25 @@ def test_golden_dino_and_its_centre(symmetrized, values):
 
 
 def test_golden_cross_entropy():
+    """VESPR's own, through a classifier that copies its features."""
     p, _ = golden(2)
-    ce = sum(F.cross_entropy(x, torch.arange(4)) for x in p) / 2
-    assert ce.item() == pytest.approx(1.821997366, abs=1e-6)
+    method = SimCLR(SimCLR.Config(hidden=6, out=6), encoder=Copying(p), num_classes=6)
+    model = VESPR(VESPR.Config(attack_views="none"), num_classes=6, seed=0).wrap(method).double()
+    with torch.no_grad():
+        model.head.weight.copy_(torch.eye(6))
+        model.head.bias.zero_()
+    batch = Batch(tuple("abcd"), views=(torch.zeros(4, 3, 1, 1),) * 2, y=torch.arange(4))
+    assert model(batch).metrics["ce"].item() == pytest.approx(1.821997366, abs=1e-6)
+
+
+class Copying(torch.nn.Module):
+    """Gives the next of some prepared features, whatever it sees."""
+
+    feature_dim = 6
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = list(features)
+
+    def forward(self, x):
+        return self.features.pop(0)

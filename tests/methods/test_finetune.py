@@ -1,5 +1,7 @@
 """Fine-tuning and linear probing: from a finished run's encoder, whole or with the head alone."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_encoder
 
 from poisonshield.build import build_method, read_run
+from poisonshield.commands.evaluate import evaluate
 from poisonshield.commands.train import train
 from poisonshield.defenses.adversarial import Adversarial
 from poisonshield.errors import ConfigError
@@ -31,7 +34,9 @@ def finished(tmp_path):
 
 def make(file, **settings):
     torch.manual_seed(0)
-    return Supervised(Supervised.Config(init_from=str(file), **settings), encoder=tiny_encoder(), num_classes=4)
+    method = Supervised(Supervised.Config(init_from=str(file), **settings), encoder=tiny_encoder(), num_classes=4)
+    method.initialize()
+    return method
 
 
 def steps(method, count=5):
@@ -113,6 +118,10 @@ def test_joint_run_is_probed_from_its_folder(tmp_path):
     assert len(encoder) > 20 and all(torch.equal(v, probed[k]) for k, v in encoder.items())
     with pytest.raises(ConfigError, match=r"model.stem_stride 2 \(here 1\)"):
         build_method(read_run(probe, [*asked, "model.stem_stride=1"]), 10)
+    shutil.rmtree(first)  # a finished probe has its weights, and needs that run no more
+    assert evaluate(second)["test_top1"] == pytest.approx(
+        json.loads((second / "results.json").read_text())[-1]["test_top1"], abs=0.005
+    )
 
 
 @pytest.mark.parametrize("name", ["linear_probe", "finetune"])

@@ -135,3 +135,8 @@ def test_views_together_keep_the_statistics_of_each_view(training):
     assert training != torch.allclose(whole[0], results[0][0][0])
     small = together.views((views[0], views[1][:, :, :8, :8]))
     assert [h.shape for h in small] == [(4, 8)] * 2
+
+
+def test_stem_settings_without_that_stem_are_refused():
+    with pytest.raises(ValueError, match="belong to stem: cifar"):
+        BackboneConfig(stem="imagenet", stem_padding=2)

@@ -130,3 +130,11 @@ def test_targets_gradient_to_the_pixels_is_a_choice(stopped):
     target = Target(TargetConfig(stop_gradient=stopped), tiny_encoder())
     x = torch.rand(3, 3, 8, 8, requires_grad=True)
     assert target(x).requires_grad != stopped
+
+
+def test_optimal_predictor_leaves_bad_batches_to_the_trainer():
+    directset, z = DirectSet(4), torch.randn(8, 4)
+    directset((z,), None)
+    weight = directset.weight.clone()
+    (p,) = directset((z * float("nan"),), None)
+    assert torch.isnan(p).all() and torch.equal(directset.weight, weight)
