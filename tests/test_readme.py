@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import poisonshield.poisons
 from poisonshield.batch import Batch
-from poisonshield.build import POISONS, read_run
+from poisonshield.build import METHODS, POISONS, read_run
 from poisonshield.cli import app
 from poisonshield.poisons._measured import MeasuredBudget
 
@@ -53,11 +53,13 @@ def test_every_command_and_file_that_is_named_exists():
     paths = set(re.findall(r"(?:configs|launch)/[\w/.]+\w", README))
     assert len(paths) > 5
     assert not [p for p in paths if not (ROOT / p).exists()]
+    configs = set(re.findall(r"`((?:defend|evaluate|grid|poison)/\w+)`", README))
+    assert configs and not [c for c in configs if not (ROOT / "configs" / f"{c}.yaml").exists()]
 
 
-def test_every_poison_is_in_the_table():
-    table = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
-    assert sorted(table) == POISONS.names()
+def test_every_poison_and_method_is_in_a_table():
+    tables = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    assert sorted(tables) == sorted(POISONS.names() + METHODS.names())
 
 
 def test_test_command_is_the_one_that_ci_runs():

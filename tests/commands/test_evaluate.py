@@ -155,10 +155,10 @@ def test_legacy_draws_its_bank_queries_and_attacked_images(joint, monkeypatch):
 def test_legacy_takes_all_of_a_small_set_and_its_bank_is_augmented(joint, samples):
     out = evaluated(joint, "--legacy", "evaluate.alignment_samples=0")
     assert out["robust_top1"] is None and 0 <= out["knn_top1"] <= 100
-    bank, plain = (next(iter(b)) for b in (samples.augmented(10_240, name="crop_flip"), samples.train(10_240)))
+    bank, plain = (next(iter(b)) for b in (samples.augmented(10_240, legacy_bank=True), samples.train(10_240)))
     assert bank.keys == plain.keys and bank.x.shape == plain.x.shape
     assert (bank.x != plain.x).flatten(1).any(1).float().mean() > 0.95
-    assert sum(len(b) for b in samples.augmented(10_240, name="crop_flip")) == 5000
+    assert sum(len(b) for b in samples.augmented(10_240, legacy_bank=True)) == 5000
 
 
 def test_settings_of_an_older_run_still_read(joint, tmp_path):
