@@ -1,0 +1,135 @@
+"""However many processes share the work, every self-supervised method inside VESPR has the losses of one process.
+
+One process, two gloo ranks under DistributedDataParallel, two under DeepSpeed ZeRO 2; all methods in one start of two
+processes. The network, rate and activation are those of test_equality.py, and so are the tolerances, stated before any
+comparison: 1e-5 without attack, 1e-4 with attack over 5 steps, 1e-3 over 20; as a part of the loss where that is above
+1, since float32 resolves a loss of 60 to 4e-6 only.
+"""
+
+import itertools
+
+import pytest
+import torch
+from dist import run_dist
+from runs import MINI, SSL_METHODS, fit, logged, opened, smooth
+from test_equality import NO_ATTACK, SHORT
+
+from poisonshield import collectives
+from poisonshield.build import METHODS, build_method, build_stream, read_run, spread_batch_norm
+from poisonshield.engine.processes import processes
+
+CASES = {name: (f"method.name={name}",) for name in SSL_METHODS} | {
+    "byol directset": ("method.name=byol", "method.directset=0.5"),
+}
+# For methods that have them. At this momentum a target that stood still would show: by 2e-5 in 3 steps, 1e-3 in 20.
+OPTIONS = {"predictor": 32, "bottleneck": 32, "momentum": 0.5}
+ATTACK = ("defenses.0.eps=4/255", "defenses.0.step_size=1/255", "defenses.0.steps=3")
+BACKENDS = {"plain": (), "zero2": ("engine.backend=deepspeed", "engine.zero_stage=2")}
+# Gradients at the start are 1 to 20 long, but Barlow's is 300 and MEC's 700: for these 0.001 would be a training rate,
+# at which one process in float32 leaves its own float64 by 2e-5 (Barlow) and 4e-4 (MEC) in 4 steps.
+RATES = {"barlow": 1e-5, "mec": 1e-5}
+# MEC's series has terms of either sign that outgrow their sum (eigenvalues above 1 in the power of 4), so that float32
+# on one process is 1.4e-5 away from float64 before anything is shared. In float64 two ranks agree with one to 1e-11.
+LOOSER = {"mec": 10.0}
+
+
+def settings(case, steps, attack):
+    """The overrides of a run."""
+    known = METHODS.get(CASES[case][0].split("=")[1]).Config.model_fields
+    options = tuple(f"method.{key}={value}" for key, value in OPTIONS.items() if key in known)
+    rate = (f"optimizer.lr={RATES[case]}",) if case in RATES else ()
+    return (*SHORT, *CASES[case], *options, *rate, *(ATTACK if attack else NO_ATTACK), f"engine.max_steps={steps}")
+
+
+def losses(folder, case, steps, more=()):
+    """(with attack, without) of each step."""
+    found = []
+    for attack in (True, False):
+        fit(f"{folder}/{attack}", (*settings(case, steps, attack), *more), change=smooth)
+        found.append(logged(f"{folder}/{attack}"))
+    return tuple(found)
+
+
+def exact(case, steps):
+    """The losses of the shipped method, ReLU and all, in float64 at a hundred times the rate, with attack."""
+    run = read_run(MINI, [*settings(case, steps, True), "run.dir=unused"])
+    data, training = opened()
+    with processes(run.settings.engine, seed=run.seed) as device:
+        method = spread_batch_norm(run, build_method(run, data.num_classes).double(), device).train()
+        optimizer = torch.optim.SGD(method.parameters(), lr=100 * RATES.get(case, 0.001), momentum=0.9)
+        seen = []
+        for batch in itertools.islice(build_stream(run, training, method, device), steps):
+            optimizer.zero_grad()
+            output = method(batch.replace(views=tuple(v.double() for v in batch.views)))
+            output.loss.backward()
+            for p in method.parameters():  # what DistributedDataParallel does, written out
+                if p.grad is not None:
+                    p.grad = collectives.all_reduce_sum(p.grad) / collectives.world_size()
+            optimizer.step()
+            method.after_step(len(seen) / steps)
+            seen.append(float(collectives.all_reduce_sum(output.loss.detach()) / collectives.world_size()))
+    return seen
+
+
+def everything(rank, world, folder, steps, exactly):
+    """{backend: {case: losses}} of two ranks, and under "exact" those in float64 of the cases in `exactly`."""
+    found = {
+        backend: {case: losses(f"{folder}/{backend}-{case}", case, steps, more) for case in CASES}
+        for backend, more in BACKENDS.items()
+    }
+    return found | {"exact": {case: exact(case, 3) for case in exactly}}
+
+
+def compared(folder, steps, exactly):
+    """(one process's losses by case, two ranks' by backend and case)."""
+    one = {case: losses(f"{folder}/one-{case}", case, steps) for case in CASES}
+    return one, run_dist(everything, 2, str(folder), steps, exactly, deepspeed=True, timeout_s=2400)[0]
+
+
+def apart(a, b):
+    """The largest difference of two runs' losses, as a part of the loss where that is above 1."""
+    return max(abs(x - y) / max(1.0, abs(x)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    return compared(tmp_path_factory.mktemp("ranks"), 3, tuple(RATES))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_method_on_two_ranks_has_the_losses_of_one_process(case, backend, short):
+    (attack, calm), (attack_2, calm_2) = short[0][case], short[1][backend][case]
+    print(f"{case:15} {backend:6} attack {apart(attack, attack_2):.1e} calm {apart(calm, calm_2):.1e}")
+    slack = LOOSER.get(case, 1.0)
+    assert len(set(attack)) == 3 and attack != calm
+    assert apart(calm, calm_2) < 1e-5 * slack and apart(attack, attack_2) < 1e-4 * slack
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", RATES)
+def test_method_with_a_rate_of_its_own_agrees_in_float64(case, short):
+    far = apart(exact(case, 3), short[1]["exact"][case])
+    print(f"{case:15} float64 {far:.1e}")
+    assert far < 1e-9
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_methods_stay_together_for_twenty_steps_and_in_float64(tmp_path):
+    one, two = compared(tmp_path, 20, tuple(CASES))
+    far = []
+    for backend, case in itertools.product(BACKENDS, CASES):
+        (attack, calm), (attack_2, calm_2) = one[case], two[backend][case]
+        slack = LOOSER.get(case, 1.0)
+        first, whole, quiet = apart(attack[:5], attack_2[:5]), apart(attack, attack_2), apart(calm, calm_2)
+        print(f"{case:15} {backend:6} attack {first:.1e} in 5, {whole:.1e} in 20, calm {quiet:.1e}")
+        if not (first < 1e-4 * slack and whole < 1e-3 * slack and quiet < 1e-5 * slack):
+            far.append((backend, case))
+    for case in CASES:
+        sharp = apart(exact(case, 3), two["exact"][case])
+        print(f"{case:15} float64 {sharp:.1e}")
+        if not sharp < 1e-9:
+            far.append(("float64", case))
+    assert len(attack) == 20 and not far
