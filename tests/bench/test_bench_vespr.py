@@ -58,7 +58,7 @@ def test_the_command_prints_a_table_and_records_rows(tmp_path):
     )
     assert done.exit_code == 0 and "theirs / ours" in done.output and "0 pixels differ" in done.output
     rows = list(csv.DictReader(out.open()))
-    assert [r["provider"] for r in rows] == [vespr.OURS, vespr.THEIRS]
+    assert [r["provider"] for r in rows] == [vespr.OURS, vespr.CHANNELS_LAST, vespr.THEIRS]
     for r in rows:
         assert 0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"])
         assert "GFLOP" in r["note"] and not r["gb_per_s"]
