@@ -29,8 +29,8 @@ BACKENDS = {"plain": (), "zero2": ("engine.backend=deepspeed", "engine.zero_stag
 # at which one process in float32 leaves its own float64 by 2e-5 (Barlow) and 4e-4 (MEC) in 4 steps.
 RATES = {"barlow": 1e-5, "mec": 1e-5}
 # MEC's series has terms of either sign that outgrow their sum (eigenvalues above 1 in the power of 4). Float32 on one
-# process is as far from its own float64: 1e-4 in 20 steps without attack, with it 1.4e-4 in 5 and 6e-3 in 20. In float64
-# two ranks agree with one to 1e-11.
+# process is as far from its own float64: 1e-4 in 20 steps without attack, with it 1.4e-4 in 5 and 6e-3 in 20. In
+# float64 two ranks agree with one to 1e-11.
 LOOSER = {"mec": 10.0}
 
 
