@@ -1,7 +1,9 @@
 """MEC: of all agreeing codes, the one of maximum entropy. Source: Liu et al. 2022.
 
-The VESPR authors give no recipe; this is the suggested one: their mec projector (simsiam's), a predictor of 512, stopped
-targets, distortion 0.06. `terms: 2` is their length of the series, 4 the paper's.
+The VESPR authors give no recipe: a predictor and stopped targets are the suggested one, on their mec projector (simsiam's).
+Their loss is `terms: 2`, `coding_length: true`, `distortion: 0.06`. The series converges where no direction holds more than
+`distortion` of the batch's energy; at 0.06 a small batch near one direction makes its fourth power explode, and training
+stands still, hence 0.5.
 """
 
 from typing import ClassVar
@@ -24,11 +26,12 @@ class MEC(Method):
     default_views: ClassVar[str] = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig):
-        """distortion, terms, symmetrized: see losses/mec.py; stop_gradient: targets stand still."""
+        """distortion, terms, coding_length, symmetrized: see losses/mec.py; stop_gradient: targets stand still."""
 
         projector: ProjectorName = "simsiam"
-        distortion: float = Field(0.06, gt=0)
+        distortion: float = Field(0.5, gt=0)
         terms: int = Field(4, ge=1)
+        coding_length: bool = False
         stop_gradient: bool = True
         symmetrized: bool = True
 
@@ -44,6 +47,7 @@ class MEC(Method):
         z = tuple(self.projector(h) for h in features)
         p = self.predictor(z, batch.rank_sizes)
         targets = tuple(v.detach() if c.stop_gradient else v for v in z[: self.num_views])
-        loss = mec(p, targets, distortion=c.distortion, terms=c.terms, symmetrized=c.symmetrized,
+        loss = mec(p, targets, distortion=c.distortion, terms=c.terms, coding_length=c.coding_length,
+                   symmetrized=c.symmetrized,
                    rank_sizes=batch.rank_sizes)  # fmt: skip
         return StepOutput(loss, {"ssl": loss.detach()})

@@ -45,7 +45,9 @@ def test_mec_equals_powers_of_the_full_matrix(shape):
     za, zb = (z / z.norm(dim=1, keepdim=True) for z in (a, b))
     matrix = za @ zb.T / (size * 0.06)
     series = sum((-1) ** (k + 1) * torch.linalg.matrix_power(matrix, k).trace() / k for k in range(1, 5))
-    assert mec((a, b), symmetrized=False).item() == pytest.approx(-0.5 * (size + width) * series.item(), rel=1e-9)
+    length = -0.5 * (size + width) * series.item()
+    assert mec((a, b), symmetrized=False, coding_length=True).item() == pytest.approx(length, rel=1e-9)
+    assert mec((a, b), symmetrized=False).item() == pytest.approx(-0.06 * series.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", [barlow, vicreg, mec])

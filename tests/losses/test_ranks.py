@@ -42,7 +42,7 @@ LOSSES = {
     "vicreg": (vicreg, {}),
     "vicreg legacy": (vicreg, {"legacy": True}),
     "mec": (mec, {}),
-    "mec legacy": (mec, {"terms": 2}),
+    "mec legacy": (mec, {"terms": 2, "coding_length": True}),
     "dino": (dino_with_centre, {}),
     "cross-entropy": (cross_entropy, {}),
 }
