@@ -87,7 +87,7 @@ def test_evaluation_again_gives_the_same_numbers(run):
     out = invoke("evaluate", run).stdout
     said = {k: float(v) for k, v in re.findall(r"^(\w+) +([\d.]+)$", out, re.MULTILINE)}
     assert said == {k: pytest.approx(v, abs=0.006) for k, v in before.items() if k not in ("settings", "probes")}
-    assert set(said) == {"test_top1", "knn_top1", "linear_top1", "robust_top1"}
+    assert set(said) == {"test_top1", "train_top1", "knn_top1", "linear_top1", "robust_top1"}
 
 
 @pytest.mark.parametrize("text", ["seed=7", "defenses=[]", "data.test=elsewhere"])
