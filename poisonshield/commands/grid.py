@@ -31,6 +31,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from poisonshield.build import Run, read_run
+from poisonshield.commands.plots import READOUTS
 from poisonshield.commands.train import train
 from poisonshield.config import Checker, Settings, load_tree
 from poisonshield.engine.checkpoint import write_whole
@@ -38,8 +39,6 @@ from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import ConfigError, PoisonShieldError
 
 log = logging.getLogger(__name__)
-
-READOUTS = {"test_top1": "classifier", "knn_top1": "k-NN", "linear_top1": "linear probe"}
 
 
 class GridConfig(Settings):

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield import collectives
-from poisonshield.losses.pairs import Views, pairs
-from poisonshield.ops.precision import at_least_float32, outside_autocast
+from poisonshield.losses.pairs import Views, gathered, pairs
+from poisonshield.ops.precision import outside_autocast
 
 
 @outside_autocast
@@ -37,12 +36,8 @@ def barlow(
     """
     target = online if target is None else target
     asked = pairs(online, target, symmetrized=symmetrized)
-    p = [_scaled(collectives.gather(at_least_float32(x), rank_sizes), scaling, legacy) for x in online]
-    m = (
-        p
-        if target is online
-        else [_scaled(collectives.gather(at_least_float32(x), rank_sizes), scaling, legacy) for x in target]
-    )
+    p = [_scaled(x, scaling, legacy) for x in gathered(online, rank_sizes)]
+    m = p if target is online else [_scaled(x, scaling, legacy) for x in gathered(target, rank_sizes)]
     aim = -1.0 if hsic else 0.0
     total = p[0].new_zeros(())
     for i, j in asked:

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield import collectives
-from poisonshield.losses.pairs import Views, pairs
-from poisonshield.ops.precision import at_least_float32, outside_autocast
+from poisonshield.losses.pairs import Views, gathered, pairs
+from poisonshield.ops.precision import outside_autocast
 
 
 @outside_autocast
@@ -33,12 +32,8 @@ def mec(
     coding_length are the VESPR authors' form."""
     target = online if target is None else target
     asked = pairs(online, target, symmetrized=symmetrized)
-    p = [F.normalize(collectives.gather(at_least_float32(x), rank_sizes), dim=1) for x in online]
-    m = (
-        p
-        if target is online
-        else [F.normalize(collectives.gather(at_least_float32(x), rank_sizes), dim=1) for x in target]
-    )
+    p = [F.normalize(x, dim=1) for x in gathered(online, rank_sizes)]
+    m = p if target is online else [F.normalize(x, dim=1) for x in gathered(target, rank_sizes)]
     size, width = p[0].shape
     total = torch.stack([_log_det_series(p[i], m[j], size * distortion, terms) for i, j in asked]).sum()
     return -(0.5 * (size + width) if coding_length else distortion) * total / len(asked)

@@ -1,11 +1,15 @@
-"""Which view asks which: the ordered pairs (online view i, target view j) that every self-supervised loss sums over.
+"""What self-supervised losses ask of their views: the ordered pairs (online view i, target view j) that they sum over, and
+all ranks' rows where a loss needs the global batch.
 
 Online views may outnumber target views (multi-crop: small crops ask, large ones answer); a view never asks itself.
 """
 
+import torch
 from torch import Tensor
 
+from poisonshield import collectives
 from poisonshield.errors import ShapeError
+from poisonshield.ops.precision import at_least_float32
 
 Views = tuple[Tensor, ...]
 """One [B, D] per view."""
@@ -26,3 +30,11 @@ def pairs(online: Views, target: Views, *, symmetrized: bool = True) -> list[tup
         raise ShapeError(f"the loss got views of shapes {shapes}; it needs all of them [B, D] alike.")
     asking = range(len(online)) if symmetrized else range(1)
     return [(i, j) for i in asking for j in range(len(target)) if j != i]
+
+
+def gathered(views: Views, rank_sizes: tuple[int, ...] | None) -> Views:
+    """Each view's rows of all ranks, [global B, D], in float32 at least and with gradient; one message for all views."""
+    wide = tuple(at_least_float32(v) for v in views)
+    if collectives.world_size() == 1:
+        return wide
+    return collectives.gather(torch.cat(wide, dim=1), rank_sizes).chunk(len(wide), dim=1)

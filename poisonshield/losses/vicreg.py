@@ -9,9 +9,8 @@ Each rank needs the statistics of the global batch: views are gathered with grad
 import torch
 from torch import Tensor
 
-from poisonshield import collectives
-from poisonshield.losses.pairs import Views, pairs
-from poisonshield.ops.precision import at_least_float32, outside_autocast
+from poisonshield.losses.pairs import Views, gathered, pairs
+from poisonshield.ops.precision import outside_autocast
 
 
 @outside_autocast
@@ -33,8 +32,8 @@ def vicreg(
     """
     target = online if target is None else target
     asked = pairs(online, target, symmetrized=symmetrized)
-    p = [collectives.gather(at_least_float32(x), rank_sizes) for x in online]
-    m = p if target is online else [collectives.gather(at_least_float32(x), rank_sizes) for x in target]
+    p = gathered(online, rank_sizes)
+    m = p if target is online else gathered(target, rank_sizes)
 
     def spread(z: Tensor) -> Tensor:
         """variance and covariance terms of one view."""

@@ -114,7 +114,10 @@ def test_other_network_is_refused_even_if_every_shape_fits(tmp_path, setting, wo
 
 def test_how_batch_norm_is_shared_does_not_matter(tmp_path):
     file = write(tmp_path / "b.safetensors", made(1).backbone.state_dict())
-    load_encoder(made(0, BackboneConfig(**SMALL, batch_norm="local")), file)
+    encoder = made(0, BackboneConfig(**SMALL, batch_norm="local", views_together=True))
+    load_encoder(encoder, file)
+    for loaded, stored in zip(encoder.backbone.parameters(), made(1).backbone.parameters(), strict=True):
+        assert torch.equal(loaded, stored)
 
 
 def test_file_without_a_target_branch_says_so(tmp_path):
