@@ -15,7 +15,8 @@ class Batch:
     """Some samples of one epoch, known by key. What is absent is None, never fake.
 
     x [B, 3, H, W] float32 in [0, 1]; views a tuple of such (sizes may differ); y int64 [B];
-    mask [B, 1, H, W] in {0, 1}; t_range (first, last) diffusion timestep.
+    mask [B, 1, H, W] in [0, 1], how much each pixel belongs to the concept; t_range [first, end) of diffusion timesteps.
+    captions: a text each.
     rank_sizes: how many samples of this global batch each rank holds; None when there is one rank. It travels with
     the batch because every rank knows it from the plan, so that no loss has to ask the others.
     """
@@ -26,6 +27,7 @@ class Batch:
     y: Tensor | None = None
     mask: Tensor | None = None
     t_range: tuple[int, int] | None = None
+    captions: tuple[str, ...] | None = None
     rank_sizes: tuple[int, ...] | None = None
     epoch: int = 0
 

@@ -1,0 +1,137 @@
+"""`poisonshield pipeline`: train a small Stable Diffusion pipeline on the rendered world, in two stages and from nothing.
+
+Both stages are ordinary runs of the engine, so an interrupted one goes on where it stopped. The result is a diffusers
+folder, in half precision, with a sheet of samples beside it.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from poisonshield import collectives
+from poisonshield.build import RunSection
+from poisonshield.config import Checker, Settings, load_tree
+from poisonshield.data import world
+from poisonshield.data.captioned import CaptionedStream, rendered
+from poisonshield.engine.optim import OptimConfig
+from poisonshield.engine.processes import processes
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.schedule import ScheduleConfig
+from poisonshield.engine.settings import EngineConfig
+from poisonshield.engine.trainer import Trainer
+from poisonshield.method import Method
+from poisonshield.methods.diffusion.autoencoder import Autoencoder
+from poisonshield.methods.diffusion.denoiser import Denoiser
+from poisonshield.models import small_pipeline as small
+from poisonshield.models.latent_diffusion import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+
+class Stage(Settings):
+    """How long a part is trained, and how."""
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1e-3, gt=0)
+
+
+class VAEStage(Stage, small.VAEConfig):
+    """kl_weight: see methods/diffusion/autoencoder.py."""
+
+    kl_weight: float = Field(1e-5, ge=0)
+
+
+class UNetStage(Stage, small.UNetConfig):
+    """caption_dropout, ema: see methods/diffusion/denoiser.py."""
+
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    ema: float = Field(0.999, ge=0, lt=1)
+
+
+class PipelineConfig(Settings):
+    """pictures: how many of the rendered world are trained on. prediction: what the U-Net learns to say."""
+
+    seed: int = Field(0, ge=0)
+    run: RunSection
+    pictures: int = Field(20000, ge=1)
+    prediction: str = Field("epsilon", pattern="^(epsilon|v_prediction)$")
+    vae: VAEStage = VAEStage()
+    unet: UNetStage = UNetStage()
+    text: small.TextConfig = small.TextConfig()
+    engine: EngineConfig
+
+
+def train_pipeline(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
+    """The folder `run.dir/pipeline` of a trained pipeline. Raises ConfigError; Preempted if told to stop, after saving."""
+    tree = load_tree(config, overrides)
+    checker = Checker(tree)
+    settings: PipelineConfig = checker.settings(PipelineConfig, (), tree.values, owner="a pipeline")
+    checker.finish()
+    out = Path(settings.run.dir) / "pipeline"
+    with processes(settings.engine, seed=settings.seed):
+        pixels, captions = rendered(settings.pictures, seed=settings.seed)
+        data = {"pixels": pixels, "captions": captions}
+        torch.manual_seed(settings.seed)
+        parts = _untrained(settings, out)
+        autoencoder = Autoencoder(Autoencoder.Config(kl_weight=settings.vae.kl_weight), vae=parts["vae"])
+        _fit(settings, "vae", settings.vae, autoencoder, **data)
+        autoencoder.eval().measure_scale(pixels[:512].float() / 255)
+        model = LatentDiffusion(**parts, name=str(out))
+        u = settings.unet
+        denoiser = Denoiser(
+            Denoiser.Config(caption_dropout=u.caption_dropout, ema=u.ema), model=model, seed=settings.seed
+        )
+        _fit(settings, "denoiser", u, denoiser, **data)
+        if collectives.rank() == 0:
+            trained = {**parts, **dict(denoiser.averages.items())}
+            for name in ("vae", "unet", "text_encoder"):
+                trained[name] = trained[name].cpu().half()
+            small.write_pipeline(out, **trained)
+            log.info("pipeline  %s (%.1f MB)", out, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6)
+        collectives.barrier()
+    return out
+
+
+def _untrained(settings: PipelineConfig, out: Path) -> dict[str, Any]:
+    factor = 2 ** (len(settings.vae.channels) - 1)
+    tokenizer = small.build_tokenizer(world.WORDS, out / "tokenizer", length=settings.text.length)
+    return {
+        "vae": small.build_vae(settings.vae, sample_size=world.SIZE),
+        "unet": small.build_unet(
+            settings.unet,
+            sample_size=world.SIZE // factor,
+            latent_channels=settings.vae.latent_channels,
+            context=settings.text.width,
+        ),
+        "text_encoder": small.build_text_encoder(settings.text, tokenizer),
+        "tokenizer": tokenizer,
+        "scheduler": small.build_scheduler(settings.prediction),
+    }
+
+
+def _fit(
+    settings: PipelineConfig, name: str, stage: Stage, method: Method, *, pixels: torch.Tensor, captions: list[str]
+) -> None:
+    stream = CaptionedStream(
+        pixels,
+        captions,
+        batch_size=stage.batch_size,
+        seed=settings.seed,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+    )
+    Trainer(
+        method,
+        stream,
+        settings.engine.model_copy(update={"max_steps": stage.steps, "epochs": None}),
+        optimizer=OptimConfig(name="adamw", lr=stage.lr, weight_decay=0.0, clip_norm=1.0),
+        schedule=ScheduleConfig(name="cosine", warmup_steps=50),
+        run_folder=RunFolder(Path(settings.run.dir) / name, overwrite=settings.run.overwrite),
+        seed=settings.seed,
+        fixed_record=json.loads(settings.model_dump_json()),
+    ).fit()

@@ -1,0 +1,1 @@
+"""Methods on latent diffusion models: their training, and textual inversion."""

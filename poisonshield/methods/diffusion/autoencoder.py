@@ -1,0 +1,49 @@
+"""The VAE of a latent diffusion model: reconstruction, and a light pull of the posterior to the normal distribution.
+
+Without perceptual or adversarial terms, so its pictures are soft; that is enough for flat shapes on noise.
+Source: Rombach et al. 2022, section 3.1.
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.config import Settings
+from poisonshield.method import Method
+
+
+class Autoencoder(Method):
+    """Trains a diffusers AutoencoderKL on batch.x [B, 3, H, W] in [0, 1]."""
+
+    name: ClassVar[str] = "autoencoder"
+
+    class Config(Settings):
+        """kl_weight: of the mean divergence of the posterior from the normal distribution, per latent."""
+
+        kl_weight: float = Field(1e-5, ge=0)
+
+    def __init__(self, config: Config, *, vae: nn.Module) -> None:
+        super().__init__()
+        self.config, self.vae = config, vae
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """L1 + L2 in the VAE's [-1, 1], plus the divergence."""
+        x = batch.x * 2 - 1
+        posterior = self.vae.encode(x).latent_dist
+        error = self.vae.decode(posterior.sample()).sample - x
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        mse = error.square().mean()
+        return StepOutput(error.abs().mean() + mse + self.config.kl_weight * kl, {"mse": mse, "kl": kl})
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """The step has no encoder features: see forward."""
+        return self.forward(batch)
+
+    @torch.no_grad()
+    def measure_scale(self, x: Tensor) -> None:
+        """Sets scaling_factor so that the latents of x [B, 3, H, W] have standard deviation 1."""
+        mean = self.vae.encode(x * 2 - 1).latent_dist.mean
+        self.vae.register_to_config(scaling_factor=float(1 / mean.std()))
