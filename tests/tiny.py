@@ -48,3 +48,32 @@ def tiny_batch(size: int = 6, *, views: int = 2, classes: int = 4, seed: int = 0
     x = torch.rand(size, 3, side, side, generator=generator)
     made = tuple((x + 0.05 * torch.randn(x.shape, generator=generator)).clamp(0, 1) for _ in range(views))
     return Batch(tuple(f"s{i}" for i in range(size)), x, made, torch.arange(size) % classes)
+
+
+def tiny_model(*, prediction: str = "epsilon", seed: int = 0, size: int = 32, channels: tuple[int, ...] = (8, 16)):
+    """A LatentDiffusion with random weights: 2 pixels a latent cell (with two channels), 16-wide text, 24 tokens."""
+    import tempfile
+    from pathlib import Path
+
+    from poisonshield.data import world
+    from poisonshield.models import small_pipeline as small
+    from poisonshield.models.latent_diffusion import LatentDiffusion
+
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(seed)
+        text = small.TextConfig(width=16, layers=2, heads=2)
+        tokenizer = small.build_tokenizer(world.WORDS, Path(folder), length=text.length)
+        vae = small.VAEConfig(channels=channels, groups=4)
+        return LatentDiffusion(
+            small.build_vae(vae, sample_size=size),
+            small.build_unet(
+                small.UNetConfig(channels=(16, 32), head=4),
+                sample_size=size // 2 ** (len(channels) - 1),
+                latent_channels=4,
+                context=text.width,
+            ),
+            small.build_text_encoder(text, tokenizer),
+            tokenizer,
+            small.build_scheduler(prediction),
+            name="tiny random",
+        )
