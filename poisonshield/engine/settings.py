@@ -12,6 +12,7 @@ backends = Registry("poisonshield.engine.backends", kind="engine backend")
 class EngineConfig(BaseModel):
     """The `engine:` section. Length is `epochs`, or exactly `max_steps` where that is set.
 
+    accumulate: batches of one optimiser step, their gradients averaged; a step is then that many batches of the stream.
     resume: false starts anew, auto goes on from the run folder's last good checkpoint if there is one, anything else is
     the path of a run folder or of one checkpoint. checkpoint_every_steps null saves at the end and on a signal only.
     nonfinite: `stop` ends the run before a bad step moves weights; `skip` drops it, at most nonfinite_limit times.
@@ -25,6 +26,7 @@ class EngineConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     epochs: int | None = Field(None, ge=1)
     max_steps: int | None = Field(None, ge=1)
+    accumulate: int = Field(1, ge=1)
     checkpoint_every_steps: int | None = Field(None, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     log_every_steps: int = Field(20, ge=1)
@@ -68,4 +70,4 @@ class EngineConfig(BaseModel):
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """How many optimiser steps the run has."""
-        return self.max_steps or self.epochs * steps_per_epoch
+        return self.max_steps or max(1, self.epochs * steps_per_epoch // self.accumulate)

@@ -5,7 +5,7 @@ It knows ranks, time and disk, and nothing of poisons, defenses or data formats.
 
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 import poisonshield
 from poisonshield import collectives
-from poisonshield.batch import Stream
+from poisonshield.batch import Batch, StepOutput, Stream
 from poisonshield.engine import checkpoint
 from poisonshield.engine.guards import FiniteGuard
 from poisonshield.engine.metrics import Metrics
@@ -75,16 +75,17 @@ class Trainer:
     def _loop(self, signals: StopSignals) -> None:
         batches = iter(self.stream)
         while self.step < self.total_steps:
-            with self.metrics.waiting():
-                batch = next(batches).to(self.device, non_blocking=True)
-            output = self.backend.forward_backward(batch)
+            parts = [self._part(batches, i) for i in range(self.config.accumulate)]
+            loss = torch.stack([output.loss for output, _ in parts]).mean()
+            keys = tuple(key for _, batch in parts for key in batch.keys)
             norm = self.backend.clip()
-            verdict = self.guard.judge(self.step, output.loss, norm, batch.keys, stop=signals.caught)
+            verdict = self.guard.judge(self.step, loss, norm, keys, stop=signals.caught)
             lr = self.lr()
             if verdict.finite:
                 progress = (self.step + 1) / self.total_steps
                 self.backend.step(lr, progress, constant_lr=self.lr(decay=False))
-                self.metrics.add(output, batch)
+                for output, batch in parts:
+                    self.metrics.add(output, batch)
             else:
                 self.backend.discard()
             self.step += 1
@@ -95,6 +96,12 @@ class Trainer:
                 self.save()
             if verdict.stop and not done:
                 raise Preempted(self.step)
+
+    def _part(self, batches: Iterator[Batch], i: int) -> tuple[StepOutput, Batch]:
+        """Forward and backward of the i-th batch of a step; gradients add up."""
+        with self.metrics.waiting():
+            batch = next(batches).to(self.device, non_blocking=True)
+        return self.backend.forward_backward(batch, part=i), batch
 
     def lr(self, *, decay: bool = True) -> float:
         """The learning rate of the step to come; without decay, for what keeps the peak after warm-up."""

@@ -27,8 +27,9 @@ class Backend(Protocol):
     def prepare(self, method: Method) -> None:
         """Take over a method that sits on the device, and build its optimiser."""
 
-    def forward_backward(self, batch: Batch) -> StepOutput:
-        """Loss and gradients of one step; the output is detached."""
+    def forward_backward(self, batch: Batch, *, part: int = 0) -> StepOutput:
+        """Loss and gradients of part `part` of a step's `accumulate`; those of part 0 replace the old ones, others add
+        up, to the mean of all. The output is detached."""
 
     def clip(self) -> Tensor:
         """Clip gradients (now or in `step`); a scalar that is finite exactly if this rank's gradients are."""

@@ -32,7 +32,7 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimConfig) -> dict[str, 
         zero["allgather_bucket_size"] = _BUCKET
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": config.accumulate,
         "gradient_clipping": optimizer.clip_norm or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -76,10 +76,12 @@ class DeepSpeed:
             module.register_forward_hook(lambda _module, _inputs, output: StepOutput(*output))
         self.engine.checkpoint_engine = _weights_only(self.engine.checkpoint_engine)
 
-    def forward_backward(self, batch: Batch) -> StepOutput:
-        """One call of the engine, one backward."""
+    def forward_backward(self, batch: Batch, *, part: int = 0) -> StepOutput:
+        """One call of the engine, one backward; DeepSpeed counts the parts of a step itself and divides by them."""
         output = self.engine(batch)
         self.engine.backward(output.loss)
+        if part < self.config.accumulate - 1:
+            self.engine.step()
         return StepOutput(output.loss.detach(), {k: v.detach() for k, v in output.metrics.items()})
 
     def clip(self) -> Tensor:

@@ -1,6 +1,7 @@
 """PyTorch and nothing else: one process, or DistributedDataParallel where torchrun started several."""
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,14 +44,17 @@ class Plain:
             # No device_ids: the batch is on the device already, and DDP would try to take a Batch apart.
             self.module = DistributedDataParallel(method, **{_BUFFER_SWITCH: False})
 
-    def forward_backward(self, batch: Batch) -> StepOutput:
-        """Forward under autocast (bf16) or not, one backward."""
-        if self.config.nonfinite == "skip":
-            self._buffers_before = [b.clone() for b in self.method.buffers()]
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.module(batch)
-        output.loss.backward()
+    def forward_backward(self, batch: Batch, *, part: int = 0) -> StepOutput:
+        """Forward under autocast (bf16) or not, one backward. Ranks exchange gradients in a step's last part only."""
+        if part == 0:
+            if self.config.nonfinite == "skip":
+                self._buffers_before = [b.clone() for b in self.method.buffers()]
+            self.optimizer.zero_grad(set_to_none=True)
+        alone = part < self.config.accumulate - 1 and self.module is not self.method
+        with self.module.no_sync() if alone else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                output = self.module(batch)
+            (output.loss / self.config.accumulate).backward()
         return StepOutput(output.loss.detach(), {k: v.detach() for k, v in output.metrics.items()})
 
     def clip(self) -> Tensor:
