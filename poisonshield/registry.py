@@ -1,4 +1,5 @@
 """Name -> class by scanning one folder: the file `poisons/lsp.py` is the poison `lsp`, nothing to register.
+A folder inside it is a registry of its own (`poisons/diffusion/` holds poisons of another kind).
 
 Listing names imports nothing; asking for one imports that file only. The trade-off: a file holds exactly one
 public class of its kind, which is the house rule anyway.
@@ -28,7 +29,11 @@ class Registry:
     def names(self) -> list[str]:
         """All names, sorted, without importing them."""
         path = importlib.import_module(self.package).__path__
-        return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != "base" and not m.name.startswith("_"))
+        return sorted(
+            m.name
+            for m in pkgutil.iter_modules(path)
+            if m.name != "base" and not m.name.startswith("_") and not m.ispkg
+        )
 
     def get(self, name: Any) -> type:
         """The class called `name`. Raises ConfigError with the nearest name."""

@@ -1,0 +1,180 @@
+"""Textual inversion: new words for a frozen pipeline, learned from a few pictures each. Source: Gal et al. 2022.
+
+The learned vectors are a parameter of their own, so no other row of the vocabulary can move, by weight decay or
+otherwise. Many words train in one batch: a sample sees its own word only and losses are summed over words, so under Adam
+each word goes the way that it would go alone.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.config import Settings
+from poisonshield.errors import ConfigError, DataError
+from poisonshield.losses.zone import Zone, latent_mask, zone_loss
+from poisonshield.method import Method
+from poisonshield.methods.diffusion._timesteps import draw_timesteps
+from poisonshield.models.latent_diffusion import LatentDiffusion, Placeholder
+from poisonshield.models.latents import LatentCache
+from poisonshield.ops.philox import KeyedRandom, sample_ids
+
+log = logging.getLogger(__name__)
+
+
+class TextualInversion(Method):
+    """Learns `vectors` [N * k, d]: k rows for each of N placeholders, in the order of `tokens`.
+
+    zone, t_sampler: where the loss counts and how timesteps are drawn; a defense sets them. Without a zone a batch with
+    masks is refused, as nothing would use them.
+    """
+
+    name: ClassVar[str] = "textual_inversion"
+
+    class Config(Settings):
+        """vectors: k, of one word. init: a word of one token whose vector they start from, "normal:STD" or "zeros"; a
+        mapping from concept to such. vae: the posterior's mean, or a sample drawn every step. cache_latents: encode each
+        picture once. min_snr: gamma of Hang et al.'s weights. keep_norm: after each step, scale the vectors to the
+        vocabulary's median norm.
+        """
+
+        vectors: int = Field(1, ge=1)
+        init: str | dict[str, str] = "normal:0.02"
+        vae: Literal["mean", "sample"] = "mean"
+        cache_latents: bool = True
+        min_snr: float | None = Field(None, gt=0)
+        keep_norm: bool = False
+
+    def __init__(
+        self, config: Config, *, model: LatentDiffusion, tokens: Mapping[str, str], seed: int, samples: int = 1
+    ) -> None:
+        """tokens: concept -> placeholder; added to the model's vocabulary here. samples: of a concept in one step, on
+        all ranks together. Raises ConfigError for words that the vocabulary knows.
+        """
+        super().__init__()
+        self.config, self.seed, self.samples = config, seed, samples
+        self._frozen = (model, LatentCache(model, enabled=config.cache_latents))  # not a module of ours: see _apply
+        self.zone: Zone | None = None
+        self.t_sampler = "uniform"
+        self.placeholders = {name: model.add_placeholder(token, config.vectors) for name, token in tokens.items()}
+        self.vectors = nn.Parameter(torch.cat([self._start(name) for name in tokens]))
+        self._ids: dict[str, Tensor] = {}
+        self._told = False
+
+    @property
+    def model(self) -> LatentDiffusion:
+        """The frozen pipeline."""
+        return self._frozen[0]
+
+    def rows(self, name: str) -> Tensor:
+        """The vectors [k, d] of a concept."""
+        place: Placeholder = self.placeholders[name]
+        first = place.first - self.model.vocabulary
+        return self.vectors[first : first + place.count]
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """The sum over concepts of the mean loss of each one's samples."""
+        model, cache = self._frozen
+        rng = batch.random(self.seed, batch.x.device)
+        noise_of = lambda purpose, like: rng.normal(purpose, like[0].numel()).view_as(like).to(like.dtype)
+        posterior = None
+        if self.config.vae == "sample":
+            side = [s // model.factor for s in batch.x.shape[2:]]
+            posterior = noise_of("posterior", batch.x.new_empty(len(batch), model.latent_channels, *side))
+        z = cache(batch, noise=posterior)
+        t, noise = self.timesteps(batch), noise_of("noise", z)
+        context = model.text(self._tokens(batch.captions), self.vectors)
+        pred = model.predict(model.noised(z, t, noise), t, context)
+        losses = self._losses(pred, model.target(z, t, noise), t, batch)  # [B]
+        counts = torch.bincount(batch.y, minlength=len(self.placeholders)).to(losses.dtype)
+        return StepOutput((losses / counts[batch.y]).sum(), {"per_concept": losses.mean()})
+
+    def timesteps(self, batch: Batch) -> Tensor:
+        """int64 [B], from batch.t_range or all of them."""
+        u = batch.random(self.seed, batch.x.device).uniform("t", 1)[:, 0]
+        t_range = batch.t_range or (0, self.model.num_timesteps)
+        stratum = None
+        if self.t_sampler == "stratified":
+            stratum = torch.tensor([int(key.rpartition("#")[2]) for key in batch.keys], device=u.device)
+        return draw_timesteps(u, t_range=t_range, sampler=self.t_sampler, stratum=stratum, strata=self.samples)
+
+    def _losses(self, pred: Tensor, target: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """[B]; those of one concept have its loss as their mean."""
+        zone, mask = self.zone or Zone(), None
+        if batch.mask is not None:
+            if self.zone is None:
+                raise DataError(
+                    f"{batch.keys[0]} comes with a mask, and nothing in this run uses masks.\n"
+                    "  Add the defense szt with a mask, or set data.masks: null."
+                )
+            mask = latent_mask(batch.mask, tuple(pred.shape[-2:]), zone)
+        if zone.norm == "batch":  # its terms share one denominator, which must be the concept's own
+            losses = pred.new_zeros(len(pred))
+            for y in batch.y.unique():
+                own = batch.y == y
+                losses = losses.index_put(
+                    (own.nonzero()[:, 0],), zone_loss(pred[own], target[own], None if mask is None else mask[own], zone)
+                )
+        else:
+            losses = zone_loss(pred, target, mask, zone)
+        return losses if self.config.min_snr is None else losses * self._snr_weight(t, batch)
+
+    def _snr_weight(self, t: Tensor, batch: Batch) -> Tensor:
+        """min(SNR, gamma) / SNR, for v-prediction / (SNR + 1)."""
+        gamma, snr = self.config.min_snr, self.model.snr().to(t.device)
+        first = (batch.t_range or (0, 0))[0]
+        if not self._told and self.model.prediction_type == "epsilon" and bool((snr[first:] <= gamma).all()):
+            self._told = True
+            log.warning("min_snr %g changes nothing: from t = %d on the ratio is below it everywhere.", gamma, first)
+        over = snr[t] + (1 if self.model.prediction_type == "v" else 0)
+        return (snr[t].clamp(max=gamma) / over).float()
+
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
+        """The step has no encoder features: see forward."""
+        return self.forward(batch)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """With keep_norm, the vectors go back to the vocabulary's median norm."""
+        if self.config.keep_norm:
+            norm = self.model.text_encoder.get_input_embeddings().weight.float().norm(dim=1).median()
+            self.vectors.mul_(norm / self.vectors.norm(dim=1, keepdim=True))
+
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        new = [c for c in dict.fromkeys(captions) if c not in self._ids]
+        if new:
+            self._ids.update(zip(new, self.model.tokens(new), strict=True))
+        return torch.stack([self._ids[c] for c in captions])
+
+    def _start(self, name: str) -> Tensor:
+        """The vectors [k, d] that a concept starts from."""
+        init = self.config.init
+        if isinstance(init, dict):
+            if name not in init:
+                raise ConfigError(f"method.init has no entry for concept {name!r}. It has: {', '.join(init) or 'none'}.")
+            init = init[name]
+        k, width = self.config.vectors, self.model.width
+        if init == "zeros":
+            return torch.zeros(k, width)
+        kind, colon, std = init.partition(":")
+        if kind == "normal" and colon:
+            try:
+                scale = float(std)
+            except ValueError:
+                scale = math.nan
+            if not scale > 0:
+                raise ConfigError(f"method.init {init!r}: write normal:STD with a positive number, such as normal:0.02.")
+            return KeyedRandom(self.seed, sample_ids([name])).normal("init", k * width).view(k, width) * scale
+        return self.model.word_vector(init).expand(k, width).clone()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TextualInversion":
+        """The frozen pipeline moves along, though it is no part of the state."""
+        super()._apply(fn, recurse)
+        self.model._apply(fn, recurse)
+        self._ids = {}
+        return self
