@@ -10,9 +10,12 @@ class Defense:
     """Both halves default to doing nothing; most defenses fill one. Never told which poison it faces.
 
     Built as `SomeDefense(config, num_classes=K, seed=seed)`.
+    purifier: whether it changes pixels `x` alone, which suits any training; size and keys stay, and a picture's own
+    pixels and key decide what becomes of it.
     """
 
     name: ClassVar[str]
+    purifier: ClassVar[bool] = False
 
     def __init__(self, config: Any, *, num_classes: int, seed: int) -> None:
         self.config, self.num_classes, self.seed = config, num_classes, seed

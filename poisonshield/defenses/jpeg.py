@@ -18,6 +18,7 @@ class JPEG(Defense):
     """Replaces pixels by their JPEG, as libjpeg-turbo would write and read it."""
 
     name: ClassVar[str] = "jpeg"
+    purifier: ClassVar[bool] = True
 
     class Config(Settings):
         """quality: 1 (smallest) to 100. subsampling: 4:2:0 halves the colour's resolution."""

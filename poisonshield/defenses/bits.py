@@ -1,0 +1,31 @@
+"""Fewer bits per channel: a perturbation that stays within its bin is gone, one that leaves it is amplified.
+
+Source: Xu et al. 2018 (feature squeezing). Values become the middles of their bins, so the mean brightness stays.
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from poisonshield.batch import Batch
+from poisonshield.config import Settings
+from poisonshield.defenses._levels import levels, pixels
+from poisonshield.defenses.base import Defense
+
+
+class Bits(Defense):
+    """Replaces levels v by s floor(v / s) + s / 2 with bins of s = 2^(8 - bits) levels."""
+
+    name: ClassVar[str] = "bits"
+    purifier: ClassVar[bool] = True
+
+    class Config(Settings):
+        """bits: kept of each channel's 8."""
+
+        bits: int = Field(4, ge=2, le=7)
+
+    def before(self, batch: Batch) -> Batch:
+        """x in 2^bits levels, [B, 3, H, W] in [0, 1]. A bin's middle lies between two levels; it is rounded up."""
+        bin_size = 2 ** (8 - self.config.bits)
+        return batch.replace(x=pixels(torch.floor(levels(batch.x) / bin_size) * bin_size + bin_size // 2))

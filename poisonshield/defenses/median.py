@@ -1,0 +1,33 @@
+"""Median filter of the training pictures: removes specks and thin patterns, keeps edges. Source: Tukey 1977."""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from poisonshield.batch import Batch
+from poisonshield.config import Settings
+from poisonshield.defenses._levels import levels, pixels
+from poisonshield.defenses.base import Defense
+
+
+class Median(Defense):
+    """Replaces each channel's value by the median of its neighbourhood; edge pixels repeat beyond the edge."""
+
+    name: ClassVar[str] = "median"
+    purifier: ClassVar[bool] = True
+
+    class Config(Settings):
+        """kernel: pixels a side."""
+
+        kernel: Literal[3, 5, 7, 9] = 3
+
+    def before(self, batch: Batch) -> Batch:
+        """x filtered, [B, 3, H, W] in [0, 1]. One picture at a time: kernel^2 copies of it are held."""
+        return batch.replace(x=torch.stack([self._filtered(x) for x in batch.x]) if len(batch.x) else batch.x)
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        k = self.config.kernel
+        padded = F.pad(levels(x)[None], [k // 2] * 4, mode="replicate")[0]
+        return pixels(padded.unfold(1, k, 1).unfold(2, k, 1).flatten(-2).median(-1).values)
