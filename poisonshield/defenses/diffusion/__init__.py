@@ -1,0 +1,1 @@
+"""Defenses for diffusion models: one file each; the file's name is the defense's name."""
