@@ -119,7 +119,8 @@ def load_concepts(
     out ("center") or the aspect given up ("squash"), then resized (bicubic, antialiased; masks nearest).
     names: only these, in this order. group: only these of NovelConcepts10, or of what a picture's JSON says.
     masks: "file" is `<stem>.mask.png` beside the picture or `masks/<stem>.png`; "alpha" the picture's own alpha, its
-    colours kept as they are; None reads none. Captions come from `<stem>.json` or the file's name.
+    colours kept as they are; None reads none. Captions come from `<stem>.json` or the file's name,
+    "" if that has no letter.
     Raises DataError naming the file for a picture or mask that is missing, unreadable, empty or of another size.
     """
     if size < 1 or crop not in ("center", "squash") or masks not in (None, "file", "alpha"):
@@ -366,7 +367,8 @@ def _concept(name: str, samples: Sequence[_Sample], *, size: int, crop: str, mas
             mask = mask.float() / 255
         caption = sample.about.get("caption")
         if caption is None:
-            caption = sample.stem.replace("_", " ").strip()
+            words = sample.stem.replace("_", " ").strip()
+            caption = words if any(c.isalpha() for c in words) else ""  # 00.jpg tells nothing
         images.append(ConceptImage.of(name, sample.stem, _fit(picture, size, crop), mask, caption))
     if small:
         log.warning(

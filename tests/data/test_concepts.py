@@ -309,7 +309,7 @@ def test_unclear_layouts_are_refused(tmp_path, folders):
 def test_json_beside_a_picture_gives_caption_and_group(folders):
     (folders / "cup" / "0.json").write_text(json.dumps({"caption": "a blue cup", "group": "od"}))
     cup = load_concepts(folders, size=16, names=["cup"], group="od")[0]
-    assert (cup.group, cup.images[0].caption, cup.images[1].caption) == ("od", "a blue cup", "1")
+    assert (cup.group, cup.images[0].caption, cup.images[1].caption) == ("od", "a blue cup", "")
     (folders / "cup" / "0.json").write_text("[1]")
     with pytest.raises(DataError, match="0.json: a table with the texts"):
         load_concepts(folders, size=16)
