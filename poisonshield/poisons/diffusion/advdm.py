@@ -1,0 +1,35 @@
+"""AdvDM: an adversarial example for the training loss of the diffusion model itself. Source: Liang et al. 2023.
+
+direction "-" lowers the loss instead, which gives smoother noise. Source of that form: Xue et al. 2024.
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from poisonshield.poisons.diffusion._gradients import gradient_of
+from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
+
+
+class AdvDM(DiffusionPoison):
+    """Raises (or lowers) E_{t, n} of the denoising loss, with a fresh t, noise and posterior sample a step."""
+
+    class Config(AttackConfig):
+        """direction: "+" raises the loss, "-" lowers it."""
+
+        direction: Literal["+", "-"] = "+"
+
+    name: ClassVar[str] = "advdm"
+
+    @property
+    def sign(self) -> int:
+        """1 or -1."""
+        return 1 if self.config.direction == "+" else -1
+
+    def gradient(self, view: View) -> Tensor:
+        """Of the loss, through the U-Net and the VAE."""
+        return self.sign * self.through_vae(view, lambda z: gradient_of(lambda v: self.diffusion_loss(v, view), z))
+
+    def objective(self, view: View) -> Tensor:
+        """The loss, or its negative."""
+        return self.sign * self.diffusion_loss(self.latents(view), view)

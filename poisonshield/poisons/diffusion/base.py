@@ -1,0 +1,287 @@
+"""The contract of a poison for diffusion models: it gives a gradient for pixels, and the engine does the rest.
+
+The result is uint8, of the source's size, and x' = clip(round(x0 + clip(delta, -eps, eps)), 0, 255) with delta float32
+in 8-bit levels, so the radius holds on the file that is written. Every draw is a function of (seed, key, step): neither
+order nor number of pictures, nor stopping and going on, changes a result. Weights of the model never change.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from poisonshield.config import Settings
+from poisonshield.errors import BudgetError, ConfigError
+from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.ops.philox import KeyedRandom
+from poisonshield.poisons.diffusion._eot import Transform
+from poisonshield.poisons.diffusion._gradients import Change, pixel_gradient, squared_error
+from poisonshield.poisons.diffusion._plan import Box
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all), a picture's step counting as one."""
+
+
+class AttackConfig(Settings):
+    """What every poison can be told. Levels are 8-bit levels: 8 means 8/255 of the range.
+
+    eps_levels: radius; norm "l2" bounds the root mean square of the change instead of its largest value. final_step: the
+    share of step_levels that the last step has, reached linearly. draws: (t, noise) draws a step, averaged.
+    t_range: [first, end) of timesteps, all by default; t_policy "snr" draws them by snr(t) ** snr_power, "list" from t_list.
+    random_start: None leaves it to the poison. momentum: of normalised gradients. band: limit to the lowest
+    band x band bins of the cosine transform of 8 x 8 blocks. eot: random changes before the VAE, in order.
+    mask: what given masks do: "pixels" keep the change to them, "loss" weigh the loss. tile: the largest side seen at once.
+    recompute: encode twice a step, to hold one network's graph at a time.
+    """
+
+    eps_levels: float = 8.0
+    step_levels: float = Field(1.0, gt=0)
+    steps: int = Field(100, ge=1)
+    norm: Literal["linf", "l2"] = "linf"
+    final_step: float = Field(1.0, gt=0, le=1)
+    random_start: bool | None = None
+    momentum: float = Field(0.0, ge=0, le=1)
+    band: int | None = Field(None, ge=1, le=8)
+    prompt: str = "a photo"
+    draws: int = Field(1, ge=1)
+    t_range: tuple[int, int] | None = None
+    t_policy: Literal["uniform", "snr", "list"] = "uniform"
+    t_list: tuple[int, ...] = ()
+    snr_power: float = -0.5
+    eot: tuple[Literal["jpeg", "blur", "flip"], ...] = ()
+    jpeg_qualities: tuple[int, ...] = (75,)
+    jpeg_slope: Literal["layer", "identity"] = "layer"
+    blur_sigma: tuple[float, float] = (0.3, 1.5)
+    mask: Literal["pixels", "loss", "both"] = "pixels"
+    tile: int | None = Field(None, ge=16)
+    overlap: int = Field(64, ge=0)
+    recompute: bool = True
+
+
+@dataclass(frozen=True)
+class View:
+    """A tile of some pictures at one step: x [B, 3, h, w] in [0, 1].
+
+    rng draws this step's numbers of this tile, shared those that all tiles of a picture have in common (its timestep).
+    mask [B, 1, h', w'] weighs the latents' cells and area [B] is its sum over the picture; None where no mask counts.
+    box: where the tile lies in the padded picture of size `padded`. memo: what `prepare` gave for it.
+    """
+
+    keys: tuple[str, ...]
+    x: Tensor
+    rng: KeyedRandom
+    shared: KeyedRandom
+    box: Box
+    padded: tuple[int, int]
+    mask: Tensor | None
+    area: Tensor | None
+    memo: Mapping[str, Tensor]
+
+
+class DiffusionPoison(ABC):
+    """Built as `SomePoison(config, model=model, seed=seed)`. A subclass sets `name` and `Config`, and writes `gradient`
+    and `objective`; both see a View. target: uint8 [3, h, w], for poisons that take one.
+
+    noise_start: whether it starts from noise if not told; "always" where the gradient at the source is 0.
+    coupled: whether pictures meet in a surrogate, so that they must be given together.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[AttackConfig]]
+    noise_start: ClassVar[bool | Literal["always"]] = True
+    coupled: ClassVar[bool] = False
+    takes_target: ClassVar[bool] = False
+
+    def __init__(
+        self, config: AttackConfig, *, model: LatentDiffusion, seed: int = 0, target: Tensor | None = None
+    ) -> None:
+        self.config, self.model, self.seed, self.target = config, model, seed, target
+        _check_budget(config)
+        _check_timesteps(config, model.num_timesteps)
+        if any(not 1 <= q <= 100 for q in config.jpeg_qualities) or not config.jpeg_qualities:
+            raise ConfigError(f"jpeg_qualities {config.jpeg_qualities} must be one or more of 1..100.")
+        if not 0 < config.blur_sigma[0] <= config.blur_sigma[1]:
+            raise ConfigError(f"blur_sigma {config.blur_sigma} must be (smallest, largest) in pixels, both positive.")
+        if target is not None and not self.takes_target:
+            raise ConfigError(
+                f"poison {self.name} has no target picture. Leave it out, or take mist or photoguard_enc."
+            )
+        if self.noise_start == "always" and config.random_start is False:
+            raise ConfigError(
+                f"poison {self.name} moves away from the source, where its gradient is 0: it has to start from noise.\n"
+                "  Leave random_start out."
+            )
+
+    @abstractmethod
+    def gradient(self, view: View) -> Tensor:
+        """The direction that raises the objective, [B, 3, h, w]; its size does not count."""
+
+    @abstractmethod
+    def objective(self, view: View) -> Tensor:
+        """What the poison raises, [B], for these pixels and draws. Called without gradients."""
+
+    def prepare(self, view: View) -> dict[str, Tensor]:
+        """What to keep of the clean pixels view.x of a tile, rows [B, ...]; computed once and given as view.memo."""
+        return {}
+
+    def perturb(
+        self,
+        images: Mapping[str, Tensor],
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        micro_batch: int = 1,
+        state_folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Tensor]:
+        """The poisoned pictures, uint8 [3, H, W] by key, in the order given.
+
+        images: uint8 [3, H, W] by key, of any sizes. masks: [1, H, W] in [0, 1] by key, for all pictures or none; their
+        use is config.mask. micro_batch: pictures of one size that are computed together; results are the same to the
+        bit for equal micro_batch, else up to last bits of gradients. state_folder: where unfinished pictures are kept
+        every 25 steps; called again after a stop, it goes on from there to the same result. Removed at the end.
+
+        Raises ShapeError and DataError for other pictures or masks, CheckpointError for another run's state.
+        """
+        done = dict(
+            self.run(images, masks=masks, micro_batch=micro_batch, state_folder=state_folder, progress=progress)
+        )
+        return {key: done[key] for key in images}
+
+    def run(
+        self,
+        images: Mapping[str, Tensor],
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        micro_batch: int = 1,
+        state_folder: Path | None = None,
+        save_every: int = 25,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The same as `perturb`, one by one as they are finished. A picture's state is removed when the next is asked for."""
+        from poisonshield.poisons.diffusion._engine import attack
+
+        return attack(
+            self,
+            images,
+            masks,
+            micro_batch=micro_batch,
+            state_folder=state_folder,
+            save_every=save_every,
+            progress=progress,
+        )
+
+    def measure(
+        self,
+        images: Mapping[str, Tensor],
+        *,
+        clean: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        draws: int = 32,
+        micro_batch: int = 8,
+    ) -> dict[str, float]:
+        """The objective's mean over `draws` fixed draws, by key: common random numbers, so that two calls compare.
+
+        The loss varies more with the timestep than with a perturbation; the same (t, noise, posterior noise) for both
+        pictures takes that out. clean: the sources, where the objective knows them; `images` themselves by default.
+        """
+        from poisonshield.poisons.diffusion._crn import mean_objective
+
+        return mean_objective(self, images, clean or images, masks, draws=draws, micro_batch=micro_batch)
+
+    # For subclasses
+
+    def through_vae(self, view: View, cotangent: Change) -> Tensor:
+        """d <g, z> / d x with g = cotangent(z) and z the scaled latents of the changed pixels, a posterior sample."""
+        return pixel_gradient(
+            self.model,
+            view.x,
+            cotangent,
+            posterior=self.noise(view, "posterior"),
+            change=self.change(view),
+            recompute=self.config.recompute,
+        )
+
+    def latents(self, view: View) -> Tensor:
+        """The latents z that `through_vae` sees."""
+        return self.model.encode(self.change(view)(view.x), noise=self.noise(view, "posterior"))
+
+    def diffusion_loss(self, z: Tensor, view: View) -> Tensor:
+        """The training loss [B] of latents z at this view's timestep and noise, masked where masks weigh the loss."""
+        t, noise = self.timesteps(view), self.noise(view, "noise")
+        pred = self.denoise(self.model.noised(z, t, noise), t)
+        return squared_error(pred, self.model.target(z, t, noise), view.mask, view.area)
+
+    def denoise(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """What the U-Net says of z_t [B, C, h, w] under the prompt."""
+        return self.model.predict(z_t, t, self.context.expand(len(z_t), -1, -1))
+
+    @cached_property
+    def context(self) -> Tensor:
+        """The prompt's context [1, L, d]."""
+        with torch.no_grad():
+            return self.model.prompts([self.config.prompt])
+
+    @cached_property
+    def digest(self) -> str:
+        """The model's hash."""
+        return self.model.digest()
+
+    def change(self, view: View) -> Transform:
+        """This view's random changes of pixels, by config.eot."""
+        c = self.config
+        return Transform(c.eot, view.rng, qualities=c.jpeg_qualities, slope=c.jpeg_slope, sigma=c.blur_sigma)
+
+    def noise(self, view: View, purpose: str) -> Tensor:
+        """Standard normal numbers of the latents' shape [B, C, h', w']."""
+        h, w = (side // self.model.factor for side in view.x.shape[2:])
+        count = self.model.latent_channels * h * w
+        drawn = view.rng.normal(purpose, count).view(-1, self.model.latent_channels, h, w)
+        return drawn.double() if self.model.dtype == torch.float64 else drawn
+
+    def timesteps(self, view: View) -> Tensor:
+        """int64 [B], by config.t_range, t_policy and t_list."""
+        u, c = view.shared.uniform("t", 1)[:, 0].double(), self.config
+        if c.t_policy == "list":
+            return torch.tensor(c.t_list, device=u.device)[(u * len(c.t_list)).long()]
+        first, end = c.t_range or (0, self.model.num_timesteps)
+        if c.t_policy == "uniform":
+            return first + (u * (end - first)).long()
+        density = self.model.snr()[first:end] ** c.snr_power
+        edges = density.cumsum(0) / density.sum()
+        return first + torch.searchsorted(edges, u, right=True).clamp(max=end - first - 1)
+
+
+def _check_budget(config: AttackConfig) -> None:
+    eps = config.eps_levels
+    if not 0 < eps <= 255:
+        raise BudgetError(
+            f"eps_levels {eps:g} is beyond 255 levels, which is all that 8 bits have."
+            if eps > 255
+            else f"eps_levels {eps:g} is no radius: more than 0 and at most 255 levels are wanted."
+        )
+    if config.norm == "linf" and eps < 1:
+        raise BudgetError(
+            f"eps_levels {eps:g} is under one level, so no 8-bit picture could change. Radii here are not in [0, 1]."
+        )
+
+
+def _check_timesteps(config: AttackConfig, count: int) -> None:
+    first, end = config.t_range or (0, count)
+    if not 0 <= first < end <= count:
+        raise ConfigError(
+            f"t_range {config.t_range} must be [first, end) within the {count} timesteps of the pipeline."
+        )
+    if (config.t_policy == "list") != bool(config.t_list):
+        raise ConfigError("t_list and t_policy: list go together: give both or neither.")
+    if config.t_list and not (0 <= min(config.t_list) and max(config.t_list) < count):
+        raise ConfigError(
+            f"t_list reaches from {min(config.t_list)} to {max(config.t_list)}; the pipeline has 0 to {count - 1}."
+        )
+    if config.t_list and config.t_range:
+        raise ConfigError("t_list says which timesteps there are; leave t_range out.")

@@ -1,0 +1,113 @@
+"""FSMG, a fully trained surrogate: fine-tune on clean pictures, then raise the loss of that model. Source: Van Le et al. 2023.
+
+The surrogate learns `reference` pictures of the same subject where given, as the authors have it, else the pictures
+themselves. Its training is the cost: 1000 steps for a set of pictures.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from poisonshield.errors import ConfigError
+from poisonshield.poisons.diffusion._canvas import Canvas, check_images
+from poisonshield.poisons.diffusion._engine import attack, groups
+from poisonshield.poisons.diffusion._state import Store, identity
+from poisonshield.poisons.diffusion._surrogate import Surrogate, SurrogateConfig
+from poisonshield.poisons.diffusion.advdm import AdvDM
+from poisonshield.poisons.diffusion.base import Progress
+
+
+class FSMG(AdvDM):
+    """AdvDM on a surrogate. reference, class_images: uint8 [3, H, W] by key; the latter for prior_weight."""
+
+    class Config(SurrogateConfig, AdvDM.Config):
+        """surrogate_steps: of the training on clean pictures."""
+
+        surrogate_steps: int = Field(1000, ge=0)
+
+    name: ClassVar[str] = "fsmg"
+    noise_start = False
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        reference: Mapping[str, Tensor] | None = None,
+        class_images: Mapping[str, Tensor] | None = None,
+        **rest: object,
+    ) -> None:
+        super().__init__(config, **rest)
+        self.reference, self.class_images = reference, class_images
+        if config.prior_weight and not class_images:
+            raise ConfigError(
+                "prior_weight needs class_images: pictures of other subjects of the class. Give them, or 0."
+            )
+        for given in (reference, class_images):
+            check_images(given or {}, None)
+        self._trained_on: str | None = None
+
+    @property
+    def coupled(self) -> bool:
+        """Without a reference set the surrogate learns all pictures together."""
+        return self.reference is None
+
+    @cached_property
+    def surrogate(self) -> Surrogate:
+        """The model that is attacked: the caller's own until it is trained."""
+        return Surrogate(self)
+
+    def denoise(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """The surrogate's prediction."""
+        return self.surrogate.predict(z_t, t)
+
+    def run(
+        self,
+        images: Mapping[str, Tensor],
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        micro_batch: int = 1,
+        state_folder: Path | None = None,
+        save_every: int = 25,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As the parent's, after the surrogate was trained or read back."""
+        check_images(images, masks)
+        learned, store = self.reference or images, Store(state_folder)
+        learned_masks = None if self.reference else masks
+        name = identity(self, {**learned, **{f"class {k}": v for k, v in (self.class_images or {}).items()}}, None)
+        if self._trained_on != name:
+            self.__dict__.pop("surrogate", None)
+            state = store.load(_STATE, name)
+            if state is not None:
+                self.surrogate.restore(state["weights"])
+            else:
+                self.surrogate.train(
+                    self.canvases(learned, learned_masks), self.config.surrogate_steps, first=0, phase="clean", clean=True,
+                    prior=self.canvases(self.class_images or {}, None),
+                )  # fmt: skip
+                if state_folder is not None:
+                    store.save(_STATE, name, {"weights": [w.cpu() for w in self.surrogate.state()]})
+            self._trained_on = name
+        yield from attack(
+            self,
+            images,
+            masks,
+            micro_batch=micro_batch,
+            state_folder=state_folder,
+            save_every=save_every,
+            progress=progress,
+        )
+        store.remove(_STATE)
+
+    def canvases(
+        self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, micro_batch: int = 1
+    ) -> list[Canvas]:
+        """The pictures in groups of one size."""
+        return [Canvas(self, {k: images[k] for k in keys}, masks) for keys in groups(images, micro_batch)]
+
+
+_STATE = "\0surrogate"

@@ -1,0 +1,51 @@
+"""PhotoGuard's encoder attack: the latents of the picture become those of a target. Source: Salman et al. 2023.
+
+The norm is of the unscaled posterior mean, as in the authors' notebooks; without a target it is pulled to 0.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from poisonshield.errors import ConfigError
+from poisonshield.poisons.diffusion._gradients import gradient_of
+from poisonshield.poisons.diffusion._target import target_picture
+from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
+
+
+class PhotoGuardEncoder(DiffusionPoison):
+    """Lowers ||mu(x) - mu(target)||_2."""
+
+    class Config(AttackConfig):
+        """toward: "zero" latents, a "grey" picture, our "pattern", or the picture that was given."""
+
+        toward: Literal["zero", "grey", "pattern", "given"] = "zero"
+
+    name: ClassVar[str] = "photoguard_enc"
+    takes_target = True
+
+    def __init__(self, config: Config, *, target: Tensor | None = None, **rest: object) -> None:
+        super().__init__(config, target=target, **rest)
+        if (config.toward == "given") != (target is not None):
+            raise ConfigError("toward: given and a target picture go together: give both or neither.")
+
+    def prepare(self, view: View) -> dict[str, Tensor]:
+        """The target's posterior mean for this tile."""
+        if self.config.toward == "zero":
+            return {"mean": torch.zeros_like(self.model.posterior(view.x)[0])}
+        grey = self.config.toward == "grey"
+        picture = torch.full_like(view.x[:1], 0.5) if grey else target_picture(self, view)
+        return {"mean": self.model.posterior(picture)[0].expand(len(view.x), -1, -1, -1)}
+
+    def _distance(self, x: Tensor, view: View) -> Tensor:
+        mean, _ = self.model.posterior(self.change(view)(x))
+        return (mean - view.memo["mean"]).flatten(1).norm(dim=1)
+
+    def gradient(self, view: View) -> Tensor:
+        """Of the negative distance, in one graph."""
+        return gradient_of(lambda x: -self._distance(x, view), view.x)
+
+    def objective(self, view: View) -> Tensor:
+        """The negative distance."""
+        return -self._distance(view.x, view)

@@ -1,0 +1,40 @@
+"""PID, prompt-independent defense: move mean and variance of the VAE's posterior away from the clean ones. Li et al. 2024.
+
+No prompt and no U-Net. The clean moments are computed once, not at every step.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from poisonshield.poisons.diffusion._gradients import gradient_of
+from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
+
+
+class PID(DiffusionPoison):
+    """Raises MSE(log var(x), log var(x0)) + MSE(mean(x), mean(x0)), of the unscaled posterior."""
+
+    class Config(AttackConfig):
+        """The authors' script: 12.75 levels, 1000 steps of 1."""
+
+    name: ClassVar[str] = "pid"
+    noise_start = "always"
+
+    def prepare(self, view: View) -> dict[str, Tensor]:
+        """The clean moments."""
+        mean, std = self.model.posterior(view.x)
+        return {"mean": mean, "log_var": 2 * std.log()}
+
+    def terms(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """(MSE of log variances, MSE of means), each [B]."""
+        mean, std = self.model.posterior(self.change(view)(x))
+        moved = (2 * std.log() - view.memo["log_var"], mean - view.memo["mean"])
+        return tuple(m.square().flatten(1).mean(1) for m in moved)
+
+    def gradient(self, view: View) -> Tensor:
+        """Of both terms, in one graph."""
+        return gradient_of(lambda x: sum(self.terms(x, view)), view.x)
+
+    def objective(self, view: View) -> Tensor:
+        """Both terms."""
+        return sum(self.terms(view.x, view))

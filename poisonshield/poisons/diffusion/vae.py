@@ -1,0 +1,41 @@
+"""The plain encoder attack: move the latents, ignore the U-Net. Source: Salman et al. 2023; Xue et al. 2024 (the untargeted form).
+
+Cheapest of all, one encoder pass forward and back a step, and blind to prompts. It is bound to the VAE.
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from poisonshield.poisons.diffusion._gradients import gradient_of
+from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
+
+
+class VAE(DiffusionPoison):
+    """Raises the mean of (z(x) - z(x0))^2, z the posterior's scaled mean; with goal "zero" lowers the mean of z(x)^2."""
+
+    class Config(AttackConfig):
+        """goal: "away" from the clean latents, or to "zero"."""
+
+        goal: Literal["away", "zero"] = "away"
+
+    name: ClassVar[str] = "vae"
+    noise_start = "always"
+
+    def prepare(self, view: View) -> dict[str, Tensor]:
+        """The clean latents, unchanged by eot."""
+        return {"z": self.model.encode(view.x)}
+
+    def _loss(self, x: Tensor, view: View) -> Tensor:
+        z = self.model.encode(self.change(view)(x))
+        if self.config.goal == "zero":
+            return -z.square().flatten(1).mean(1)
+        return (z - view.memo["z"]).square().flatten(1).mean(1)
+
+    def gradient(self, view: View) -> Tensor:
+        """Of the loss, in one graph."""
+        return gradient_of(lambda x: self._loss(x, view), view.x)
+
+    def objective(self, view: View) -> Tensor:
+        """The loss."""
+        return self._loss(view.x, view)
