@@ -83,8 +83,11 @@ class Concept:
     @classmethod
     def of(cls, name: str, images: Sequence[ConceptImage], group: str | None = None) -> "Concept":
         """The concept with its digest. Raises DataError for a name that keys cannot hold, and for no or equal keys."""
-        if not name or re.search(r"[#@:/]", name):
-            raise DataError(f"{name!r} cannot name a concept: keys use # @ : and / themselves. Rename its folder.")
+        if re.search(r"^$|^\.|[#@:/]|^masks?$", name, re.IGNORECASE):
+            raise DataError(
+                f"{name!r} cannot name a concept: keys use # @ : and / themselves, and folders called mask hold masks.\n"
+                "  Rename its folder."
+            )
         keys = [image.key for image in images]
         if len(set(keys)) < len(keys) or not keys:
             twice = next((k for k in keys if keys.count(k) > 1), None)

@@ -297,9 +297,10 @@ def test_unclear_layouts_are_refused(tmp_path, folders):
         load_concepts(folders, size=16)
     with pytest.raises(ConfigError, match="center or squash"):
         load_concepts(folders, size=16, crop="middle")
-    with pytest.raises(DataError, match="cannot name a concept"):
-        Concept.of("a#b", [ConceptImage.of("a", "0", torch.zeros(3, 4, 4, dtype=torch.uint8))])
     pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    for name in ("a#b", "a/b", "", ".a", "Mask"):
+        with pytest.raises(DataError, match="cannot name a concept"):
+            Concept.of(name, [ConceptImage.of("a", "0", pixels)])
     with pytest.raises(DataError, match="twice"):
         Concept.of("a", [ConceptImage.of("a", "0", pixels), ConceptImage.of("a", "0", pixels)])
     with pytest.raises(DataError, match="no key of these"):
