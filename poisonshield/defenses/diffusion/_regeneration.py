@@ -30,11 +30,13 @@ class Regeneration(Defense):
         """x remade, [B, 3, H, W] in [0, 1]. Raises ConfigError where the pipeline cannot be loaded."""
         if self._model is None:
             self._model = LatentDiffusion.load(self.config.pipeline)
-        model = self._model.to(batch.x.device)
+        # Pictures may wait on the CPU for their training to start; their way through the model need not.
+        model = self._model.to("cuda" if torch.cuda.is_available() else batch.x.device)
         made = []
         for first in range(0, len(batch), _AT_ONCE):
             x, keys = batch.x[first : first + _AT_ONCE], batch.keys[first : first + _AT_ONCE]
-            z = self.regenerate(model, model.encode(padded(x, model.factor)), [k.partition("#")[0] for k in keys])
+            grown = padded(x, model.factor).to(model.alphas_cumprod.device)
+            z = self.regenerate(model, model.encode(grown), [k.partition("#")[0] for k in keys])
             made.append(pixels(model.decode(z)[..., : x.shape[2], : x.shape[3]] * 255).to(x))
         return batch.replace(x=torch.cat(made) if made else batch.x)
 

@@ -1,0 +1,55 @@
+"""GrabCut from a centred rectangle: colours inside against colours outside, cut along edges. Source: Rother et al. 2004.
+
+Right for one object on a ground of other colours that stays within the rectangle; what lies outside never counts.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from poisonshield.batch import Batch
+from poisonshield.defenses.diffusion.masks.base import MaskProvider
+from poisonshield.defenses.diffusion.masks.box import rectangle
+from poisonshield.errors import ConfigError
+from poisonshield.models.latent_diffusion import LatentDiffusion
+
+_ROUNDS = 5
+
+
+class GrabCut(MaskProvider):
+    """Binary masks by OpenCV, on 8-bit pixels. An empty one where it finds no object."""
+
+    name: ClassVar[str] = "grabcut"
+
+    def __call__(
+        self, batch: Batch, model: LatentDiffusion | None = None, words: Sequence[str] | None = None
+    ) -> Tensor:
+        """Masks [B, 1, H, W]. Raises ConfigError without OpenCV, and for a rectangle that leaves no ground around it."""
+        cv2 = _opencv()
+        height, width = batch.x.shape[2:]
+        around = rectangle(height, width, self.box)
+        if around[2] >= width or around[3] >= height:
+            raise ConfigError(
+                f"mask_box {self.box:g} leaves grabcut no ground around the rectangle. Give less, such as 0.7."
+            )
+        levels = (batch.x * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        masks = [self._cut(cv2, picture, around) for picture in levels]
+        return torch.stack(masks)[:, None].to(batch.x)
+
+    def _cut(self, cv2: Any, picture: Any, around: tuple[int, int, int, int]) -> Tensor:
+        cv2.setRNGSeed(self.seed)  # its colour clusters start from OpenCV's own random state
+        bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+        found, _, _ = cv2.grabCut(bgr, None, around, None, None, _ROUNDS, cv2.GC_INIT_WITH_RECT)
+        return torch.from_numpy((found == cv2.GC_FGD) | (found == cv2.GC_PR_FGD)).float()
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as err:
+        raise ConfigError(
+            "mask grabcut needs OpenCV: pip install poisonshield[opencv]. Or choose another mask, such as attention."
+        ) from err
+    return cv2

@@ -1,0 +1,275 @@
+"""Safe-Zone Training: purified pixels, high timesteps, and a loss on the concept alone. Source: Styborski et al. 2025.
+
+A poison's signal lies at high spatial frequencies, acts at low timesteps, and draws learning away from the concept. JPEG
+takes the first, the other two are left out of training. Generation is not touched, and what is learned is an ordinary
+embedding. The paper's abstract names these three parts; quality 25, t from 500 and the loss's form are choices of ours.
+The price: at high timesteps a concept's fine details teach little, so learning is slower and coarser.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from poisonshield.batch import Batch
+from poisonshield.config import Settings
+from poisonshield.defenses.base import Defense
+from poisonshield.defenses.diffusion._background import with_background
+from poisonshield.defenses.diffusion._purifiers import build_purifier, purifier_block
+from poisonshield.errors import ConfigError, DataError
+from poisonshield.losses.zone import Zone
+from poisonshield.method import Method
+from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.registry import Registry
+
+log = logging.getLogger(__name__)
+
+MASKS = Registry("poisonshield.defenses.diffusion.masks", kind="mask")
+GIVEN = ("file", "alpha")
+"""Masks that come with the batch."""
+
+_SMALL, _LARGE = 0.02, 0.90  # shares of the picture at which a mask looks like a mistake
+
+
+class SZT(Defense):
+    """`before` purifies x, settles the mask and sets t_range; `wrap` tells the method where its loss counts.
+
+    One object does both: masks that need the pipeline, and timesteps counted from its end, take it from the method.
+    Random backgrounds apart, a picture's result depends on its pixels and key alone, so that it may be kept.
+    areas, ious: of each picture seen, the mask's share of it, and its overlap with the given mask if there is one.
+    """
+
+    name: ClassVar[str] = "szt"
+
+    class Config(Settings):
+        """purifier: null, a name or a block. t_min: the first timestep, a fraction of all, or auto (see `resolve`).
+        t_max: the first beyond, null for all. t_sampler: "soft" is a floor without an edge.
+
+        mask: where from; file and alpha come with the data. mask_resize, mask_floor, mask_dilate (latent cells),
+        loss_norm: see losses.zone.Zone. mask_box: side of the centred rectangle of box and grabcut, a share of the
+        picture's. mask_word: what the concept is called, for attention and ssm; null for the word that learning starts
+        from. background: around the concept, see with_background. t_reference: the second purifier that auto compares.
+        """
+
+        purifier: Any = Field({"name": "jpeg", "quality": 25, "subsampling": "420"}, validate_default=True)
+        t_min: int | float | Literal["auto"] = 500
+        t_max: int | None = Field(None, ge=1)
+        t_sampler: Literal["uniform", "stratified", "soft"] = "uniform"
+        mask: Literal["file", "alpha", "grabcut", "attention", "ssm", "box"] | None = "file"
+        mask_resize: Literal["area", "nearest", "max"] = "area"
+        mask_floor: float = Field(0.0, ge=0, le=1)
+        mask_dilate: int = Field(1, ge=0)
+        mask_box: float = Field(0.7, gt=0, le=1)
+        mask_word: str | None = Field(None, min_length=1)
+        loss_norm: Literal["per_image", "batch", "plain"] = "per_image"
+        background: Literal["keep", "mean", "noise", "swap"] = "keep"
+        t_reference: Any = Field({"name": "jpeg", "quality": 10, "subsampling": "420"}, validate_default=True)
+
+        @field_validator("purifier", "t_reference", mode="before")
+        @classmethod
+        def _purifier(cls, value: Any) -> dict[str, Any] | None:
+            return purifier_block(value)
+
+        @field_validator("t_min", mode="before")
+        @classmethod
+        def _timestep(cls, value: Any) -> int | float | str:
+            if isinstance(value, str) and "/" in value:
+                top, _, bottom = value.partition("/")
+                value = (
+                    int(top) / int(bottom)
+                    if top.strip().isdigit() and bottom.strip().isdigit() and int(bottom)
+                    else value
+                )
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if whole or (isinstance(value, float) and 0 < value < 1) or value == "auto":
+                return value
+            raise ValueError(
+                f"{value!r}: a whole number of timesteps, a fraction between 0 and 1 of all, or auto is wanted"
+            )
+
+        @model_validator(mode="after")
+        def _together(self) -> "SZT.Config":
+            if isinstance(self.t_min, int) and self.t_max is not None and self.t_min >= self.t_max:
+                raise ValueError(f"t_min {self.t_min} leaves no timestep below t_max {self.t_max}")
+            if self.background != "keep" and self.mask is None:
+                raise ValueError(f"background {self.background} needs a mask, to know what it surrounds")
+            if self.t_min == "auto" and self.t_reference in (None, self.purifier):
+                raise ValueError("t_min auto compares two purifiers: give t_reference another one than purifier")
+            return self
+
+    def __init__(self, config: Config, *, num_classes: int, seed: int) -> None:
+        super().__init__(config, num_classes=num_classes, seed=seed)
+        self._purifier = build_purifier(config.purifier, num_classes=num_classes, seed=seed)
+        self._masks = None
+        if config.mask is not None and config.mask not in GIVEN:
+            self._masks = MASKS.get(config.mask)(seed=seed, box=config.mask_box)
+        self.model: LatentDiffusion | None = None
+        self.words: tuple[str | None, ...] = ()
+        self.resolved: int | None = None
+        self.areas: dict[str, float] = {}
+        self.ious: dict[str, float] = {}
+
+    @property
+    def label(self) -> str:
+        """'szt' with the usual three parts, else what it consists of, as in 'szt(jpeg25, t500)' without a mask."""
+        c = self.config
+        parts = [] if c.purifier is None else [f"{c.purifier['name']}{c.purifier.get('quality', '')}"]
+        if c.t_min != 0 or c.t_max is not None:
+            parts.append(f"t{c.t_min}" + ("" if c.t_max is None else f"-{c.t_max}"))
+        if c.mask is not None:
+            parts.append("mask" if c.mask in GIVEN else c.mask)
+        return self.name if parts == ["jpeg25", "t500", "mask"] else f"{self.name}({', '.join(parts) or 'off'})"
+
+    @property
+    def t_range(self) -> tuple[int, int]:
+        """[first, end) of the timesteps trained on. Raises ConfigError where it does not fit the pipeline, or is not known yet."""
+        c, total = self.config, None if self.model is None else self.model.num_timesteps
+        if total is None:
+            raise ConfigError(
+                "szt does not know the pipeline yet. Call wrap(method) of this object before before(batch)."
+            )
+        first = c.t_min
+        if first == "auto":
+            if self.resolved is None:
+                raise ConfigError("szt.t_min is auto and not resolved. Call resolve(batch, rows, prompts) first.")
+            first = self.resolved
+        elif isinstance(first, float):
+            first = round(first * total)
+        end = total if c.t_max is None else c.t_max
+        if end > total or first >= end:
+            raise ConfigError(
+                f"szt trains on timesteps {first} to {end - 1}, and {self.model.name} has 0 to {total - 1}. "
+                "Lower t_min or t_max; fractions of t_min count from the pipeline's own number."
+            )
+        return first, end
+
+    def wrap(self, method: Method) -> Method:
+        """The method itself, told of zone and t_sampler. Raises ConfigError for one that trains no diffusion model."""
+        if not isinstance(getattr(method, "model", None), LatentDiffusion):
+            raise ConfigError(
+                f"szt guards the training of words of a diffusion model, and {method.name} is none. "
+                "Use method.name: textual_inversion."
+            )
+        c = self.config
+        self.model, self.words = method.model, _words(method)
+        if (
+            self._masks is not None
+            and self._masks.needs_word
+            and c.mask_word is None
+            and None in (self.words or (None,))
+        ):
+            raise ConfigError(f"szt.mask {c.mask} looks for a word. Set szt.mask_word, or let method.init be a word.")
+        if c.t_min != "auto" or self.resolved is not None:
+            _ = self.t_range
+        method.zone = Zone(norm=c.loss_norm, resize=c.mask_resize, floor=c.mask_floor, dilate=c.mask_dilate)
+        method.t_sampler = c.t_sampler
+        return method
+
+    def before(self, batch: Batch) -> Batch:
+        """x purified and composited, mask [B, 1, H, W] or None, t_range. Raises ConfigError and DataError naming the key."""
+        t_range = self.t_range
+        if self._purifier is not None:
+            batch = self._purifier.before(batch)
+        batch = batch.replace(mask=self._mask(batch), t_range=t_range)
+        return with_background(batch, self.config.background, seed=self.seed)
+
+    def resolve(self, batch: Batch, rows: Tensor, prompts: Sequence[str]) -> int:
+        """The first timestep; for auto read off the gradients on these pictures, and kept.
+
+        A poison does not survive two purifiers alike, so from where on their gradients agree, it no longer matters.
+        batch: pictures as they come, before `before`. rows [R, d]: where training starts; prompts: one per picture.
+        """
+        if self.config.t_min != "auto":
+            return self.t_range[0]
+        from poisonshield.models.timesteps import choose_t_min, timestep_profile
+
+        if self.model is None:
+            raise ConfigError("szt does not know the pipeline yet. Call wrap(method) of this object before resolve.")
+        device = self.model.alphas_cumprod.device
+        reference = build_purifier(self.config.t_reference, num_classes=self.num_classes, seed=self.seed)
+        purified = batch if self._purifier is None else self._purifier.before(batch)
+        mask = self._mask(purified)
+        profile = timestep_profile(
+            self.model,
+            purified.x.to(device),
+            rows=rows,
+            prompts=list(prompts),
+            ref=reference.before(batch).x.to(device),
+            mask=None if mask is None else mask.to(device),
+            seed=self.seed,
+            keys=[key.partition("#")[0] for key in batch.keys],
+        )
+        self.resolved = choose_t_min(profile)
+        log.info("szt trains from timestep %d on, where the gradients of two purifiers agree.", self.resolved)
+        return self.t_range[0]
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        """The mask of purified pictures, checked."""
+        kind, given = self.config.mask, batch.mask
+        if given is not None:
+            _check_given(batch)
+        if kind is None:
+            if given is not None:
+                raise ConfigError(
+                    f"{batch.keys[0]} comes with a mask, and szt.mask is null: masks given but unused.\n"
+                    "  Set szt.mask: file, or leave the masks out of the data."
+                )
+            return None
+        if kind in GIVEN:
+            if given is None:
+                raise DataError(
+                    f"{batch.keys[0]} comes without a mask, and szt.mask is {kind}.\n"
+                    "  Give the data masks, or choose one that is made: grabcut, attention, ssm or box; null for none."
+                )
+            mask = given
+        else:
+            mask = self._masks(batch, self.model, self._words_of(batch))
+        self._judge(batch, mask, None if kind in GIVEN else given)
+        return mask
+
+    def _words_of(self, batch: Batch) -> list[str] | None:
+        """What each picture's concept is called, where the mask asks."""
+        if not self._masks.needs_word:
+            return None
+        word = self.config.mask_word
+        return [word or self.words[0 if batch.y is None else int(batch.y[i])] for i in range(len(batch))]
+
+    def _judge(self, batch: Batch, mask: Tensor, given: Tensor | None) -> None:
+        """Refuses empty masks; warns, once for each picture, of tiny and of huge ones."""
+        for i, key in enumerate(batch.keys):
+            picture, area = key.partition("#")[0], float(mask[i].mean())
+            if area == 0:
+                raise DataError(
+                    f"the mask of {key} is empty, so nothing of it would be trained on.\n"
+                    "  Correct it, leave the picture out, or choose another szt.mask."
+                )
+            if picture not in self.areas and not _SMALL <= area <= _LARGE:
+                log.warning("The mask of %s covers %.1f %% of the picture. Is it the concept's?", picture, 100 * area)
+            self.areas[picture] = area
+            if given is not None:
+                both, either = torch.minimum(mask[i], given[i]).sum(), torch.maximum(mask[i], given[i]).sum()
+                self.ious[picture] = float(both / either)
+
+
+def _check_given(batch: Batch) -> None:
+    """Raises DataError for a mask of another size than its picture's, or outside [0, 1]."""
+    wanted = (len(batch), 1, *batch.x.shape[2:])
+    if tuple(batch.mask.shape) != wanted:
+        raise DataError(
+            f"the mask of {batch.keys[0]} has shape {tuple(batch.mask.shape)}, and its picture asks for {wanted}.\n"
+            "  Mask and picture must be of one size, and be cut and resized together."
+        )
+    inside = ((batch.mask >= 0) & (batch.mask <= 1)).flatten(1).all(1)
+    if not bool(inside.all()):
+        raise DataError(f"the mask of {batch.keys[int(inside.int().argmin())]} has values outside [0, 1].")
+
+
+def _words(method: Any) -> tuple[str | None, ...]:
+    """The word that each concept's learning starts from, None where it starts from numbers."""
+    init = getattr(getattr(method, "config", None), "init", None)
+    names = list(getattr(method, "placeholders", {})) or [None]
+    words = [init.get(name) if isinstance(init, dict) else init for name in names]
+    return tuple(None if w is None or w == "zeros" or w.startswith("normal:") else w for w in words)
