@@ -1,5 +1,7 @@
 """Purifiers that remake pictures with a latent diffusion model, on a tiny random one."""
 
+import inspect
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -35,6 +37,14 @@ def photos(height=51, width=70, keys=("a#0", "b#1", "c#2")):
 def test_both_are_purifiers_found_by_name():
     registry = Registry("poisonshield.defenses.diffusion", kind="defense")
     assert set(NAMES) <= set(registry.names()) and all(registry.get(n).purifier for n in NAMES)
+
+
+def test_no_defense_for_diffusion_is_told_the_poison():
+    registry = Registry("poisonshield.defenses.diffusion", kind="defense")
+    for name in registry.names():
+        parameters = set(inspect.signature(registry.get(name).__init__).parameters)
+        assert parameters == {"self", "config", "num_classes", "seed"}
+        assert not {f for f in registry.get(name).Config.model_fields if "poison" in f}
 
 
 @pytest.mark.parametrize("cls", [SDEdit, VAERoundtrip])

@@ -145,6 +145,7 @@ def test_label_tells_what_is_left_of_it():
     assert label(mask="alpha") == "szt" and label(mask=None) == "szt(jpeg25, t500)"
     assert label(purifier=None, t_min=300, t_max=900) == "szt(t300-900, mask)"
     assert label(mask="grabcut", purifier="median") == "szt(median, t500, grabcut)" and label(**OFF) == "szt(off)"
+    assert label(background="swap") == "szt(jpeg25, t500, mask, on swap)"
 
 
 def test_before_without_wrap_is_refused():

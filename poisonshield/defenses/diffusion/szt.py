@@ -121,6 +121,8 @@ class SZT(Defense):
             parts.append(f"t{c.t_min}" + ("" if c.t_max is None else f"-{c.t_max}"))
         if c.mask is not None:
             parts.append("mask" if c.mask in GIVEN else c.mask)
+        if c.background != "keep":
+            parts.append(f"on {c.background}")
         return self.name if parts == ["jpeg25", "t500", "mask"] else f"{self.name}({', '.join(parts) or 'off'})"
 
     @property
