@@ -23,15 +23,24 @@ Overrides = Annotated[
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for runs, results.png and report.html.")] = Path(
-        "poisonshield-demo"
-    ),
+    which: Annotated[str, typer.Argument(help="vespr, szt, or both.")] = "both",
+    out: Annotated[Path, typer.Option(help="Folder for runs, pictures and reports.")] = Path("poisonshield-demo"),
     seed: Annotated[int, typer.Option(help="Seed of data order, weights and poison.")] = 0,
 ) -> None:
-    """Poison, collapse, VESPR: four small trainings on bundled CIFAR-10 images, in minutes on a CPU."""
-    from poisonshield.commands.demo import demo as run
+    """What poisons do and what training brings back: classifiers and VESPR (vespr), learned words and SZT (szt).
 
-    run(out, seed)
+    Runs on bundled images and the shipped pipeline, in minutes on a CPU.
+    """
+    if which not in ("vespr", "szt", "both"):
+        raise typer.BadParameter(f"{which!r} is none of vespr, szt, both.")
+    if which != "szt":
+        from poisonshield.commands.demo import demo as vespr
+
+        vespr(out / "vespr", seed)
+    if which != "vespr":
+        from poisonshield.commands.demo_szt import demo as szt
+
+        szt(out / "szt", seed)
 
 
 @app.command()

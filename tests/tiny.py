@@ -77,3 +77,19 @@ def tiny_model(*, prediction: str = "epsilon", seed: int = 0, size: int = 32, ch
             small.build_scheduler(prediction),
             name="tiny random",
         )
+
+
+def tiny_folder(folder, **settings):
+    """`tiny_model` written to `folder` as a diffusers pipeline; the folder."""
+    from poisonshield.models import small_pipeline as small
+
+    model = tiny_model(**settings)
+    small.write_pipeline(
+        folder,
+        vae=model.vae,
+        unet=model.unet,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        scheduler=model.scheduler,
+    )
+    return folder

@@ -17,6 +17,7 @@ import torch
 from poisonshield import __version__
 from poisonshield.batch import Batch
 from poisonshield.build import Run, build_poison, open_train, read_run
+from poisonshield.build_diffusion import is_invert
 from poisonshield.data import ShardSet, read_batch
 from poisonshield.data.manifest import FILE_NAME
 from poisonshield.data.writer import ShardWriter
@@ -66,6 +67,10 @@ def forge_run(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     Raises ConfigError if the config names no poison, BudgetError if what was written breaks the poison's own budget;
     then the shards stay, for inspection, but without a manifest they are no data set.
     """
+    if is_invert(config, overrides):
+        from poisonshield.commands.invert import forge_concepts
+
+        return forge_concepts(config, overrides)
     run = read_run(config, overrides)
     if run.poison is None:
         raise ConfigError(f"{config} names no poison to write. Set data.poison, for example data.poison.name=lsp.")

@@ -31,6 +31,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from poisonshield.build import Run, read_run
+from poisonshield.build_diffusion import InvertRun, is_invert, read_invert
+from poisonshield.commands import inversion_tables
 from poisonshield.commands.plots import READOUTS
 from poisonshield.commands.train import train
 from poisonshield.config import Checker, Settings, load_tree
@@ -61,20 +63,34 @@ class GridConfig(Settings):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid: where it stands on each axis, its seed, its folder and its checked settings."""
+    """One run of the grid: where it stands on each axis, its seed, its folder and its checked settings.
+
+    A classifier's run has one row of results, a textual inversion one for each concept.
+    """
 
     labels: dict[str, str]
     seed: int
     overrides: tuple[str, ...]
     folder: RunFolder
-    run: Run
+    run: Run | InvertRun
 
-    def row(self) -> dict[str, Any] | None:
-        """Its row of results.json, or None while it has not finished."""
+    @property
+    def inverts(self) -> bool:
+        """Whether it is a textual inversion."""
+        return isinstance(self.run, InvertRun)
+
+    @property
+    def readouts(self) -> dict[str, str]:
+        """Which numbers of a row the tables show, and how they call them."""
+        return inversion_tables.READOUTS if self.inverts else READOUTS
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its rows of results.json; none while it has not finished."""
         if not self.folder.results.is_file():
-            return None
+            return []
         self.folder.check(self.run.record, resume="auto")  # raises if it was trained with other settings
-        return json.loads(self.folder.results.read_text())[-1]
+        rows = json.loads(self.folder.results.read_text())
+        return rows if self.inverts else rows[-1:]
 
 
 def read_grid(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> tuple[Path, list[Cell]]:
@@ -87,6 +103,7 @@ def read_grid(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> 
     config = checker.settings(GridConfig, (), tree.values, owner="a grid")
     checker.finish()
     base = Path(os.path.normpath(Path(path).parent / config.base))
+    read = read_invert if is_invert(base) else read_run
     cells, known = [], {}
     for block in config.blocks:
         for picks in itertools.product(*(_choices(axis, choices) for axis, choices in block.items())):
@@ -100,7 +117,7 @@ def read_grid(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> 
                 own = {**config.settings, **changes, "seed": seed, "run.dir": str(folder)}
                 texts = tuple(f"{k}={json.dumps(v)}" for k, v in own.items())
                 try:
-                    run = read_run(base, texts)
+                    run = read(base, texts)
                 except ConfigError as err:
                     raise ConfigError(f"{path}, run {place}:\n{err}") from err
                 cells.append(Cell(labels, seed, (*texts, "engine.resume=auto"), RunFolder(folder), run))
@@ -120,7 +137,7 @@ def run_grid(
     mine, failed = cells[first - 1 :: step], {}
     if not only_list:
         for i, cell in enumerate(mine):
-            if cell.row() is not None:
+            if cell.rows():
                 continue
             log.info("run %d of %d: %s, seed %d", i + 1, len(mine), _slug(cell.labels), cell.seed)
             try:
@@ -129,6 +146,8 @@ def run_grid(
                 log.error("%s", err)
                 failed[str(cell.folder.path)] = err
         write_tables(folder, cells)
+        if cells[0].inverts:
+            inversion_tables.draw_grid(folder / "pictures.png", [(c.labels, c.seed, c.folder.path) for c in cells])
     if failed:
         lines = "\n".join(f"  {place}: {str(err).splitlines()[0]}" for place, err in failed.items())
         raise ConfigError(f"{len(failed)} of {len(mine)} runs failed; the others are in {folder}/table.md.\n{lines}")
@@ -136,24 +155,25 @@ def run_grid(
 
 
 def table(cells: list[Cell]) -> str:
-    """A Markdown table: one line a place in the grid; mean and (lowest to highest) over seeds, in percent.
+    """A Markdown table: one line a place in the grid; mean and (lowest to highest) over seeds (and concepts).
 
     Axes that all blocks have are columns; what a block varies beside them stands together in one column.
     """
     axes = _axes(cells)
     common = [axis for axis in axes if all(axis in cell.labels for cell in cells)]
     ablation = ["varied"] if len(common) < len(axes) else []
-    head = [*common, *ablation, *READOUTS.values(), "seconds a run", "seeds done"]
+    readouts = cells[0].readouts
+    head = [*common, *ablation, *readouts.values(), "seconds a run", "seeds done"]
     lines = [head, ["---"] * len(head)]
-    for labels, rows, wanted in _places(cells):
-        numbers = [_spread([r[k] for r in rows]) for k in READOUTS]
+    for labels, rows, done, wanted in _places(cells):
+        numbers = [_spread([r.get(k) for r in rows]) for k in readouts]
         cost = f"{mean(r['seconds'] for r in rows):.0f}" if rows else "-"
         varied = ", ".join(f"{a}: {label}" for a, label in labels.items() if a not in common)
         place = [*(labels[a] for a in common), *([varied] if ablation else [])]
-        lines.append([*place, *numbers, cost, f"{len(rows)} of {wanted}"])
+        lines.append([*place, *numbers, cost, f"{done} of {wanted}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    over_poisons = _over_poisons(cells)
-    return f"{text}\n\n{over_poisons}" if over_poisons else text
+    more = inversion_tables.table([(labels, rows) for labels, rows, _, _ in _places(cells)]) if cells[0].inverts else _over_poisons(cells)
+    return f"{text}\n\n{more}" if more else text
 
 
 def write_tables(folder: Path, cells: list[Cell]) -> None:
@@ -163,20 +183,20 @@ def write_tables(folder: Path, cells: list[Cell]) -> None:
     axes = _axes(cells)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow([*axes, "seed", *READOUTS, "steps", "seconds", "folder"])
+    concept = ["concept"] if cells[0].inverts else []
+    keys = [*concept, *cells[0].readouts, "steps", "seconds"]
+    writer.writerow([*axes, "seed", *keys, "folder"])
     for cell in cells:
-        row = cell.row()
-        if row is not None:
+        for row in cell.rows():
             place = [cell.labels.get(a, "") for a in axes]
-            writer.writerow([*place, cell.seed, *(row[k] for k in READOUTS), row["steps"], row["seconds"],
-                             cell.folder.path])  # fmt: skip
+            writer.writerow([*place, cell.seed, *(row.get(k) for k in keys), cell.folder.path])
     write_whole(folder / "results.csv", buffer.getvalue())
 
 
 def _over_poisons(cells: list[Cell]) -> str:
     """Lowest and mean accuracy over the poisons of an axis `poison` (Psn Min, Psn Avg), where it has two or more."""
     groups: dict[str, dict[str, list[float]]] = {}
-    for labels, rows, _ in _places(cells):
+    for labels, rows, _, _ in _places(cells):
         poisoned = [r for r in rows if r["poison"] != "none"]
         if "poison" in labels and poisoned:
             others = ", ".join(v for k, v in labels.items() if k != "poison")
@@ -194,13 +214,13 @@ def _over_poisons(cells: list[Cell]) -> str:
     )
 
 
-def _places(cells: list[Cell]) -> list[tuple[dict[str, str], list[dict[str, Any]], int]]:
-    """(labels, rows of the finished seeds, number of seeds) for each place, in the order of the file."""
-    places: dict[str, tuple[dict[str, str], list[dict[str, Any]], int]] = {}
+def _places(cells: list[Cell]) -> list[tuple[dict[str, str], list[dict[str, Any]], int, int]]:
+    """(labels, rows of the finished seeds, number of these, number of seeds) for each place, in the order of the file."""
+    places: dict[str, tuple[dict[str, str], list[dict[str, Any]], int, int]] = {}
     for cell in cells:
-        labels, rows, wanted = places.get(_slug(cell.labels), (cell.labels, [], 0))
-        row = cell.row()
-        places[_slug(cell.labels)] = (labels, rows + ([] if row is None else [row]), wanted + 1)
+        labels, rows, done, wanted = places.get(_slug(cell.labels), (cell.labels, [], 0, 0))
+        found = cell.rows()
+        places[_slug(cell.labels)] = (labels, rows + found, done + bool(found), wanted + 1)
     return list(places.values())
 
 

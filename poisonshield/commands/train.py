@@ -18,6 +18,7 @@ from poisonshield.build import (
     read_run,
     spread_batch_norm,
 )
+from poisonshield.build_diffusion import is_invert, read_invert
 from poisonshield.commands.evaluate import fresh_method, readouts, write_results
 from poisonshield.commands.plots import plot_run
 from poisonshield.commands.probes import watch_pairs
@@ -30,10 +31,15 @@ log = logging.getLogger(__name__)
 
 
 def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
-    """The run folder of a finished run. Config and data are checked before any process group starts.
+    """The run folder of a finished run, of a classifier's kind or of textual inversion. Config and data are checked
+    before any process group starts.
 
     Raises ConfigError, DataError, CheckpointError; Preempted (exit code 75) if told to stop, after saving.
     """
+    if is_invert(config, overrides):
+        from poisonshield.commands.invert import invert
+
+        return invert(config, overrides)
     run = read_run(config, overrides)
     engine = run.settings.engine
     folder = RunFolder(run.settings.run.dir, overwrite=run.settings.run.overwrite)
@@ -70,7 +76,7 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
 
 def resolved(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> str:
     """The checked settings as YAML, defaults filled in; with engine.backend: deepspeed also the JSON derived from them."""
-    run = read_run(config, overrides)
+    run = (read_invert if is_invert(config, overrides) else read_run)(config, overrides)
     text = yaml.safe_dump(json.loads(json.dumps(run.record)), sort_keys=False)
     if run.settings.engine.backend == "deepspeed":
         from poisonshield.engine.backends.deepspeed import deepspeed_config

@@ -60,8 +60,8 @@ class LatentDiffusion(nn.Module):
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.placeholders: dict[str, Placeholder] = {}
         self.vocabulary = text_encoder.get_input_embeddings().num_embeddings
-        self._rows: Tensor | None = None
-        self._ids: Tensor | None = None
+        # (rows, ids) of the running call of `text`; in a list, since a parameter set as an attribute would be registered.
+        self._call: list[Tensor | None] = [None, None]
         embedding = text_encoder.get_input_embeddings()
         embedding.register_forward_pre_hook(self._hide_learned)
         embedding.register_forward_hook(self._show_learned)
@@ -75,7 +75,7 @@ class LatentDiffusion(nn.Module):
         """
         path = TINY if str(folder) == "tiny" else Path(folder)
         for part in _PARTS:
-            wanted = path / part / {"tokenizer": "vocab.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
+            wanted = path / part / {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
             if not wanted.is_file():
                 raise ConfigError(
                     f"{path} is no Stable Diffusion folder: {wanted.relative_to(path)} is missing.\n"
@@ -84,11 +84,13 @@ class LatentDiffusion(nn.Module):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging
 
-        local = {"local_files_only": True}
+        logging.disable_progress_bar()
+        local, whole = {"local_files_only": True}, {"torch_dtype": dtype, "low_cpu_mem_usage": False}
         return cls(
-            AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype, **local),
-            UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, **local),
+            AutoencoderKL.from_pretrained(path / "vae", **whole, **local),
+            UNet2DConditionModel.from_pretrained(path / "unet", **whole, **local),
             CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, **local),
             CLIPTokenizer.from_pretrained(path / "tokenizer", **local),
             DDPMScheduler.from_pretrained(path / "scheduler", **local),
@@ -244,19 +246,20 @@ class LatentDiffusion(nn.Module):
 
     @contextmanager
     def _learned(self, rows: Tensor | None) -> Iterator[None]:
-        self._rows = rows
+        self._call[0] = rows
         try:
             yield
         finally:
-            self._rows = self._ids = None
+            self._call[:] = [None, None]
 
     def _hide_learned(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._ids = args[0]
+        self._call[1] = args[0]
         return (args[0].clamp(max=self.vocabulary - 1), *args[1:])
 
     def _show_learned(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if self._rows is None:
+        rows, ids = self._call
+        if rows is None:
             return out
-        learned = self._ids >= self.vocabulary
-        rows = self._rows[(self._ids - self.vocabulary).clamp(min=0)].to(out.dtype)
+        learned = ids >= self.vocabulary
+        rows = rows[(ids - self.vocabulary).clamp(min=0)].to(out.dtype)
         return torch.where(learned[..., None], rows, out)

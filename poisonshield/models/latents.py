@@ -26,10 +26,10 @@ class LatentCache:
         if not self.enabled:
             return self.model.encode(batch.x, noise=noise)
         pictures = [key.partition("#")[0] for key in batch.keys]
-        new = {p: i for i, p in enumerate(pictures) if p not in self.known}
-        if new:
-            mean, std = self.model.posterior(batch.x[list(new.values())])
-            self.known.update({p: (m, s) for p, m, s in zip(new, mean, std, strict=True)})
+        for i, picture in enumerate(pictures):
+            if picture not in self.known:  # one by one: rounding must not depend on which are new together
+                mean, std = self.model.posterior(batch.x[i : i + 1])
+                self.known[picture] = mean[0], std[0]
         mean = torch.stack([self.known[p][0] for p in pictures])
         if noise is None:
             return self.model.scale(mean)

@@ -126,9 +126,6 @@ def build_tokenizer(words: Sequence[str], folder: Path, *, length: int) -> Any:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=length, local_files_only=True)
     tokenizer.save_pretrained(folder)
-    # The Rust form is written without the two files that older readers, and ours, look for.
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(dict.fromkeys(vocabulary))}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
     return tokenizer
 
 
@@ -137,12 +134,10 @@ def write_pipeline(
 ) -> None:
     """Writes the parts as a folder that diffusers' StableDiffusionPipeline and LatentDiffusion read."""
     import diffusers
-    import transformers
 
     for name, part in {"vae": vae, "unet": unet, "text_encoder": text_encoder, "scheduler": scheduler}.items():
         part.save_pretrained(folder / name)
-    if not (folder / "tokenizer" / "vocab.json").is_file():
-        tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -156,7 +151,6 @@ def write_pipeline(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    assert transformers.__version__
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 

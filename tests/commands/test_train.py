@@ -128,14 +128,14 @@ def test_demo_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monk
     train = demo_command.train
     quick = ["engine.max_steps=3", "model.widths=[8,8,8,8]", "engine.device=cpu"]
     monkeypatch.setattr(demo_command, "train", lambda config, over: train(config, [*over, *quick]))
-    result = invoke("demo", "--out", tmp_path / "demo", "--seed", 1)
+    result = invoke("demo", "vespr", "--out", tmp_path / "demo", "--seed", 1)
     assert result.exit_code == 0 and all(story.title in result.stdout for story in STORIES)
-    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
+    rows = json.loads((tmp_path / "demo" / "vespr" / "results.json").read_text())
     assert [(r["poison"], r["defense"]) for r in rows] == [
         ("none", "none"), ("regions", "none"), ("regions", "ssl+ce"), ("regions", "vespr")
     ]  # fmt: skip
     assert {r["seed"] for r in rows} == {1}
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (tmp_path / "demo" / "vespr" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
     for row in rows:
         assert f"{row['test_top1']:.1f}" in page

@@ -131,7 +131,7 @@ def test_cached_latents_change_nothing_and_spare_the_vae():
         _, vectors[cached] = trained(method, steps=12)
         handle.remove()
     assert torch.allclose(vectors[True], vectors[False], atol=1e-5, rtol=1e-5)
-    assert calls.count(True) == 2 and calls.count(False) == 12  # three pictures, two of them seen at step 0
+    assert calls.count(True) == 3 and calls.count(False) == 12  # three pictures, and twelve steps
 
 
 def test_posterior_samples_differ_by_draw_and_are_cached_as_mean_and_std():

@@ -1,0 +1,307 @@
+"""InvertConfig, and the functions that turn it into objects: the counterpart of build.py for runs on latent diffusion models.
+
+`read_invert` touches no process group, data or network: every mistake in a config is reported from here, all at once.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from poisonshield import collectives
+from poisonshield.batch import Batch
+from poisonshield.build import DEFENSES, RunSection
+from poisonshield.config import Checker, Choice, Settings, Tree, dump, load_tree
+from poisonshield.data.concept_stream import ConceptStream
+from poisonshield.data.concepts import Concept, ConceptImage, load_concepts, rendered_concepts
+from poisonshield.data.world import COLORS, HELD_OUT, SHAPES
+from poisonshield.defenses.base import Defense
+from poisonshield.defenses.diffusion.szt import SZT
+from poisonshield.engine.optim import OptimConfig
+from poisonshield.engine.schedule import ScheduleConfig
+from poisonshield.engine.settings import EngineConfig
+from poisonshield.errors import ConfigError
+from poisonshield.methods.diffusion.textual_inversion import TextualInversion
+from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.registry import Registry
+
+_VARIANTS = 4  # backgrounds of a picture that come in turn, where a defense draws them: their latents can be kept
+
+DIFFUSION_DEFENSES = Registry("poisonshield.defenses.diffusion", kind="defense")
+DIFFUSION_POISONS = Registry("poisonshield.poisons.diffusion", kind="diffusion poison")
+RENDERED = "rendered"
+
+
+class ModelConfig(Settings):
+    """pipeline: a diffusers Stable Diffusion folder, or tiny for the shipped one. dtype: of its frozen networks."""
+
+    pipeline: str = "tiny"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class ConceptData(Settings):
+    """What is learned from.
+
+    train: a folder of pictures (one concept), of such folders, in NC10's form or of WebDataset tars; or `rendered`, with
+    `concepts` such as [yellow ring] and `count` pictures each, drawn from rendered_seed (0 is what pipelines train on).
+    concepts: which ones, null for all. group: NC10's split.
+    size: pixels a side, null for the pipeline's own. masks: null, file or alpha; read only if a defense uses them.
+    poison_masks: the same for the attacker; what the poison does with them is a setting of its own (`mask`).
+    tokens: concept -> placeholder, by default <name>. prompts: templates, caption, or a list of texts with {}.
+    batch_size: of each concept. poison: null, or a block with `name:`; its pictures are kept in poison_cache (by default
+    in the run folder). poison_seed: null for the run's.
+    """
+
+    train: str = RENDERED
+    concepts: tuple[str, ...] | None = None
+    group: Literal["all", "id", "od"] = "all"
+    count: int = Field(5, ge=1)
+    rendered_seed: int = Field(1, ge=1)
+    size: int | None = Field(None, ge=8)
+    crop: Literal["center", "squash"] = "center"
+    masks: Literal["file", "alpha"] | None = None
+    tokens: dict[str, str] = {}
+    prompts: Literal["templates", "caption"] | tuple[str, ...] = "templates"
+    flip: float = Field(0.5, ge=0, le=1)
+    batch_size: int = Field(4, ge=1)
+    poison: Any = None
+    poison_seed: int | None = Field(None, ge=0)
+    poison_cache: str | None = None
+    poison_masks: Literal["file", "alpha"] | None = None
+
+
+class GenerateConfig(Settings):
+    """Pictures made from what was learned, and the numbers read off them. All runs of one seed share their noise.
+
+    recon, compose: prompts with {} for the concept. count: pictures of a prompt group and concept. every_steps: pictures
+    while training, null for none. switch: below t_min, generate with the initial word. references: unseen pictures of a
+    rendered concept to compare with; a folder's own clean pictures otherwise. clean: folder of the pictures before they
+    were poisoned, where the run did not poison them itself. features: folders of feature networks by name.
+    """
+
+    recon: tuple[str, ...] = ("a photo of a {}",)
+    compose: tuple[str, ...] = ()
+    count: int = Field(50, ge=1)
+    steps: int = Field(50, ge=1)
+    guidance: float = Field(7.5, ge=0)
+    seed: int = Field(42, ge=0)
+    every_steps: int | None = Field(None, ge=1)
+    switch: bool = False
+    references: int = Field(64, ge=1)
+    clean: str | None = None
+    features: dict[str, str] = {}
+
+
+class InvertConfig(Settings):
+    """One textual inversion. `method`, `defenses` and `data.poison` pick a class by `name:`."""
+
+    seed: int = Field(0, ge=0)
+    run: RunSection
+    data: ConceptData = ConceptData()
+    model: ModelConfig = ModelConfig()
+    method: Any
+    defenses: Any = ()
+    optimizer: OptimConfig
+    schedule: ScheduleConfig = ScheduleConfig(name="constant")
+    engine: EngineConfig
+    generate: GenerateConfig = GenerateConfig()
+
+
+@dataclass(frozen=True)
+class InvertRun:
+    """A checked experiment: plain settings, picked classes, and the record to write down."""
+
+    settings: InvertConfig
+    method: Choice
+    defenses: tuple[Choice, ...]
+    poison: Choice | None
+    record: dict[str, Any]
+    origin: Path
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.settings.seed
+
+    @property
+    def poison_label(self) -> str:
+        """How result tables call the poison that the run itself applies."""
+        return "none" if self.poison is None else self.poison.name
+
+    @property
+    def defense_label(self) -> str:
+        """How result tables call the defenses together."""
+        return "+".join(d.cls(d.config, num_classes=1, seed=0).label for d in self.defenses) or "none"
+
+
+def is_invert(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> bool:
+    """Whether a config is of this kind: its method is one of the methods on latent diffusion models."""
+    method = load_tree(path, overrides).values.get("method")
+    return (method.get("name") if isinstance(method, dict) else method) == TextualInversion.name
+
+
+def read_invert(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> InvertRun:
+    """The checked run of a config file and its overrides. Raises one ConfigError that lists every problem with its line."""
+    tree = load_tree(path, overrides)
+    checker = Checker(tree)
+    settings = checker.settings(InvertConfig, (), tree.values, owner="a textual inversion")
+    method = checker.choice(Registry("poisonshield.methods.diffusion", kind="method"), ("method",), tree.values["method"])
+    blocks = tree.values.get("defenses") or []
+    if not isinstance(blocks, list):
+        checker.problem(("defenses",), "defenses: a list is wanted, one `- name: ...` entry per defense (or []).")
+        blocks = []
+    defenses = tuple(_pick_defense(checker, ("defenses", i), block) for i, block in enumerate(blocks))
+    block, poison = (tree.values.get("data") or {}).get("poison"), None
+    if block is not None:
+        poison = checker.choice(DIFFUSION_POISONS, ("data", "poison"), block)
+    if settings is not None and method is not None and None not in defenses:
+        _check_pairs(checker, tree, settings, defenses)
+    checker.finish()
+    record = dump(settings, tree.values)
+    record["method"] = _record(method, tree.values["method"])
+    record["defenses"] = [_record(d, b) for d, b in zip(defenses, blocks, strict=True)]
+    if poison is not None:
+        record["data"]["poison"] = _record(poison, block)
+    return InvertRun(settings, method, defenses, poison, record, Path(path))
+
+
+def _pick_defense(checker: Checker, path: tuple, block: Any) -> Choice | None:
+    """A defense for diffusion, or a purifier of any kind of training."""
+    name = block.get("name") if isinstance(block, dict) else block
+    if name in DIFFUSION_DEFENSES.names():
+        return checker.choice(DIFFUSION_DEFENSES, path, block)
+    choice = checker.choice(DEFENSES, path, block)
+    if choice is not None and not choice.cls.purifier:
+        checker.problem(path, f"defenses[{path[1]}]: {name} defends the training of classifiers. Use a purifier, or szt.")
+        return None
+    return choice
+
+
+def _check_pairs(checker: Checker, tree: Tree, settings: InvertConfig, defenses: tuple[Choice, ...]) -> None:
+    zones = [d for d in defenses if d.cls is SZT]
+    wants = [d.config.mask for d in zones if d.config.mask in ("file", "alpha")]
+    if len(zones) > 1:
+        checker.problem(("defenses",), "defenses: szt stands there twice. Keep one.")
+    if settings.data.masks is not None and not wants:
+        checker.problem(
+            ("data", "masks"),
+            f"data.masks: {settings.data.masks} is given, and no defense uses it. Add szt with mask: "
+            f"{settings.data.masks}, or set data.masks: null.",
+        )
+    if wants and settings.data.masks is None:
+        checker.problem(("data",), f"szt wants masks from {wants[0]}, and data.masks is null. Set data.masks: {wants[0]}.")
+    if wants and settings.data.masks not in (None, wants[0]):
+        checker.problem(("data", "masks"), f"data.masks is {settings.data.masks}, and szt wants {wants[0]}. Make them equal.")
+    if settings.engine.precision != "fp32":
+        checker.problem(
+            ("engine", "precision"),
+            "engine.precision: learned vectors stay in fp32. For frozen networks in bf16 set model.dtype: bf16.",
+        )
+
+
+def _record(choice: Choice, block: Any) -> dict[str, Any]:
+    return {"name": choice.name, **dump(choice.config, block if isinstance(block, dict) else {})}
+
+
+def load_model(settings: ModelConfig) -> LatentDiffusion:
+    """The frozen pipeline that a run names."""
+    return LatentDiffusion.load(settings.pipeline, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype])
+
+
+def open_concepts(run: InvertRun, model: LatentDiffusion) -> tuple[Concept, ...]:
+    """The clean concepts of a run, with masks where anybody wants them. Raises DataError, or ConfigError for names that
+    are not there."""
+    data = run.settings.data
+    if data.train == RENDERED:
+        kinds = sorted(_kind(name) for name in data.concepts or ("_".join(kind) for kind in HELD_OUT))
+        return rendered_concepts(data.count, seed=data.rendered_seed, kinds=kinds)
+    size = data.size or model.unet.config.sample_size * model.factor
+    masks = data.masks or data.poison_masks
+    return load_concepts(data.train, names=data.concepts, size=size, crop=data.crop, masks=masks, group=data.group)
+
+
+def for_training(run: InvertRun, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+    """The concepts without masks, unless the run's defenses use them."""
+    if run.settings.data.masks is not None:
+        return concepts
+    return tuple(
+        Concept.of(c.name, [ConceptImage.of(c.name, i.stem, i.pixels, None, i.caption) for i in c.images], c.group)
+        for c in concepts
+    )
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """(colour, shape) of "yellow ring" or "yellow_ring"."""
+    color, _, shape = name.replace("_", " ").partition(" ")
+    if color not in COLORS or shape not in SHAPES:
+        raise ConfigError(
+            f"data.concepts: {name!r} is not of the rendered world. Write a colour and a shape, such as yellow ring:\n"
+            f"  {', '.join(COLORS)}; {', '.join(SHAPES)}."
+        )
+    return color, shape
+
+
+def token_of(data: ConceptData, name: str) -> str:
+    """The placeholder of a concept: the config's, or its name in angle brackets."""
+    return data.tokens.get(name) or f"<{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}>"
+
+
+def build_defenses(run: InvertRun) -> list[Defense]:
+    """The defenses in the order of the config."""
+    return [d.cls(d.config, num_classes=1, seed=run.seed) for d in run.defenses]
+
+
+def build_inversion(run: InvertRun, model: LatentDiffusion, names: list[str]) -> tuple[TextualInversion, list[Defense]]:
+    """The method with all defenses around it, and the defenses."""
+    data = run.settings.data
+    method = run.method.cls(
+        run.method.config,
+        model=model,
+        tokens={name: token_of(data, name) for name in names},
+        seed=run.seed,
+        samples=data.batch_size,
+    )
+    defenses = build_defenses(run)
+    for defense in defenses:
+        method = defense.wrap(method)
+    return method, defenses
+
+
+def build_concept_stream(
+    run: InvertRun, concepts: tuple[Concept, ...], method: TextualInversion, defenses: list[Defense]
+) -> ConceptStream:
+    """The training stream of this rank; every defense has seen each picture before the first step."""
+    data = run.settings.data
+    fresh = any(getattr(d.config, "background", "keep") in ("noise", "swap") for d in run.defenses)
+
+    def stage(batch: Batch) -> Batch:
+        for defense in defenses:
+            batch = defense.before(batch)
+        return batch
+
+    return ConceptStream(
+        concepts,
+        batch_size=data.batch_size,
+        seed=run.seed,
+        prompts=data.prompts,
+        tokens={name: p.token for name, p in method.placeholders.items()},
+        stage=stage,
+        flip=data.flip,
+        per_epoch=fresh,
+        variants=_VARIANTS if fresh else None,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+    )
+
+
+def fingerprint(run: InvertRun, model: LatentDiffusion, concepts: tuple[Concept, ...]) -> str:
+    """What a poisoned set is made from: poison and its settings, seed, pipeline and pictures."""
+    seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
+    masked = run.settings.data.poison_masks is not None
+    parts = [run.record["data"]["poison"], masked, seed, model.digest(), [c.digest for c in concepts]]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

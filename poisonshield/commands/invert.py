@@ -1,0 +1,283 @@
+"""Textual inversion of one config: poison if asked, learn the words, write embeddings, pictures and numbers.
+
+What `poisonshield train` does with a config of this kind, on one process or on the ranks of a launcher.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.batch import Batch
+from poisonshield.build_diffusion import (
+    InvertRun,
+    build_concept_stream,
+    build_inversion,
+    fingerprint,
+    for_training,
+    load_model,
+    open_concepts,
+    read_invert,
+)
+from poisonshield.commands.pictures import draw_sheet, write_pictures
+from poisonshield.commands.reading import measure
+from poisonshield.data.concepts import Concept, ConceptImage, load_concepts, write_concepts
+from poisonshield.defenses.base import Defense
+from poisonshield.engine.checkpoint import write_whole
+from poisonshield.engine.processes import processes, refuse_missing
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.trainer import Trainer
+from poisonshield.errors import ConfigError
+from poisonshield.methods.diffusion.textual_inversion import TextualInversion
+from poisonshield.models.embeddings import Learned, save_embedding
+from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.sampler import latent_shape, sample, start_noise
+from poisonshield.poisons.diffusion._manifest import manifest
+
+log = logging.getLogger(__name__)
+
+_PIXELS_TOGETHER = 2**18  # of pictures that a poison changes at once
+
+
+def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
+    """The run folder of a finished inversion. Everything is checked before any process group starts.
+
+    Raises ConfigError, DataError, CheckpointError; Preempted (exit code 75) if told to stop, after saving.
+    """
+    run = read_invert(config, overrides)
+    engine = run.settings.engine
+    folder = RunFolder(run.settings.run.dir, overwrite=run.settings.run.overwrite)
+    folder.check(run.record, resume=engine.resume)
+    refuse_missing(engine)
+    model = load_model(run.settings.model)
+    clean = open_concepts(run, model)
+    with processes(engine, seed=run.seed) as device:
+        model.to(device)
+        concepts = for_training(run, poisoned(run, model, clean, folder))
+        method, defenses = build_inversion(run, model, [c.name for c in concepts])
+        resolve_floors(defenses, concepts, method, run)
+        log.info("%s: %s of %d concepts on %s, poison %s, defense %s", run.origin, run.method.name, len(concepts),
+                 run.settings.model.pipeline, run.poison_label, run.defense_label)  # fmt: skip
+        validation = Validation(run, method, folder)
+        trainer = Trainer(
+            method,
+            build_concept_stream(run, concepts, method, defenses),
+            engine,
+            optimizer=run.settings.optimizer,
+            schedule=run.settings.schedule,
+            run_folder=folder,
+            seed=run.seed,
+            fixed_record=run.record,
+            watch=validation,
+        )
+        validation.trainer = trainer
+        done = trainer.fit()
+        state = trainer.state_dict()
+        if collectives.rank() == 0:
+            method.load_state_dict(state)
+            finish(run, folder, method.to(device), defenses, clean=clean, trained_on=concepts, done=done)
+        collectives.barrier()
+    return folder.path
+
+
+def poisoned(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], folder: RunFolder) -> tuple[Concept, ...]:
+    """The concepts as the run's poison leaves them: read from the cache, or made by rank 0 and put there."""
+    if run.poison is None:
+        return clean
+    cache = Path(run.settings.data.poison_cache or folder.path / "poisoned") / fingerprint(run, model, clean)
+    if collectives.rank() == 0 and not (cache / "manifest.json").is_file():
+        poison_concepts(run, model, clean, cache)
+    collectives.barrier()
+    masks = None if clean[0].images[0].mask is None else "file"
+    found = load_concepts(cache, size=clean[0].images[0].pixels.shape[-1], masks=masks)
+    by_name = {concept.name: concept for concept in found}
+    return tuple(by_name[concept.name] for concept in clean)
+
+
+def poison_concepts(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], out: Path) -> dict[str, Any]:
+    """Perturbs all pictures of a set together, writes them as a concept folder, and its manifest last; returns that.
+
+    Masks are written along; the poison sees them only with data.poison_masks.
+    """
+    seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
+    poison = run.poison.cls(run.poison.config, model=model, seed=seed)
+    pixels = {image.key: image.pixels for concept in clean for image in concept.images}
+    masks = None
+    if run.settings.data.poison_masks is not None:
+        masks = {image.key: image.mask for concept in clean for image in concept.images}
+    log.info("poison    %s on %d pictures", run.poison.name, len(pixels))
+    together = max(1, _PIXELS_TOGETHER // next(iter(pixels.values()))[0].numel())
+    state = out.with_name(f"{out.name}.unfinished")
+    changed = poison.perturb(pixels, masks=masks, micro_batch=together, state_folder=state)
+    records = [manifest(poison, key, x, changed[key]) for key, x in pixels.items()]
+    if out.exists():
+        shutil.rmtree(out)  # a set without manifest: its writer was stopped
+    write_concepts([_with_pixels(concept, changed) for concept in clean], out)
+    summary = {"poison": run.record["data"]["poison"], "seed": seed, "pictures": records}
+    write_whole(out / "manifest.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _with_pixels(concept: Concept, pixels: Mapping[str, Tensor]) -> Concept:
+    images = [ConceptImage.of(concept.name, i.stem, pixels[i.key], i.mask, i.caption) for i in concept.images]
+    return Concept.of(concept.name, images, concept.group)
+
+
+def forge_concepts(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
+    """Writes the config's poisoned concepts to `<run.dir>/concepts`, lossless, with a manifest; what `poisonshield poison` does.
+
+    Raises ConfigError if the config names no poison or the folder holds a set already.
+    """
+    run = read_invert(config, overrides)
+    if run.poison is None:
+        raise ConfigError(f"{config} names no poison to write. Set data.poison, for example data.poison.name=advdm.")
+    out = Path(run.settings.run.dir) / "concepts"
+    if (out / "manifest.json").exists() and not run.settings.run.overwrite:
+        raise ConfigError(f"{out} holds a set already. Choose another run.dir, or set run.overwrite=true.")
+    model = load_model(run.settings.model)
+    summary = poison_concepts(run, model, open_concepts(run, model), out)
+    log.info("written   %s; learn from it with data.train=%s data.poison=null", out, out)
+    log.info("measured  %s", [record["measured"] for record in summary["pictures"]])
+    return out
+
+
+def resolve_floors(
+    defenses: list[Defense], concepts: tuple[Concept, ...], method: TextualInversion, run: InvertRun
+) -> None:
+    """Lets defenses that choose a timestep floor by themselves look at the pictures, every concept's together."""
+    for defense in defenses:
+        if getattr(defense.config, "t_min", None) == "auto":
+            batch = whole_batch(concepts)
+            prompts = [f"a photo of a {method.placeholders[concepts[y].name].token}" for y in batch.y.tolist()]
+            log.info("t_min     %d, chosen by szt", defense.resolve(batch, method.vectors.detach(), prompts))
+
+
+def whole_batch(concepts: tuple[Concept, ...]) -> Batch:
+    """Every picture of every concept, once."""
+    images = [(image, y) for y, concept in enumerate(concepts) for image in concept.images]
+    masks = [image.mask for image, _ in images]
+    return Batch(
+        keys=tuple(image.key for image, _ in images),
+        x=torch.stack([image.pixels for image, _ in images]).float() / 255,
+        y=torch.tensor([y for _, y in images]),
+        mask=None if any(m is None for m in masks) else torch.stack(masks),
+        captions=tuple(image.caption for image, _ in images),
+    )
+
+
+class Validation:
+    """Pictures of every concept while it is learned, every `generate.every_steps` steps, into `validation/`."""
+
+    def __init__(self, run: InvertRun, method: TextualInversion, folder: RunFolder) -> None:
+        self.run, self.method, self.folder = run, method, folder
+        self.trainer: Trainer | None = None
+        self.drawn = 0
+
+    def __call__(self) -> Mapping[str, float]:
+        """Asked at the end of each logged interval; draws if enough steps have passed."""
+        every, step = self.run.settings.generate.every_steps, self.trainer.step
+        if every is None or step // every == self.drawn // every:
+            return {}
+        self.drawn = step
+        if collectives.rank() == 0:
+            pictures = {name: generate(self.run, self.method, name, count=4)["recon"] for name in self.method.placeholders}
+            draw_sheet(self.folder.path / "validation" / f"step-{step:06d}.png", pictures)
+        return {}
+
+
+@torch.no_grad()
+def generate(
+    run: InvertRun,
+    method: TextualInversion,
+    name: str,
+    *,
+    count: int | None = None,
+    t_min: int = 0,
+    size: int | None = None,
+) -> dict[str, Tensor]:
+    """Pictures of a concept by prompt group, each [count, 3, H, W] in [0, 1]. The noise depends on `generate.seed` only.
+
+    size: pixels a side, by default as the pipeline was built for.
+    """
+    g, model = run.settings.generate, method.model
+    count, token = count or g.count, method.placeholders[name].token
+    rows, out = method.vectors.detach(), {}
+    for group, templates in (("recon", g.recon), ("compose", g.compose)):
+        if not templates:
+            continue
+        texts = [templates[i % len(templates)] for i in range(count)]
+        keys = [f"{group}/{i}" for i in range(count)]
+        switch = None
+        if g.switch and t_min > 0:
+            word = run.method.config.init if isinstance(run.method.config.init, str) else run.method.config.init[name]
+            switch = (t_min, model.prompts([t.format(word) for t in texts]))
+        out[group] = sample(
+            model,
+            model.prompts([t.format(token) for t in texts], rows),
+            noise=start_noise(keys, latent_shape(model, size), seed=g.seed, device=rows.device),
+            steps=g.steps,
+            guidance=g.guidance,
+            switch=switch,
+        )
+    return out
+
+
+def finish(
+    run: InvertRun,
+    folder: RunFolder,
+    method: TextualInversion,
+    defenses: list[Defense],
+    *,
+    clean: tuple[Concept, ...],
+    trained_on: tuple[Concept, ...],
+    done: dict[str, Any],
+) -> None:
+    """Embedding files, pictures, one sheet, and a row of results for each concept."""
+    embeddings(method, folder.export)
+    ranges = [getattr(d, "t_range", None) for d in defenses]
+    t_min = next((r[0] for r in ranges if r), 0)
+    pictures = {name: generate(run, method, name, t_min=t_min) for name in method.placeholders}
+    write_pictures(folder.path / "pictures", pictures)
+    draw_sheet(
+        folder.path / "pictures.png",
+        {
+            **{f"{c.name}, trained on": torch.stack([i.pixels for i in c.images]).float() / 255 for c in trained_on},
+            **{f"{name}, {group}": x for name, groups in pictures.items() for group, x in groups.items()},
+        },
+    )
+    rows = []
+    for concept in clean:
+        values = measure(run, method, concept, pictures[concept.name])
+        rows.append(
+            {
+                "concept": concept.name,
+                "group": concept.group,
+                "poison": run.poison_label,
+                "defense": run.defense_label,
+                "method": run.method.name,
+                "seed": run.seed,
+                **values,
+                "t_min": t_min,
+                "steps": done["steps"],
+                "seconds": round(done["seconds"], 1),
+            }
+        )
+    write_whole(folder.results, json.dumps(rows, indent=1))
+    log.info("results   %s", folder.results)
+
+
+def embeddings(method: TextualInversion, folder: Path) -> list[Path]:
+    """One file per concept, `<placeholder>/learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
+    paths = []
+    for name, placeholder in method.placeholders.items():
+        path = folder / placeholder.token.strip("<>") / "learned_embeds.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_embedding(Learned(placeholder.token, method.rows(name).detach().float().cpu()), path)
+        paths.append(path)
+    return paths
