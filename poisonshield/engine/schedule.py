@@ -6,6 +6,7 @@ VESPR's code: at tick t >= w it is lr * (1 + cos(pi (t - 1) / N)) / 2.
 """
 
 import math
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -41,7 +42,7 @@ class ScheduleConfig(BaseModel):
             raise ValueError("milestones are rising fractions of the run, each between 0 and 1.")
         return self
 
-    def warmup_ticks(self, ticks: int, steps_per_epoch: int) -> float:
+    def warmup_ticks(self, ticks: int, steps_per_epoch: int | Fraction) -> float:
         """How many ticks of the whole run's `ticks` belong to warm-up."""
         if self.warmup_steps is not None:
             return self.warmup_steps
@@ -52,9 +53,18 @@ class ScheduleConfig(BaseModel):
 
 
 def lr_at(
-    config: ScheduleConfig, *, lr: float, step: int, total_steps: int, steps_per_epoch: int, decay: bool = True
+    config: ScheduleConfig,
+    *,
+    lr: float,
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int | Fraction,
+    decay: bool = True,
 ) -> float:
-    """The learning rate of step `step` (from 0) of `total_steps`; `lr` is the peak, which stays without decay."""
+    """The learning rate of step `step` (from 0) of `total_steps`; `lr` is the peak, which stays without decay.
+
+    steps_per_epoch: not a whole number where steps take several batches each and an epoch ends within one.
+    """
     tick, ticks = step + 1, total_steps
     if config.per_epoch:
         tick, ticks = step // steps_per_epoch + 1, math.ceil(total_steps / steps_per_epoch)

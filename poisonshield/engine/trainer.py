@@ -6,6 +6,7 @@ It knows ranks, time and disk, and nothing of poisons, defenses or data formats.
 import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,13 @@ class Trainer:
 
     def lr(self, *, decay: bool = True) -> float:
         """The learning rate of the step to come; without decay, for what keeps the peak after warm-up."""
-        run = {"total_steps": self.total_steps, "steps_per_epoch": self.stream.steps_per_epoch}
+        run = {"total_steps": self.total_steps, "steps_per_epoch": self._steps_per_epoch}
         return lr_at(self.schedule, lr=self.optim_config.lr, step=self.step, decay=decay, **run)
+
+    @property
+    def _steps_per_epoch(self) -> Fraction:
+        """The stream counts batches, and a step may take several; it need not be whole."""
+        return Fraction(self.stream.steps_per_epoch, self.config.accumulate)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole method's state on the CPU of rank 0, whatever shards it; empty on other ranks. All ranks call."""
@@ -193,6 +199,6 @@ class Trainer:
         log.info("%s, %s trainable parameters", type(self.method).__name__, f"{trainable:,}")
         log.info("%d x %s on %s, backend %s%s, %s, torch %s", world, where, socket.gethostname(), c.backend, sharding,
                  c.precision, torch.__version__)  # fmt: skip
-        log.info("steps %d to %d (%d an epoch), %s", self.step + 1, self.total_steps, self.stream.steps_per_epoch,
+        log.info("steps %d to %d (%g an epoch), %s", self.step + 1, self.total_steps, self._steps_per_epoch,
                  f"resumed from {found}" if found else "from the start")  # fmt: skip
         log.info("results go to %s", self.folder.path)
