@@ -1,0 +1,43 @@
+"""Pictures and quick settings for the tests of diffusion poisons."""
+
+import torch
+
+from poisonshield.data import world
+from poisonshield.registry import Registry
+
+POISONS = Registry("poisonshield.poisons.diffusion", kind="diffusion poison")
+
+QUICK = {
+    "fsmg": {"surrogate_steps": 2, "lr": 1e-3},
+    "aspl": {"pgd_steps": 2, "inner_steps": 1, "lr": 1e-3},
+}
+"""Settings that make a method with a surrogate small enough for a test."""
+
+
+def picture(index: int, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
+    """The middle of a rendered picture, uint8 [3, H, W]."""
+    x = world.render(index).x
+    if max(size) > world.SIZE:
+        x = torch.nn.functional.interpolate(x[None], (128, 128), mode="bilinear", antialias=True)[0]
+    top, left = ((have - want) // 2 for have, want in zip(x.shape[1:], size, strict=True))
+    return (x[:, top : top + size[0], left : left + size[1]] * 255).round().to(torch.uint8)
+
+
+def pictures(count: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, torch.Tensor]:
+    return {f"k{i}": picture(i, size) for i in range(count)}
+
+
+def make(name: str, model, *, seed: int = 0, target=None, **settings):
+    """A poison by name; methods with a surrogate train it for a moment only."""
+    cls = POISONS.get(name)
+    given = {} if target is None else {"target": target}
+    return cls(cls.Config(**{**QUICK.get(name, {}), **settings}), model=model, seed=seed, **given)
+
+
+def settle(model):
+    """Latents as a trained VAE has them: of variance 1, with little posterior noise. Random weights have more noise than signal."""
+    with torch.no_grad():
+        model.vae.quant_conv.bias[model.latent_channels :].fill_(-6.0)
+        mean, _ = model.posterior(torch.stack([picture(i, (32, 32)).float() / 255 for i in range(8)]))
+    model.vae.register_to_config(scaling_factor=float(1 / mean.std()))
+    return model
