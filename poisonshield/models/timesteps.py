@@ -268,7 +268,9 @@ def choose_t_min(
     below = profile.corrected < tau
     reached = below.flip(0).int().cumprod(0).flip(0).bool()  # from here to the end
     first = int(reached.int().argmax())
-    if not bool(reached.any()):
+    if not bool(reached.any()) and float(profile.ref.steady[-1]) == 0:
+        reason = "in the last bin the reference's gradient is all noise; give more draws (noises)"
+    elif not bool(reached.any()):
         reason = (
             f"the two gradients differ by {float(profile.corrected[-1]):.2g} in the last bin, where {tau:g} is wanted"
         )

@@ -204,11 +204,14 @@ def test_draws_cover_each_bin_in_equal_parts_and_are_the_same_for_both_sources()
     assert profile.pressure.tolist() == pytest.approx([1 - i / 10 for i in range(10)])
 
 
-def test_a_gradient_that_is_all_error_is_far_from_everything():
+def test_a_gradient_that_is_all_error_is_far_from_everything(caplog):
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     noisy = Moments(one, one, 2 * one)
     profile = Profile((0, 10), noisy, noisy, Moments(one, one, zero))
     assert math.isinf(float(profile.corrected))
+    with caplog.at_level(logging.WARNING):
+        assert choose_t_min(profile) == 500
+    assert "all noise; give more draws" in caplog.text
     assert float(Profile((0, 10), noisy, noisy, noisy).corrected) == 0
 
 
