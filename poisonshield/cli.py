@@ -51,7 +51,7 @@ def train(
         bool, typer.Option(help="Print the resolved settings, and DeepSpeed's, then stop.")
     ] = False,
 ) -> None:
-    """Train one experiment; the same as `python launch/train.py`."""
+    """Train one experiment, a classifier's or a textual inversion; the same as `python launch/train.py`."""
     from poisonshield.commands.train import resolved
     from poisonshield.commands.train import train as run
 
@@ -97,7 +97,7 @@ def grid(
 
 @app.command()
 def poison(config: Config, overrides: Overrides = None) -> None:
-    """Write the config's poison: lossless shards with a measured budget, or a recipe of some kilobytes."""
+    """Write the config's poison: lossless shards (or pictures of concepts) with a measured budget, or a small recipe."""
     from poisonshield.commands.forge import forge_run
 
     forge_run(config, overrides or [])
@@ -109,6 +109,62 @@ def pipeline(config: Config, overrides: Overrides = None) -> None:
     from poisonshield.commands.pipeline import train_pipeline
 
     print(train_pipeline(config, overrides or []))
+
+
+@app.command()
+def sensitivity(
+    pipeline: Annotated[str, typer.Argument(help="A Stable Diffusion folder, or tiny for the shipped pipeline.")],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or one folder of them.")],
+    embedding: Annotated[Path, typer.Option(help="The learned word's file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the maps and sensitivity.json.")],
+    reference: Annotated[Optional[Path], typer.Option(help="Folder of the same pictures clean, by file name.")] = None,
+    masks: Annotated[Optional[Path], typer.Option(help="Folder of masks by file name.")] = None,
+    against: Annotated[Optional[str], typer.Option(help="Embedding file or word, for delta and signed.")] = None,
+    mode: Annotated[str, typer.Option(help="loss_grad, pred_jac, input_sal, delta or signed.")] = "loss_grad",
+    timestep: Annotated[Optional[list[int]], typer.Option(help="May be given several times.")] = None,
+    prompt: Annotated[str, typer.Option(help="{} stands for the learned word.")] = "a photo of a {}",
+    probes: Annotated[int, typer.Option(min=1, help="Random directions of the word's vectors.")] = 64,
+    exact: Annotated[bool, typer.Option("--exact", help="All directions instead of random ones.")] = False,
+    noises: Annotated[int, typer.Option(min=1, help="Draws of the noise.")] = 8,
+    norm: Annotated[str, typer.Option(help="Scale of the drawing: joint, self or sum1.")] = "joint",
+    size: Annotated[Optional[int], typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of noise and directions.")] = 0,
+) -> None:
+    """Where a learned word looks in pictures, by timestep: maps, totals and the concept's share."""
+    from poisonshield.commands.sensitivity import TIMESTEPS
+    from poisonshield.commands.sensitivity import sensitivity as run
+
+    run(pipeline, images, embedding, out, reference=reference, masks=masks, against=against, mode=mode,
+        timesteps=timestep or TIMESTEPS, prompt=prompt, probes=probes, exact=exact, noises=noises, norm=norm, size=size,
+        seed=seed)  # fmt: skip
+    print(out)
+
+
+@app.command()
+def profile(
+    pipeline: Annotated[str, typer.Argument(help="A Stable Diffusion folder, or tiny for the shipped pipeline.")],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or one folder of them.")],
+    embedding: Annotated[Path, typer.Option(help="The word's file, where training stands; best near its start.")],
+    out: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")],
+    reference: Annotated[
+        Optional[str], typer.Option(help="Folder of the same pictures clean, or jpeg:25: the pictures compressed.")
+    ] = None,
+    masks: Annotated[Optional[Path], typer.Option(help="Folder of masks by file name.")] = None,
+    prompt: Annotated[str, typer.Option(help="{} stands for the learned word.")] = "a photo of a {}",
+    bins: Annotated[int, typer.Option(min=1, help="Parts of the timesteps.")] = 20,
+    noises: Annotated[int, typer.Option(min=2, help="Draws of timestep and noise per picture and bin.")] = 16,
+    size: Annotated[Optional[int], typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of timesteps and noise.")] = 0,
+) -> None:
+    """At which timesteps a word is learned and a poison bends its gradient, and the first timestep to train from."""
+    from poisonshield.commands.profile import profile as run
+
+    record = run(pipeline, images, embedding, out, reference=reference, masks=masks, prompt=prompt, bins=bins,
+                 noises=noises, size=size, seed=seed)  # fmt: skip
+    print(out if record["t_min"] is None else f"{out}  t_min {record['t_min']}")
+
+
+app()
 
 
 @app.command()
