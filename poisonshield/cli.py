@@ -164,9 +164,6 @@ def profile(
     print(out if record["t_min"] is None else f"{out}  t_min {record['t_min']}")
 
 
-app()
-
-
 @app.command()
 def doctor() -> None:
     """Versions, devices, backends and why, and whether multi-process launch would work."""
