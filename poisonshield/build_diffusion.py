@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,6 +30,8 @@ from poisonshield.errors import ConfigError
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.latent_diffusion import LatentDiffusion
 from poisonshield.registry import Registry
+
+log = logging.getLogger(__name__)
 
 _VARIANTS = 4  # backgrounds of a picture that come in turn, where a defense draws them: their latents can be kept
 
@@ -147,7 +150,11 @@ def is_invert(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> 
 
 def read_invert(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> InvertRun:
     """The checked run of a config file and its overrides. Raises one ConfigError that lists every problem with its line."""
-    tree = load_tree(path, overrides)
+    return check_invert(load_tree(path, overrides), Path(path))
+
+
+def check_invert(tree: Tree, origin: Path) -> InvertRun:
+    """The same of settings that are read already."""
     checker = Checker(tree)
     settings = checker.settings(InvertConfig, (), tree.values, owner="a textual inversion")
     method = checker.choice(Registry("poisonshield.methods.diffusion", kind="method"), ("method",), tree.values["method"])
@@ -160,14 +167,14 @@ def read_invert(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     if block is not None:
         poison = checker.choice(DIFFUSION_POISONS, ("data", "poison"), block)
     if settings is not None and method is not None and None not in defenses:
-        _check_pairs(checker, tree, settings, defenses)
+        _check_pairs(checker, settings, method, defenses)
     checker.finish()
     record = dump(settings, tree.values)
     record["method"] = _record(method, tree.values["method"])
     record["defenses"] = [_record(d, b) for d, b in zip(defenses, blocks, strict=True)]
     if poison is not None:
         record["data"]["poison"] = _record(poison, block)
-    return InvertRun(settings, method, defenses, poison, record, Path(path))
+    return InvertRun(settings, method, defenses, poison, record, origin)
 
 
 def _pick_defense(checker: Checker, path: tuple, block: Any) -> Choice | None:
@@ -182,7 +189,7 @@ def _pick_defense(checker: Checker, path: tuple, block: Any) -> Choice | None:
     return choice
 
 
-def _check_pairs(checker: Checker, tree: Tree, settings: InvertConfig, defenses: tuple[Choice, ...]) -> None:
+def _check_pairs(checker: Checker, settings: InvertConfig, method: Choice, defenses: tuple[Choice, ...]) -> None:
     zones = [d for d in defenses if d.cls is SZT]
     wants = [d.config.mask for d in zones if d.config.mask in ("file", "alpha")]
     if len(zones) > 1:
@@ -201,6 +208,13 @@ def _check_pairs(checker: Checker, tree: Tree, settings: InvertConfig, defenses:
         checker.problem(
             ("engine", "precision"),
             "engine.precision: learned vectors stay in fp32. For frozen networks in bf16 set model.dtype: bf16.",
+        )
+    # Sharded optimisers move copies of their own, which after_step never sees.
+    if method.config.keep_norm and settings.engine.zero_stage > 0:
+        checker.problem(
+            ("method", "keep_norm"),
+            f"method.keep_norm moves the vectors after each step, and engine.zero_stage {settings.engine.zero_stage} would "
+            "put them back. Set zero_stage: 0, or backend: plain; vectors are too few to be worth sharding.",
         )
 
 
@@ -270,6 +284,28 @@ def build_inversion(run: InvertRun, model: LatentDiffusion, names: list[str]) ->
     for defense in defenses:
         method = defense.wrap(method)
     return method, defenses
+
+
+def resolve_floors(defenses: list[Defense], concepts: tuple[Concept, ...], method: TextualInversion) -> None:
+    """Lets defenses that choose a timestep floor by themselves look at the pictures, every concept's together."""
+    for defense in defenses:
+        if getattr(defense.config, "t_min", None) == "auto":
+            batch = whole_batch(concepts)
+            prompts = [f"a photo of a {method.placeholders[concepts[y].name].token}" for y in batch.y.tolist()]
+            log.info("t_min     %d, chosen by szt", defense.resolve(batch, method.vectors.detach(), prompts))
+
+
+def whole_batch(concepts: tuple[Concept, ...]) -> Batch:
+    """Every picture of every concept, once."""
+    images = [(image, y) for y, concept in enumerate(concepts) for image in concept.images]
+    masks = [image.mask for image, _ in images]
+    return Batch(
+        keys=tuple(image.key for image, _ in images),
+        x=torch.stack([image.pixels for image, _ in images]).float() / 255,
+        y=torch.tensor([y for _, y in images]),
+        mask=None if any(m is None for m in masks) else torch.stack(masks),
+        captions=tuple(image.caption for image, _ in images),
+    )
 
 
 def build_concept_stream(

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.batch import Batch
 from poisonshield.build_diffusion import (
     InvertRun,
     build_concept_stream,
@@ -24,6 +23,7 @@ from poisonshield.build_diffusion import (
     load_model,
     open_concepts,
     read_invert,
+    resolve_floors,
 )
 from poisonshield.commands.pictures import draw_sheet, write_pictures
 from poisonshield.commands.reading import measure
@@ -61,7 +61,7 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
         model.to(device)
         concepts = for_training(run, poisoned(run, model, clean, folder))
         method, defenses = build_inversion(run, model, [c.name for c in concepts])
-        resolve_floors(defenses, concepts, method, run)
+        resolve_floors(defenses, concepts, method)
         log.info("%s: %s of %d concepts on %s, poison %s, defense %s", run.origin, run.method.name, len(concepts),
                  run.settings.model.pipeline, run.poison_label, run.defense_label)  # fmt: skip
         validation = Validation(run, method, folder)
@@ -80,7 +80,7 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
         done = trainer.fit()
         state = trainer.state_dict()
         if collectives.rank() == 0:
-            method.load_state_dict(state)
+            method.vectors = nn.Parameter(state["vectors"].to(device))  # whole again, where ranks had pieces of them
             finish(run, folder, method.to(device), defenses, clean=clean, trained_on=concepts, done=done)
         collectives.barrier()
     return folder.path
@@ -147,30 +147,6 @@ def forge_concepts(config: str | Path, overrides: tuple[str, ...] | list[str] = 
     return out
 
 
-def resolve_floors(
-    defenses: list[Defense], concepts: tuple[Concept, ...], method: TextualInversion, run: InvertRun
-) -> None:
-    """Lets defenses that choose a timestep floor by themselves look at the pictures, every concept's together."""
-    for defense in defenses:
-        if getattr(defense.config, "t_min", None) == "auto":
-            batch = whole_batch(concepts)
-            prompts = [f"a photo of a {method.placeholders[concepts[y].name].token}" for y in batch.y.tolist()]
-            log.info("t_min     %d, chosen by szt", defense.resolve(batch, method.vectors.detach(), prompts))
-
-
-def whole_batch(concepts: tuple[Concept, ...]) -> Batch:
-    """Every picture of every concept, once."""
-    images = [(image, y) for y, concept in enumerate(concepts) for image in concept.images]
-    masks = [image.mask for image, _ in images]
-    return Batch(
-        keys=tuple(image.key for image, _ in images),
-        x=torch.stack([image.pixels for image, _ in images]).float() / 255,
-        y=torch.tensor([y for _, y in images]),
-        mask=None if any(m is None for m in masks) else torch.stack(masks),
-        captions=tuple(image.caption for image, _ in images),
-    )
-
-
 class Validation:
     """Pictures of every concept while it is learned, every `generate.every_steps` steps, into `validation/`."""
 
@@ -185,8 +161,11 @@ class Validation:
         if every is None or step // every == self.drawn // every:
             return {}
         self.drawn = step
+        rows = self.trainer.state_dict().get("vectors")  # every rank has to ask, as each may hold a piece
         if collectives.rank() == 0:
-            pictures = {name: generate(self.run, self.method, name, count=4)["recon"] for name in self.method.placeholders}
+            rows = rows.to(self.trainer.device)
+            drawn = lambda name: generate(self.run, self.method, name, count=4, rows=rows)["recon"]
+            pictures = {name: drawn(name) for name in self.method.placeholders}
             draw_sheet(self.folder.path / "validation" / f"step-{step:06d}.png", pictures)
         return {}
 
@@ -200,14 +179,15 @@ def generate(
     count: int | None = None,
     t_min: int = 0,
     size: int | None = None,
+    rows: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Pictures of a concept by prompt group, each [count, 3, H, W] in [0, 1]. The noise depends on `generate.seed` only.
 
-    size: pixels a side, by default as the pipeline was built for.
+    size: pixels a side, by default as the pipeline was built for. rows: other vectors than the method's, all concepts'.
     """
     g, model = run.settings.generate, method.model
     count, token = count or g.count, method.placeholders[name].token
-    rows, out = method.vectors.detach(), {}
+    rows, out = method.vectors.detach() if rows is None else rows, {}
     for group, templates in (("recon", g.recon), ("compose", g.compose)):
         if not templates:
             continue

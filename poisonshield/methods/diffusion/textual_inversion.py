@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.errors import ConfigError, DataError
@@ -120,9 +121,17 @@ class TextualInversion(Method):
                 losses = losses.index_put(
                     (own.nonzero()[:, 0],), zone_loss(pred[own], target[own], None if mask is None else mask[own], zone)
                 )
+            if mask is not None:
+                losses = losses * self._share(mask, batch.y)
         else:
             losses = zone_loss(pred, target, mask, zone)
         return losses if self.config.min_snr is None else losses * self._snr_weight(t, batch)
+
+    def _share(self, mask: Tensor, y: Tensor) -> Tensor:
+        """[B]: this rank's part of each concept's mask in the global batch, times the ranks. 1 where there is one rank."""
+        area = mask.new_zeros(len(self.placeholders)).index_add(0, y, mask.flatten(1).sum(1))
+        total = collectives.all_reduce_sum(area)
+        return (collectives.world_size() * area / total.clamp(min=torch.finfo(area.dtype).tiny))[y]
 
     def _snr_weight(self, t: Tensor, batch: Batch) -> Tensor:
         """min(SNR, gamma) / SNR, for v-prediction / (SNR + 1)."""
