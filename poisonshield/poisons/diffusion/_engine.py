@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from poisonshield.poisons.diffusion._canvas import Canvas, check_images
-from poisonshield.poisons.diffusion._state import Store, identity
+from poisonshield.poisons.diffusion._state import Store
 from poisonshield.poisons.diffusion.base import DiffusionPoison, Progress
 
 
@@ -20,11 +20,15 @@ def attack(
     state_folder: Path | None,
     save_every: int,
     progress: Progress | None,
+    also: str = "",
 ) -> Iterator[tuple[str, Tensor]]:
-    """(key, uint8 [3, H, W]) as pictures are finished; arguments as in DiffusionPoison.run."""
+    """(key, uint8 [3, H, W]) as pictures are finished; arguments as in DiffusionPoison.run.
+
+    also: what else than poison, picture and mask a state belongs to.
+    """
     check_images(images, masks)
     store, steps = Store(state_folder), poison.config.steps
-    names = {key: identity(poison, {key: image}, masks) for key, image in images.items()} if state_folder else {}
+    names = {k: poison.identity({k: image}, masks) + also for k, image in images.items()} if state_folder else {}
     found = {key: store.load(key, names[key]) for key in images} if state_folder else {}
     counter = Counter(progress, steps * len(images))
     for keys in groups(images, micro_batch, found):

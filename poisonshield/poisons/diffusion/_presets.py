@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from poisonshield.config import Checker, Tree
 from poisonshield.errors import ConfigError
 from poisonshield.registry import Registry, suggest
 
@@ -115,8 +116,10 @@ def resolve(method: str | None, preset: str | None, given: Mapping[str, Any]) ->
         raise ConfigError(
             f"preset {preset} belongs to {found.method}, and {method} was asked for. Leave one of them out."
         )
-    cls = POISONS.get(name)
-    return cls, cls.Config(**{**settings, **spelled, **given})
+    cls, checker = POISONS.get(name), Checker(Tree())
+    config = checker.settings(cls.Config, (), {**settings, **spelled, **given}, owner=name)
+    checker.finish()
+    return cls, config
 
 
 def known_methods() -> list[str]:

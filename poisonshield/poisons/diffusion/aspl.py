@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poisonshield.poisons.diffusion._canvas import Canvas, check_images
 from poisonshield.poisons.diffusion._engine import Counter, enter, record
-from poisonshield.poisons.diffusion._state import Store, identity
+from poisonshield.poisons.diffusion._state import Store
 from poisonshield.poisons.diffusion.base import Progress
 from poisonshield.poisons.diffusion.fsmg import FSMG
 
@@ -52,8 +52,7 @@ class ASPL(FSMG):
         """As the parent's; the state is one file for all pictures and the surrogate, written between rounds."""
         check_images(images, masks)
         config, store = self.config, Store(state_folder)
-        others = {**(self.reference or {}), **{f"class {k}": v for k, v in (self.class_images or {}).items()}}
-        name = identity(self, images, masks) + identity(self, others, None)
+        name = self.identity(images, masks)
         self.__dict__.pop("surrogate", None)
         canvases = self.canvases(images, masks, micro_batch)
         clean = self.canvases(self.reference, None) if self.reference else canvases

@@ -22,6 +22,7 @@ from poisonshield.poisons.diffusion._eot import Transform
 from poisonshield.poisons.diffusion._gradients import Change, pixel_gradient, squared_error
 from poisonshield.poisons.diffusion._plan import Box
 from poisonshield.poisons.diffusion._settings import AttackConfig, check_budget, check_changes, check_timesteps
+from poisonshield.poisons.diffusion._state import identity
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all), a picture's step counting as one."""
@@ -191,6 +192,10 @@ class DiffusionPoison(ABC):
     def digest(self) -> str:
         """The model's hash."""
         return self.model.digest()
+
+    def identity(self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> str:
+        """A hash of all that decides the result: method, settings, seed, model, target, pictures and masks."""
+        return identity(self, images, masks)
 
     def change(self, view: View) -> Transform:
         """This view's random changes of pixels, by config.eot."""

@@ -60,6 +60,13 @@ class FSMG(AdvDM):
         """The model that is attacked: the caller's own until it is trained."""
         return Surrogate(self)
 
+    def identity(self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> str:
+        """As the parent's, with the reference and class pictures."""
+        return super().identity(images, masks) + identity(self, self._others(), None)
+
+    def _others(self) -> dict[str, Tensor]:
+        return {**(self.reference or {}), **{f"class {k}": v for k, v in (self.class_images or {}).items()}}
+
     def denoise(self, z_t: Tensor, t: Tensor) -> Tensor:
         """The surrogate's prediction."""
         return self.surrogate.predict(z_t, t)
@@ -78,7 +85,7 @@ class FSMG(AdvDM):
         check_images(images, masks)
         learned, store = self.reference or images, Store(state_folder)
         learned_masks = None if self.reference else masks
-        name = identity(self, {**learned, **{f"class {k}": v for k, v in (self.class_images or {}).items()}}, None)
+        name = self.identity(learned, learned_masks)
         if self._trained_on != name:
             self.__dict__.pop("surrogate", None)
             state = store.load(_STATE, name)
@@ -93,14 +100,9 @@ class FSMG(AdvDM):
                     store.save(_STATE, name, {"weights": [w.cpu() for w in self.surrogate.state()]})
             self._trained_on = name
         yield from attack(
-            self,
-            images,
-            masks,
-            micro_batch=micro_batch,
-            state_folder=state_folder,
-            save_every=save_every,
-            progress=progress,
-        )
+            self, images, masks, micro_batch=micro_batch, state_folder=state_folder, save_every=save_every, progress=progress,
+            also=name,
+        )  # fmt: skip
         store.remove(_STATE)
 
     def canvases(
