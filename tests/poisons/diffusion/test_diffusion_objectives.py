@@ -31,12 +31,13 @@ def test_advdm_moves_the_loss_its_way_under_common_random_numbers(fitted, sign):
     assert (moved > 0).sum() >= 2 and moved.mean() > 0
 
 
-@pytest.mark.parametrize("name", [n for n in POISONS.names() if n not in ("fsmg", "aspl")])
+@pytest.mark.parametrize("name", POISONS.names())
 def test_every_objective_rises(fitted, name):
+    """Mean of 32 fixed draws, source against result; with a surrogate, on the one that it ended with."""
     images = pictures()
     poison = make(name, fitted, steps=10)
-    start = {k: v for k, v in poison.measure(images).items()}
-    end = poison.measure(poison.perturb(images), clean=images)
+    out = poison.perturb(images)
+    start, end = poison.measure(images), poison.measure(out, clean=images)
     moved = torch.tensor([end[k] - start[k] for k in images])
     print(f"{name}: {[round(v, 5) for v in moved.tolist()]}")
     assert moved.mean() > 0 and (moved > 0).sum() >= 2
