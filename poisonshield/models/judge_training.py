@@ -11,6 +11,7 @@ from torch import Tensor
 from poisonshield.models.judge import ConceptJudge
 from poisonshield.models.judge_lessons import IGNORED, KINDS, Objects, Rendered, lessons, soften
 from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.sampler import round_trip
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +87,6 @@ def held_back(
         else:
             out[name] = joint
     return {name: round(value, 4) for name, value in out.items()}
-
-
-@torch.no_grad()
-def round_trip(model: LatentDiffusion, x: Tensor, *, micro_batch: int = 32) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1] through the VAE and back, clipped: the best that the pipeline can draw."""
-    return torch.cat([model.decode(model.encode(rows)).clamp(0, 1) for rows in x.split(micro_batch)])
 
 
 def _pool(objects: Objects, model: LatentDiffusion, generator: torch.Generator, *, count: int) -> tuple[Tensor, Tensor]:

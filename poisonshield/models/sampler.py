@@ -81,6 +81,12 @@ def latent_shape(model: LatentDiffusion, size: int | None = None) -> tuple[int, 
     return model.latent_channels, side, side
 
 
+@torch.no_grad()
+def round_trip(model: LatentDiffusion, x: Tensor, *, micro_batch: int = 16) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] through the VAE and back, clipped: the best that the pipeline can draw."""
+    return torch.cat([model.decode(model.encode(rows)).clamp(0, 1) for rows in x.split(micro_batch)])
+
+
 def _denoise(
     model: LatentDiffusion,
     context: Tensor,
