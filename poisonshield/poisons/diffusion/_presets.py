@@ -26,8 +26,19 @@ SPELLINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mist-tex": ("mist", {"mode": "tex"}),
     "mist-joint": ("mist", {"mode": "joint"}),
     "photoguard-enc": ("photoguard_enc", {}),
-    "ti-aspl": ("aspl", {"inner": "ti", "lr": 5e-3}),
+    "ti-aspl": ("aspl", {"inner": "ti"}),
     "adaptive-szt": ("adaptive_szt", {}),
+    "adaptive-szt-ti": (
+        "aspl",
+        {
+            "inner": "ti",
+            "defended": True,
+            "eot": ("jpeg",),
+            "jpeg_qualities": (25, 50, 75, 90),
+            "t_range": (500, 1000),
+            "mask": "loss",
+        },
+    ),
 }
 """Method names that stand for a method and some settings of it."""
 

@@ -23,20 +23,23 @@ from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, V
 
 TOKEN = "<poison>"
 
+LR = {"full": 5e-7, "kv": 1e-5, "ti": 5e-3}
+"""Of DreamBooth in the scripts of Van Le et al. 2023, of Custom Diffusion, and of textual inversion."""
+
 
 class SurrogateConfig(AttackConfig):
     """inner: what is trained: "full" U-Net and text encoder, "kv" of the cross-attention, "ti" the vectors of one new word.
 
     prompt: with {} where the subject stands (for "ti" the new word, begun at init_word, else at the mean of all words).
-    lr, weight_decay, clip_norm, batch: of each training step. prior_weight: of the loss on class images with
-    class_prompt. defended: the surrogate is trained as one that knows the defense: on eot's pixels, t_range, masked loss.
+    lr, weight_decay, clip_norm, batch: of each training step; lr None is that of LR. prior_weight: of the loss on class
+    images with class_prompt. defended: it is trained as a model under the defense is: on eot's pixels, t_range, masked loss.
     """
 
     inner: Literal["full", "kv", "ti"] = "full"
     prompt: str = "a photo of {}"
     subject: str = "sks person"
     init_word: str | None = None
-    lr: float = Field(5e-7, gt=0)
+    lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     batch: int = Field(1, ge=1)
@@ -101,7 +104,7 @@ class Surrogate:
         decay = 0.0 if self.config.inner == "ti" else self.config.weight_decay
         for p in self.parameters:
             p.requires_grad_()
-        optimizer = torch.optim.AdamW(self.parameters, lr=self.config.lr, weight_decay=decay)
+        optimizer = torch.optim.AdamW(self.parameters, lr=self.config.lr or LR[self.config.inner], weight_decay=decay)
         try:
             for step in range(first, first + steps):
                 optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,8 @@ from poisonshield.poisons.diffusion._state import Store
 from poisonshield.poisons.diffusion.base import Progress
 from poisonshield.poisons.diffusion.fsmg import FSMG
 
+_STATE = "\0alternating"
+
 
 class ASPL(FSMG):
     """Rounds of inner_steps on clean pictures (of `reference`, if given), pgd_steps on pixels, inner_steps on poisoned ones."""
@@ -88,6 +90,3 @@ class ASPL(FSMG):
             enter(canvas, [None if state is None else state["pictures"][key] for key in canvas.keys])
         if state is not None:
             self.surrogate.restore(state["weights"])
-
-
-_STATE = "\0alternating"

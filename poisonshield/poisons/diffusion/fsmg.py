@@ -20,6 +20,8 @@ from poisonshield.poisons.diffusion._surrogate import Surrogate, SurrogateConfig
 from poisonshield.poisons.diffusion.advdm import AdvDM
 from poisonshield.poisons.diffusion.base import Progress
 
+_STATE = "\0surrogate"
+
 
 class FSMG(AdvDM):
     """AdvDM on a surrogate. reference, class_images: uint8 [3, H, W] by key; the latter for prior_weight."""
@@ -110,6 +112,3 @@ class FSMG(AdvDM):
     ) -> list[Canvas]:
         """The pictures in groups of one size."""
         return [Canvas(self, {k: images[k] for k in keys}, masks) for keys in groups(images, micro_batch)]
-
-
-_STATE = "\0surrogate"

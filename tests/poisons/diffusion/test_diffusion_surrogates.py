@@ -145,6 +145,23 @@ def test_a_defended_surrogate_sees_what_the_defense_leaves(model):
     assert not torch.equal(*rows)
 
 
+def test_a_word_trained_under_the_defense_is_attacked_under_it(fitted):
+    from poisonshield.poisons.diffusion._presets import resolve
+
+    cls, config = resolve("adaptive-szt-ti", None, {"steps": 6, "pgd_steps": 3, "eps_levels": 8, "step_levels": 2})
+    assert config.lr is None and config.inner == "ti" and config.defended
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:24, 8:24] = 1
+    images, masks = pictures(2), {k: mask for k in ("k0", "k1")}
+    poison = cls(config, model=fitted)
+    row = poison.surrogate.rows.clone()
+    out = poison.perturb(images, masks=masks)
+    assert not torch.equal(poison.surrogate.rows, row)
+    start, end = (sum(poison.measure(x, masks=masks).values()) for x in (images, out))
+    print(f"masked loss after JPEG, t >= 500, with the learned word: {start / 2:.5f} -> {end / 2:.5f}")
+    assert end > start
+
+
 def test_a_learned_word_needs_its_place_in_the_prompt(model):
     with pytest.raises(ConfigError, match="no {}"):
         make("aspl", model, inner="ti", prompt="a photo").perturb(pictures(1))
