@@ -101,7 +101,7 @@ def train_many(
     if not concepts:
         raise ConfigError("train_many got no concept. Give {name: pixels uint8 [n, 3, H, W]}, or Concepts.")
     given = tuple(_concept(name, value) for name, value in concepts.items())
-    run = _run(
+    run = preset_run(
         model, preset=preset, szt=szt, steps=steps, batch=batch, lr=lr, seed=seed, tokens=tokens, run_dir=run_dir,
         method=method,
     )  # fmt: skip
@@ -161,27 +161,30 @@ def _trained(
     return {c.name: Learned(method.placeholders[c.name].token, method.rows(c.name).clone()) for c in concepts}
 
 
-def _run(
+def preset_run(
     model: LatentDiffusion,
     *,
-    preset: str,
-    szt: SZT.Config | None,
-    steps: int | None,
-    batch: int | None,
-    lr: float | None,
-    seed: int,
-    tokens: Mapping[str, str] | None,
-    run_dir: str | Path | None,
-    method: Mapping[str, Any],
+    preset: str = "szt",
+    szt: SZT.Config | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    tokens: Mapping[str, str] | None = None,
+    run_dir: str | Path | None = None,
+    method: Mapping[str, Any] | None = None,
 ) -> InvertRun:
-    """The preset with what the caller says instead, checked as a config file is."""
+    """The preset with what the caller says instead (see train_many), checked as a config file is.
+
+    Raises one ConfigError that lists every problem.
+    """
     if preset not in PRESETS:
         raise ConfigError(f"{preset!r} is no preset.{suggest(preset, list(PRESETS))}  Known: {', '.join(PRESETS)}")
     values = copy.deepcopy(PRESETS[preset])
     values |= {"seed": seed, "run": {"dir": str(run_dir or "")}}
     values["model"] = {"pipeline": model.name, "dtype": "bf16" if model.dtype == torch.bfloat16 else "fp32"}
     values["data"] |= {"train": "given", "tokens": dict(tokens or {})}
-    values["method"] |= {"name": "textual_inversion", **method}
+    values["method"] |= {"name": "textual_inversion", **(method or {})}
     values["engine"] |= {"device": model.alphas_cumprod.device.type, "resume": "auto"}
     if szt is not None:
         values["defenses"] = [{"name": SZT.name, **szt.model_dump(mode="json")}]

@@ -14,7 +14,7 @@ from poisonshield.commands.invert import invert
 from poisonshield.data.concepts import Concept, ConceptImage, rendered_concepts
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import CheckpointError, ConfigError, DataError
-from poisonshield.inversion import PRESETS, _run, train_many, train_textual_inversion, words
+from poisonshield.inversion import PRESETS, preset_run, train_many, train_textual_inversion, words
 from poisonshield.models.embeddings import Learned
 from poisonshield.models.latent_diffusion import LatentDiffusion
 
@@ -55,9 +55,7 @@ def start(model, name, **method):
 def test_a_preset_is_the_config_of_its_name(model, preset):
     """All settings but the data's place, its cut, the pipeline, and the word that one concept starts from."""
     config = read_invert(CONFIGS / "invert" / f"{preset}.yaml").record
-    ours = _run(
-        model, preset=preset, szt=None, steps=None, batch=None, lr=None, seed=0, tokens=None, run_dir=None, method={}
-    ).record
+    ours = preset_run(model, preset=preset).record
     for data in (config["data"], ours["data"]):
         del data["train"], data["crop"]
     for engine in (config["engine"], ours["engine"]):
@@ -136,7 +134,7 @@ def test_masks_count_where_the_preset_uses_them_and_are_not_read_where_it_does_n
 
 def test_settings_of_the_caller_win_over_the_preset(model):
     given = {"steps": 7, "batch": 3, "lr": 0.5, "seed": 9, "tokens": {"a": "<b>"}, "run_dir": None}
-    run = _run(
+    run = preset_run(
         model, preset="szt_long", szt=SZT.Config(mask="box", t_min=0.4), method={"init": "star", "vectors": 3}, **given
     )
     assert (run.settings.engine.max_steps, run.settings.data.batch_size, run.settings.optimizer.lr, run.seed) == (

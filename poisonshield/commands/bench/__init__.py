@@ -1,7 +1,7 @@
 """`poisonshield bench ops`: our ops beside other libraries, in one run, checked before they are timed.
 
 Each file here that defines `cases(device, quick)` is a benchmark; a new op is a new file. vespr.py is a command of its
-own, `poisonshield bench vespr`: a whole training step.
+own, `poisonshield bench vespr`, and so is inversion.py, `poisonshield bench invert`: whole training steps.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from poisonshield.errors import ConfigError
 def benchmarks() -> list[str]:
     """The names of the ops that have a file here."""
     names = [m.name for m in pkgutil.iter_modules(__path__)]
-    return sorted(n for n in names if n not in ("harness", "record", "vespr"))
+    return sorted(n for n in names if n not in ("harness", "record", "vespr", "inversion"))
 
 
 def bench(
