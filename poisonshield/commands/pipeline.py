@@ -1,7 +1,7 @@
 """`poisonshield pipeline`: train a small Stable Diffusion pipeline on the rendered world, in two stages and from nothing.
 
 Both stages are ordinary runs of the engine, so an interrupted one goes on where it stopped. The result is a diffusers
-folder, in half precision, with a sheet of samples beside it.
+folder in half precision. Beside its parts lies a judge of what pictures show, trained last, and a sheet of samples.
 """
 
 import json
@@ -14,6 +14,8 @@ from pydantic import Field
 
 from poisonshield import collectives
 from poisonshield.build import RunSection
+from poisonshield.commands.pictures import draw_sheet
+from poisonshield.commands.reading import JUDGE
 from poisonshield.config import Checker, Settings, load_tree
 from poisonshield.data import world
 from poisonshield.data.captioned import CaptionedStream, rendered
@@ -27,9 +29,13 @@ from poisonshield.method import Method
 from poisonshield.methods.diffusion.autoencoder import Autoencoder
 from poisonshield.methods.diffusion.denoiser import Denoiser
 from poisonshield.models import small_pipeline as small
+from poisonshield.models.judge_training import train_judge
 from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.sampler import latent_shape, sample, start_noise
 
 log = logging.getLogger(__name__)
+
+_JUDGE_SEED = 3  # of renders: 0 is what the pipeline sees, 1 what words are learned from, 2 what they are compared with
 
 
 class Stage(Settings):
@@ -53,6 +59,12 @@ class UNetStage(Stage, small.UNetConfig):
     ema: float = Field(0.999, ge=0, lt=1)
 
 
+class JudgeStage(Settings):
+    """steps: of the judge's training, see models/judge_training.py."""
+
+    steps: int = Field(2000, ge=1)
+
+
 class PipelineConfig(Settings):
     """pictures: how many of the rendered world are trained on. prediction: what the U-Net learns to say."""
 
@@ -63,6 +75,7 @@ class PipelineConfig(Settings):
     vae: VAEStage = VAEStage()
     unet: UNetStage = UNetStage()
     text: small.TextConfig = small.TextConfig()
+    judge: JudgeStage = JudgeStage()
     engine: EngineConfig
 
 
@@ -92,9 +105,24 @@ def train_pipeline(config: str | Path, overrides: tuple[str, ...] | list[str] = 
             for name in ("vae", "unet", "text_encoder"):
                 trained[name] = trained[name].cpu().half()
             small.write_pipeline(out, **trained)
+            finish(settings, out)
             log.info("pipeline  %s (%.1f MB)", out, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6)
         collectives.barrier()
     return out
+
+
+def finish(settings: PipelineConfig, out: Path) -> None:
+    """Trains the judge of a written pipeline's world, held-out combinations too, and draws samples of known ones."""
+    model = LatentDiffusion.load(out)
+    every = [(color, shape) for color in world.COLORS for shape in world.SHAPES]
+    render = lambda i: world.render(i, seed=settings.seed + _JUDGE_SEED, only=every)
+    train_judge(render, model=model, seed=settings.seed, steps=settings.judge.steps).save(out / JUDGE)
+    rows = {}
+    for color, shape in (("red", "circle"), ("blue", "ring"), ("white", "star"), ("purple", "square"), ("blue", "cross")):
+        prompt = f"a photo of a {color} {shape}"
+        noise = start_noise([str(i) for i in range(8)], latent_shape(model), seed=settings.seed)
+        rows[prompt] = sample(model, model.prompts([prompt] * 8), noise=noise, steps=25, guidance=3.0)
+    draw_sheet(out.with_name("samples.png"), rows)
 
 
 def _untrained(settings: PipelineConfig, out: Path) -> dict[str, Any]:
