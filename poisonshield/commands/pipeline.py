@@ -116,7 +116,9 @@ def finish(settings: PipelineConfig, out: Path) -> None:
     model = LatentDiffusion.load(out)
     every = [(color, shape) for color in world.COLORS for shape in world.SHAPES]
     render = lambda i: world.render(i, seed=settings.seed + _JUDGE_SEED, only=every)
-    train_judge(render, model=model, seed=settings.seed, steps=settings.judge.steps).save(out / JUDGE)
+    judge = train_judge(render, model=model, seed=settings.seed, steps=settings.judge.steps)
+    judge.record["vae"] = "the pipeline beside it"
+    judge.save(out / JUDGE)
     rows = {}
     for color, shape in (("red", "circle"), ("blue", "ring"), ("white", "star"), ("purple", "square"), ("blue", "cross")):
         prompt = f"a photo of a {color} {shape}"
