@@ -1,8 +1,8 @@
 """`poisonshield protect`: poison photographs before they are published, so that a model learns them badly.
 
-A photo becomes a PNG of its own size under its own stem, with a manifest beside it that says how it was made and what was
-measured on the file. The budget is checked on the file as it was read back. Both are moved into place whole; a command
-that was stopped goes on where it was, and pictures that are done are left alone.
+A photo becomes a PNG of its own size under its own stem, with a manifest beside it that says how it was made and what
+was measured on the file. The budget is checked on the file as it was read back. Both are moved into place whole; a
+command that was stopped goes on where it was, and pictures that are done are left alone.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ TINY_NOTE = (
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture file, turned as its EXIF data says: pixels uint8 [3, H, W], alpha and colour profile kept as they are."""
+    """A picture file, turned as its EXIF data says: pixels uint8 [3, H, W], alpha and colour profile as they are."""
 
     path: Path
     out: Path
@@ -88,10 +88,10 @@ def protect(
     """The PNG files written, one for each of `images` (files, or folders of them), in their order.
 
     out: a folder, or for one picture a name that ends in .png. method and preset as in poisons/diffusion/_presets.py,
-    "advdm" if neither is given; eps_levels, steps, prompt and settings ("key=value") override the preset's. mask: a file,
-    or a folder with a mask of each stem. target: a picture to pull towards. reference, class_images: for methods that
-    train a surrogate. tile: larger sides are attacked in tiles, 0 never. measure: also write the objective before and
-    after into the manifest. overwrite: replace pictures that were made otherwise.
+    "advdm" if neither is given; eps_levels, steps, prompt and settings ("key=value") override the preset's. mask: a
+    file, or a folder with a mask of each stem. target: a picture to pull towards. reference, class_images: for methods
+    that train a surrogate. tile: larger sides are attacked in tiles, 0 never. measure: also write the objective before
+    and after into the manifest. overwrite: replace pictures that were made otherwise.
 
     Raises ConfigError, DataError for files that are not whole 8-bit RGB or grey pictures, BudgetError, CheckpointError.
     """
@@ -186,7 +186,7 @@ def _write(photo: Photo, result: Tensor, record: dict[str, Any], poison: Diffusi
         record["source"] = {"file": photo.path.name, "sha256": photo.sha256}
         record["png_sha256"] = stored.sha256
         flush(draft)
-        # The manifest first: one without its picture is merely redone, a picture without one could not be told from others.
+        # The manifest first: one without its picture is merely redone; a picture without one could be anybody's.
         write_whole(manifest_of(photo.out), json.dumps(record, indent=1) + "\n")
         os.replace(draft, photo.out)
         flush(photo.out.parent)

@@ -1,9 +1,9 @@
 """How much of a poison a purifier leaves, by spatial frequency, from the picture files alone.
 
-With delta = poisoned - clean and r = purified(poisoned) - purified(clean), the share that survives is <r, delta> / <delta,
-delta>: 1 for a purifier that does nothing, 0 for one that leaves nothing of it. Taken over rings of the Fourier plane it
-says which frequencies live. Where the purified clean picture is not given the clean one stands in for it; what the
-purifier does to the picture itself then adds noise to the share, but hardly moves it, as it does not know delta.
+With delta = poisoned - clean and r = purified(poisoned) - purified(clean), the share that survives is <r, delta> /
+<delta, delta>: 1 for a purifier that does nothing, 0 for one that leaves nothing of it. Taken over rings of the Fourier
+plane it says which frequencies live. Where the purified clean picture is not given the clean one stands in for it; what
+the purifier does to the picture itself then adds noise to the share, but hardly moves it, as it does not know delta.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Record(BaseModel):
 
 
 class Band(Record):
-    """Frequencies [low, high) in cycles a pixel. energy: share of delta's energy in it; share: what survives, None of 0."""
+    """Frequencies [low, high) in cycles a pixel. energy: share of delta's in it; share: what survives, None of 0."""
 
     low: float = Field(ge=0)
     high: float = Field(gt=0)

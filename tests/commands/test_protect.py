@@ -1,4 +1,4 @@
-"""`protect` on real files: same size, same stem, lossless, budget on the file, manifest, and words for what it refuses."""
+"""`protect` on real files: same size, same stem, lossless, budget on the file, manifest, and what it refuses."""
 
 import hashlib
 import json

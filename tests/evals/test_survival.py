@@ -118,7 +118,7 @@ def test_poison_purify_and_remeasure_is_reproduced_from_files_alone(tmp_path):
     assert set(json.loads((tmp_path / "report.json").read_text())) == set(schema["properties"])
     without = survey(*of_folders[:3], bands=4)
     print(
-        f"survival of advdm after JPEG 75: {report.survival:.3f}; without the purified clean pictures {without.survival:.3f}"
+        f"survival of advdm after JPEG 75: {report.survival:.3f}; without purified clean pictures {without.survival:.3f}"
     )
     assert not without.purified_clean and without.pictures[0].psnr_cost is None
 

@@ -1,7 +1,7 @@
 """Perturbations of low frequency: the lowest k x k bins of the cosine transform of every 8 x 8 block.
 
-JPEG rounds high bins away first, so what is limited to low ones survives it better. Blocks lie where JPEG's do, from the
-upper left corner of the picture.
+JPEG rounds high bins away first, so what is limited to low ones survives it better. Blocks lie where JPEG's do, from
+the upper left corner of the picture.
 """
 
 import math
@@ -35,7 +35,7 @@ def low_pass(x: Tensor, bins: int) -> Tensor:
 
 
 def shorten_blocks(delta: Tensor, eps: float) -> Tensor:
-    """delta [B, C, H, W] with each 8 x 8 block of a channel scaled to at most eps. Scaling, unlike clipping, keeps bins."""
+    """delta [B, C, H, W] with each 8 x 8 block of a channel scaled to at most eps: unlike clipping it keeps bins."""
     blocks = _blocks(delta)
     size = blocks.abs().amax((-2, -1), keepdim=True)
     return _picture(blocks * (eps / size).clamp(max=1.0), delta.shape[2:])

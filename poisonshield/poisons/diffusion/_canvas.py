@@ -134,8 +134,8 @@ class Canvas:
         box = self.plan.boxes[tile]
         mask, area = self._weights(box)
         whole = View(
-            self.keys, box.of(padded).contiguous(), random.within(f"tile {tile}"), random, box, self.plan.padded, mask, area,
-            self.memos[tile],
+            self.keys, box.of(padded).contiguous(), random.within(f"tile {tile}"), random, box, self.plan.padded,
+            mask, area, self.memos[tile],
         )  # fmt: skip
         if rows is None:
             return whole
@@ -187,7 +187,7 @@ class Canvas:
 
 
 def check_images(images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> None:
-    """Raise ShapeError or DataError unless images are uint8 [3, H, W] and masks, if any, [1, H, W] in [0, 1], one each."""
+    """Raise ShapeError or DataError unless images are uint8 [3, H, W], and masks, if any, [1, H, W] in [0, 1]."""
     for key, image in images.items():
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ShapeError(

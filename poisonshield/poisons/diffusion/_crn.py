@@ -20,9 +20,9 @@ def mean_objective(
     draws: int,
     micro_batch: int,
 ) -> dict[str, float]:
-    """By key, the mean of poison.objective over `draws` draws of (t, noise, posterior noise, changes) fixed by seed and key.
+    """By key, the mean of poison.objective over `draws` draws fixed by seed and key.
 
-    Whole pictures, never tiles. micro_batch: how many draws are computed at once.
+    A draw is (t, noise, posterior noise, changes). Whole pictures, never tiles. micro_batch: how many draws are computed at once.
     """
     check_images(images, masks)
     out = {}

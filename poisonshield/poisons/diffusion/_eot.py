@@ -59,5 +59,5 @@ class Transform:
         return rows.view_as(x)
 
     def flip(self, x: Tensor, u: Tensor) -> Tensor:
-        """Mirrored left to right, half of the time. The perturbation itself is never mirrored: its gradient turns back."""
+        """Mirrored left to right, half of the time. The perturbation never is: its gradient turns back."""
         return torch.where((u < 0.5)[:, None, None, None], x.flip(-1), x)

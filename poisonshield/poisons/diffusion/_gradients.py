@@ -4,7 +4,8 @@
     g = d loss / d z         the U-Net's graph, then freed
     d <g, encode(x)> / d x   the VAE's graph
 With the same posterior noise in both passes this is the exact gradient; its peak is the larger of the two graphs, not
-their sum, for one more encoder forward. Poisons that drop the U-Net's Jacobian give their own g and need no U-Net graph.
+their sum, for one more encoder forward. Poisons that drop the U-Net's Jacobian give their own g and need no U-Net
+graph.
 """
 
 from collections.abc import Callable

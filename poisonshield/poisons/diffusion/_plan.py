@@ -43,8 +43,9 @@ class Plan:
 
 
 def plan_of(size: tuple[int, int], *, multiple: int, tile: int | None = None, overlap: int = 0) -> Plan:
-    """The plan for pictures of `size`. multiple: what each side must be a multiple of. tile: the largest side seen at once.
+    """The plan for pictures of `size`.
 
+    multiple: what each side must be a multiple of. tile: the largest side seen at once.
     Neighbouring tiles share at least `overlap` pixels. Raises ConfigError for a tile that is no multiple of 16 and of
     `multiple`, or not larger than the overlap.
     """
@@ -52,8 +53,8 @@ def plan_of(size: tuple[int, int], *, multiple: int, tile: int | None = None, ov
     tiled = tile is not None and max(size) > tile
     if tiled and (tile % unit or overlap >= tile or overlap < 0):
         raise ConfigError(
-            f"tile {tile} with overlap {overlap} does not fit this pipeline: a multiple of {unit} that is larger than the "
-            f"overlap is wanted, for example {max(unit, tile // unit * unit)} with {unit}."
+            f"tile {tile} with overlap {overlap} does not fit this pipeline: a multiple of {unit} that is larger than "
+            f"the overlap is wanted, for example {max(unit, tile // unit * unit)} with {unit}."
         )
     padded = tuple(_up(side, unit if tiled and side > tile else multiple) for side in size)
     spans = [_spans(side, tile if tiled else side, overlap, unit) for side in padded]

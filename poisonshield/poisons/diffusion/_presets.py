@@ -1,7 +1,7 @@
 """Names that people write, and the settings of published code, with radii turned into 8-bit levels.
 
-A radius r on pixels in [-1, 1] is 127.5 r levels, on [0, 1] 255 r, on [0, 255] r: "16/255" is 16 levels in one paper and
-8 in another. Where run scripts and code defaults differ, the script counts.
+A radius r on pixels in [-1, 1] is 127.5 r levels, on [0, 1] 255 r, on [0, 255] r: "16/255" is 16 levels in one paper
+and 8 in another. Where run scripts and code defaults differ, the script counts.
 """
 
 from collections.abc import Mapping

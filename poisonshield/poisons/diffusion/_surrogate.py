@@ -1,8 +1,8 @@
 """A model that learns the pictures, so that the attack is on what a victim will have: trained, put back, attacked.
 
-The caller's model is never touched: U-Net and text encoder are copies in float32. Weights in bfloat16 would hardly move,
-since a step of 5e-7 is lost in the rounding of most of them. The VAE stays the caller's. A step sees whole batches of
-pictures one by one, so its result does not depend on how many are computed together.
+The caller's model is never touched: U-Net and text encoder are copies in float32. Weights in bfloat16 would hardly
+move, since a step of 5e-7 is lost in the rounding of most of them. The VAE stays the caller's. A step sees whole
+batches of pictures one by one, so its result does not depend on how many are computed together.
 """
 
 import copy
@@ -28,11 +28,12 @@ LR = {"full": 5e-7, "kv": 1e-5, "ti": 5e-3}
 
 
 class SurrogateConfig(AttackConfig):
-    """inner: what is trained: "full" U-Net and text encoder, "kv" of the cross-attention, "ti" the vectors of one new word.
+    """inner: what is trained: "full" U-Net and text encoder, "kv" of the cross-attention, "ti" the vector of a new word.
 
     prompt: with {} where the subject stands (for "ti" the new word, begun at init_word, else at the mean of all words).
     lr, weight_decay, clip_norm, batch: of each training step; lr None is that of LR. prior_weight: of the loss on class
-    images with class_prompt. defended: it is trained as a model under the defense is: on eot's pixels, t_range, masked loss.
+    images with class_prompt. defended: it is trained as a model under the defense is: on eot's pixels, t_range, masked
+    loss.
     """
 
     inner: Literal["full", "kv", "ti"] = "full"
@@ -96,7 +97,7 @@ class Surrogate:
         clean: bool,
         prior: Sequence[Canvas] = (),
     ) -> None:
-        """`steps` AdamW steps on the canvases' pictures (clean: their sources) in the order of keys, from number `first` on.
+        """`steps` AdamW steps on the canvases' pictures (clean: their sources), by key, from number `first` on.
 
         The optimiser is new each time, as the published loops have it. phase names the random numbers.
         """

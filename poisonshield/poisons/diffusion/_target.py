@@ -1,7 +1,7 @@
 """What a targeted poison pulls the latent towards: a picture of our own, drawn from the seed.
 
-Targets in the published code are photographs and a logo fetched from elsewhere; a pattern needs no file. Its period of 8
-pixels is one latent cell of Stable Diffusion, so every cell is pulled to the same far-off value.
+Targets in the published code are photographs and a logo fetched from elsewhere; a pattern needs no file. Its period of
+8 pixels is one latent cell of Stable Diffusion, so every cell is pulled to the same far-off value.
 """
 
 import torch
@@ -33,7 +33,7 @@ def covering(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def target_picture(poison: DiffusionPoison, view: View) -> Tensor:
-    """What lies under this tile of the poison's target, given or our pattern, at the padded picture's size: [1, 3, h, w]."""
+    """[1, 3, h, w]: what lies under this tile of the target, given or our pattern, at the padded picture's size."""
     given = poison.target is not None
     whole = covering(poison.target, view.padded) if given else pattern(view.padded, poison.seed, view.x.device)
     return view.box.of(whole.to(view.x))[None]

@@ -1,9 +1,11 @@
-"""ASPL, alternating surrogate and perturbation learning: train on clean, attack, train on poisoned. Source: Van Le et al. 2023.
+"""ASPL, alternating surrogate and perturbation learning: train on clean, attack, train on poisoned.
 
-    repeat: copy the surrogate, train the copy on clean pictures, attack it; train the surrogate on the poisoned pictures
-With inner "ti" only the vectors of one word are trained, which is what a victim of textual inversion does; with "kv" the
-cross-attention's keys and values. Pictures meet in the surrogate, so unlike elsewhere each one's result depends on the
-others. Defaults are those of the authors' script; clipping works here, which in their code it does not.
+Source: Van Le et al. 2023.
+
+    repeat: train a copy of the surrogate on clean pictures, attack it; train the surrogate on the poisoned ones
+With inner "ti" only the vectors of one word are trained, which is what a victim of textual inversion does; with "kv"
+the cross-attention's keys and values. Pictures meet in the surrogate, so unlike elsewhere each one's result depends on
+the others. Defaults are those of the authors' script; clipping works here, which in their code it does not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,10 +25,10 @@ _STATE = "\0alternating"
 
 
 class ASPL(FSMG):
-    """Rounds of inner_steps on clean pictures (of `reference`, if given), pgd_steps on pixels, inner_steps on poisoned ones."""
+    """Rounds of inner_steps on clean (`reference`) pictures, pgd_steps on pixels, inner_steps on poisoned ones."""
 
     class Config(FSMG.Config):
-        """steps: on pixels in all, pgd_steps of them a round. surrogate_steps: on clean pictures before the first round."""
+        """steps: on pixels in all, pgd_steps of them a round. surrogate_steps: on clean pictures, before the rounds."""
 
         steps: int = Field(300, ge=1)
         step_levels: float = Field(0.6375, gt=0)

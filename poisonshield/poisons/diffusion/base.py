@@ -124,7 +124,7 @@ class DiffusionPoison(ABC):
         save_every: int = 25,
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """The same as `perturb`, one by one as they are finished. A picture's state is removed when the next is asked for."""
+        """The same as `perturb`, one by one. A picture's state is removed when the next is asked for."""
         from poisonshield.poisons.diffusion._engine import attack
 
         return attack(

@@ -1,4 +1,6 @@
-"""FSMG, a fully trained surrogate: fine-tune on clean pictures, then raise the loss of that model. Source: Van Le et al. 2023.
+"""FSMG, a fully trained surrogate: fine-tune on clean pictures, then raise the loss of that model.
+
+Source: Van Le et al. 2023.
 
 The surrogate learns `reference` pictures of the same subject where given, as the authors have it, else the pictures
 themselves. Its training is the cost: 1000 steps for a set of pictures.
@@ -95,15 +97,16 @@ class FSMG(AdvDM):
                 self.surrogate.restore(state["weights"])
             else:
                 self.surrogate.train(
-                    self.canvases(learned, learned_masks), self.config.surrogate_steps, first=0, phase="clean", clean=True,
+                    self.canvases(learned, learned_masks), self.config.surrogate_steps,
+                    first=0, phase="clean", clean=True,
                     prior=self.canvases(self.class_images or {}, None),
                 )  # fmt: skip
                 if state_folder is not None:
                     store.save(_STATE, name, {"weights": [w.cpu() for w in self.surrogate.state()]})
             self._trained_on = name
         yield from attack(
-            self, images, masks, micro_batch=micro_batch, state_folder=state_folder, save_every=save_every, progress=progress,
-            also=name,
+            self, images, masks, micro_batch=micro_batch, state_folder=state_folder, save_every=save_every,
+            progress=progress, also=name,
         )  # fmt: skip
         store.remove(_STATE)
 

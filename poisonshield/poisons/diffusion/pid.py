@@ -1,4 +1,6 @@
-"""PID, prompt-independent defense: move mean and variance of the VAE's posterior away from the clean ones. Li et al. 2024.
+"""PID, prompt-independent defense: move mean and variance of the VAE's posterior away from the clean ones.
+
+Source: Li et al. 2024.
 
 No prompt and no U-Net. The clean moments are computed once, not at every step.
 """

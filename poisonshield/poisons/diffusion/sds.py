@@ -1,7 +1,7 @@
 """SDS: the gradient of AdvDM without the U-Net's Jacobian, at half the time and memory. Source: Xue et al. 2024.
 
-The error e = eps(z_t) - n of the predicted noise is sent through the VAE alone, as in score distillation, with no weight
-over t. A velocity is turned into the noise that it means first.
+The error e = eps(z_t) - n of the predicted noise is sent through the VAE alone, as in score distillation, with no
+weight over t. A velocity is turned into the noise that it means first.
 """
 
 from typing import ClassVar, Literal

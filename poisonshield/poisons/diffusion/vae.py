@@ -1,4 +1,6 @@
-"""The plain encoder attack: move the latents, ignore the U-Net. Source: Salman et al. 2023; Xue et al. 2024 (the untargeted form).
+"""The plain encoder attack: move the latents, ignore the U-Net.
+
+Sources: Salman et al. 2023; Xue et al. 2024 (the untargeted form).
 
 Cheapest of all, one encoder pass forward and back a step, and blind to prompts. It is bound to the VAE.
 """
@@ -12,7 +14,7 @@ from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, V
 
 
 class VAE(DiffusionPoison):
-    """Raises the mean of (z(x) - z(x0))^2, z the posterior's scaled mean; with goal "zero" lowers the mean of z(x)^2."""
+    """Raises the mean of (z(x) - z(x0))^2, z the posterior's scaled mean; goal "zero" lowers that of z(x)^2."""
 
     class Config(AttackConfig):
         """goal: "away" from the clean latents, or to "zero"."""

@@ -35,7 +35,7 @@ def make(name: str, model, *, seed: int = 0, target=None, **settings):
 
 
 def settle(model):
-    """Latents as a trained VAE has them: of variance 1, with little posterior noise. Random weights have more noise than signal."""
+    """Latents as a trained VAE has them: of variance 1, with little posterior noise. Random ones have mostly noise."""
     with torch.no_grad():
         model.vae.quant_conv.bias[model.latent_channels :].fill_(-6.0)
         mean, _ = model.posterior(torch.stack([picture(i, (32, 32)).float() / 255 for i in range(8)]))

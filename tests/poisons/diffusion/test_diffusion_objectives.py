@@ -142,7 +142,7 @@ def test_mist_joint_has_one_balance_at_all_sizes(fitted):
     """The published sum over latents against a mean fails this by a factor of 4."""
     (small, cells), (large, more) = balance(fitted, 32), balance(fitted, 64)
     print(
-        f"texture / semantics at 32 px {small:.2f}, at 64 px {large:.2f}; as a sum {small * cells:.0f}, {large * more:.0f}"
+        f"texture / semantics at 32 px {small:.2f}, 64 px {large:.2f}; as a sum {small * cells:.0f}, {large * more:.0f}"
     )
     assert max(small, large) / min(small, large) < 1.5
     assert large * more / (small * cells) > 1.5
