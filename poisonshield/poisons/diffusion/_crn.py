@@ -22,7 +22,7 @@ def mean_objective(
 ) -> dict[str, float]:
     """By key, the mean of poison.objective over `draws` draws fixed by seed and key.
 
-    A draw is (t, noise, posterior noise, changes). Whole pictures, never tiles. micro_batch: how many draws are computed at once.
+    A draw is (t, noise, posterior noise, changes). Whole pictures, never tiles. micro_batch: draws computed at once.
     """
     check_images(images, masks)
     out = {}
