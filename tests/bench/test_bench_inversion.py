@@ -66,12 +66,15 @@ def test_it_prints_ratios_and_records_rows(pipeline, tmp_path, capsys):
     out = tmp_path / "inversion.csv"
     rows, ratios = inversion.bench(out, 2, True, 1, pipeline)
     told = capsys.readouterr().out
-    assert "times faster (wanted: at least 1.6)" in told and "times one's step (wanted: at most 3)" in told
+    assert (
+        "times faster (wanted: at least 1.6) with" in told
+        and "(wanted: at most 3) with 8.00 times its arithmetic" in told
+    )
     found = list(csv.DictReader(out.open()))
     assert [r["provider"] for r in found] == [inversion.CACHED, inversion.ENCODED, inversion.ONE, inversion.MANY]
     for r in found:
         assert 0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) and float(r["extra_mib"]) > 0
-        assert r["threads"] == "1" and not r["gb_per_s"] and r["note"].startswith("gradients differ by")
+        assert r["threads"] == "1" and not r["gb_per_s"] and "GFLOP; gradients differ by" in r["note"]
     assert ratios["cache"] == pytest.approx(float(found[1]["p50_ms"]) / float(found[0]["p50_ms"]))
     assert ratios["many"] == pytest.approx(float(found[3]["p50_ms"]) / float(found[2]["p50_ms"]))
     assert len(rows) == 4
