@@ -224,6 +224,26 @@ def test_other_pictures_and_none_are_refused_with_a_way_out(model, pictures):
         train_many(model, {})
 
 
+@pytest.mark.slow
+def test_thirty_subjects_of_photographs_train_in_one_batch(tmp_path, dreambooth_folder):
+    """The load test's config, shortened; files beside the subjects' folders are no pictures."""
+    pipeline = tiny_folder(tmp_path / "pipeline", size=64)
+    overrides = [
+        f"model.pipeline={json.dumps(str(pipeline))}", f"data.train={json.dumps(str(dreambooth_folder))}",
+        f"run.dir={json.dumps(str(tmp_path / 'run'))}", "engine.device=cpu", "engine.max_steps=2", "engine.log_every_steps=1",
+        "generate.count=1", "generate.steps=1",
+    ]  # fmt: skip
+    folder = invert(str(CONFIGS / "invert" / "szt_dreambooth_tiny.yaml"), overrides)
+    subjects = sorted(p.name for p in dreambooth_folder.iterdir() if p.is_dir())
+    assert len(subjects) == 30
+    rows = json.loads((folder / "results.json").read_text())
+    assert [r["concept"] for r in rows] == subjects and {r["defense"] for r in rows} == {"szt(jpeg25, t500, box)"}
+    files = sorted((folder / "export").glob("*/learned_embeds.safetensors"))
+    assert sorted(p.parent.name.replace("-", "_") for p in files) == subjects
+    starts = {tuple(v.tolist()) for path in files for v in load_file(path).values()}
+    assert len(starts) == 30  # each word went its own way from "circle"
+
+
 def on_ranks(rank, world):
     """What this rank is given back."""
     kinds = [tuple(name.split("_")) for name in NAMES[:2]]
