@@ -68,7 +68,7 @@ def forge_run(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     then the shards stay, for inspection, but without a manifest they are no data set.
     """
     if is_invert(config, overrides):
-        from poisonshield.commands.invert import forge_concepts
+        from poisonshield.commands.forge_concepts import forge_concepts
 
         return forge_concepts(config, overrides)
     run = read_run(config, overrides)

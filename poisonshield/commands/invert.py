@@ -5,7 +5,6 @@ What `poisonshield train` does with a config of this kind, on one process or on 
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,26 @@ from poisonshield.build_diffusion import (
     InvertRun,
     build_concept_stream,
     build_inversion,
-    fingerprint,
     for_training,
     load_model,
     open_concepts,
     read_invert,
     resolve_floors,
 )
+from poisonshield.commands.forge_concepts import poisoned
 from poisonshield.commands.pictures import draw_sheet, write_pictures
 from poisonshield.commands.reading import measure
-from poisonshield.data.concepts import Concept, ConceptImage, load_concepts, write_concepts
+from poisonshield.data.concepts import Concept
 from poisonshield.defenses.base import Defense
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
-from poisonshield.errors import ConfigError
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.embeddings import Learned, save_embedding
-from poisonshield.models.latent_diffusion import LatentDiffusion
 from poisonshield.models.sampler import latent_shape, sample, start_noise
-from poisonshield.poisons.diffusion._manifest import manifest
 
 log = logging.getLogger(__name__)
-
-_PIXELS_TOGETHER = 2**18  # of pictures that a poison changes at once
 
 
 def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
@@ -59,7 +53,7 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
     clean = open_concepts(run, model)
     with processes(engine, seed=run.seed) as device:
         model.to(device)
-        concepts = for_training(run, poisoned(run, model, clean, folder))
+        concepts = for_training(run, poisoned(run, model, clean, folder.path))
         method, defenses = build_inversion(run, model, [c.name for c in concepts])
         resolve_floors(defenses, concepts, method)
         log.info("%s: %s of %d concepts on %s, poison %s, defense %s", run.origin, run.method.name, len(concepts),
@@ -84,67 +78,6 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
             finish(run, folder, method.to(device), defenses, clean=clean, trained_on=concepts, done=done)
         collectives.barrier()
     return folder.path
-
-
-def poisoned(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], folder: RunFolder) -> tuple[Concept, ...]:
-    """The concepts as the run's poison leaves them: read from the cache, or made by rank 0 and put there."""
-    if run.poison is None:
-        return clean
-    cache = Path(run.settings.data.poison_cache or folder.path / "poisoned") / fingerprint(run, model, clean)
-    if collectives.rank() == 0 and not (cache / "manifest.json").is_file():
-        poison_concepts(run, model, clean, cache)
-    collectives.barrier()
-    masks = None if clean[0].images[0].mask is None else "file"
-    found = load_concepts(cache, size=clean[0].images[0].pixels.shape[-1], masks=masks)
-    by_name = {concept.name: concept for concept in found}
-    return tuple(by_name[concept.name] for concept in clean)
-
-
-def poison_concepts(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], out: Path) -> dict[str, Any]:
-    """Perturbs all pictures of a set together, writes them as a concept folder, and its manifest last; returns that.
-
-    Masks are written along; the poison sees them only with data.poison_masks.
-    """
-    seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
-    poison = run.poison.cls(run.poison.config, model=model, seed=seed)
-    pixels = {image.key: image.pixels for concept in clean for image in concept.images}
-    masks = None
-    if run.settings.data.poison_masks is not None:
-        masks = {image.key: image.mask for concept in clean for image in concept.images}
-    log.info("poison    %s on %d pictures", run.poison.name, len(pixels))
-    together = max(1, _PIXELS_TOGETHER // next(iter(pixels.values()))[0].numel())
-    state = out.with_name(f"{out.name}.unfinished")
-    changed = poison.perturb(pixels, masks=masks, micro_batch=together, state_folder=state)
-    records = [manifest(poison, key, x, changed[key]) for key, x in pixels.items()]
-    if out.exists():
-        shutil.rmtree(out)  # a set without manifest: its writer was stopped
-    write_concepts([_with_pixels(concept, changed) for concept in clean], out)
-    summary = {"poison": run.record["data"]["poison"], "seed": seed, "pictures": records}
-    write_whole(out / "manifest.json", json.dumps(summary, indent=1))
-    return summary
-
-
-def _with_pixels(concept: Concept, pixels: Mapping[str, Tensor]) -> Concept:
-    images = [ConceptImage.of(concept.name, i.stem, pixels[i.key], i.mask, i.caption) for i in concept.images]
-    return Concept.of(concept.name, images, concept.group)
-
-
-def forge_concepts(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
-    """Writes the config's poisoned concepts to `<run.dir>/concepts`, lossless, with a manifest; what `poisonshield poison` does.
-
-    Raises ConfigError if the config names no poison or the folder holds a set already.
-    """
-    run = read_invert(config, overrides)
-    if run.poison is None:
-        raise ConfigError(f"{config} names no poison to write. Set data.poison, for example data.poison.name=advdm.")
-    out = Path(run.settings.run.dir) / "concepts"
-    if (out / "manifest.json").exists() and not run.settings.run.overwrite:
-        raise ConfigError(f"{out} holds a set already. Choose another run.dir, or set run.overwrite=true.")
-    model = load_model(run.settings.model)
-    summary = poison_concepts(run, model, open_concepts(run, model), out)
-    log.info("written   %s; learn from it with data.train=%s data.poison=null", out, out)
-    log.info("measured  %s", [record["measured"] for record in summary["pictures"]])
-    return out
 
 
 class Validation:

@@ -1,0 +1,95 @@
+"""Poisoned concepts on disk: what `poisonshield poison` writes for a textual inversion's config, and what its runs keep.
+
+A set appears whole, under its name, or not at all; of several writers one wins, and all of them wrote the same.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.build_diffusion import InvertRun, fingerprint, load_model, open_concepts, read_invert
+from poisonshield.data.concepts import Concept, ConceptImage, load_concepts, write_concepts
+from poisonshield.engine.checkpoint import write_whole
+from poisonshield.errors import ConfigError
+from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.poisons.diffusion._manifest import manifest
+
+log = logging.getLogger(__name__)
+
+_PIXELS_TOGETHER = 2**18  # of pictures that a poison changes at once
+
+
+def forge_concepts(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
+    """Writes the config's poisoned concepts to `<run.dir>/concepts`, lossless, with a manifest; a stopped one goes on.
+
+    Raises ConfigError if the config names no poison or the folder holds a set already.
+    """
+    run = read_invert(config, overrides)
+    if run.poison is None:
+        raise ConfigError(f"{config} names no poison to write. Set data.poison, for example data.poison.name=advdm.")
+    out = Path(run.settings.run.dir) / "concepts"
+    if out.exists() and not run.settings.run.overwrite:
+        raise ConfigError(f"{out} holds a set already. Choose another run.dir, or set run.overwrite=true.")
+    model = load_model(run.settings.model)
+    summary = poison_concepts(run, model, open_concepts(run, model), out, state=out.with_name("concepts.unfinished"))
+    log.info("written   %s; learn from it with data.train=%s data.poison=null", out, out)
+    log.info("measured  %s", [record["measured"] for record in summary["pictures"]])
+    return out
+
+
+def poisoned(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], folder: Path) -> tuple[Concept, ...]:
+    """The concepts as the run's poison leaves them: read from the cache, or made by rank 0 and put there."""
+    if run.poison is None:
+        return clean
+    cache = Path(run.settings.data.poison_cache or folder / "poisoned") / fingerprint(run, model, clean)
+    if collectives.rank() == 0 and not cache.is_dir():
+        poison_concepts(run, model, clean, cache)
+    collectives.barrier()
+    masks = None if clean[0].images[0].mask is None else "file"
+    found = load_concepts(cache, size=clean[0].images[0].pixels.shape[-1], masks=masks)
+    by_name = {concept.name: concept for concept in found}
+    return tuple(by_name[concept.name] for concept in clean)
+
+
+def poison_concepts(
+    run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], out: Path, *, state: Path | None = None
+) -> dict[str, Any]:
+    """Perturbs all pictures of a set together and writes them as a concept folder with its manifest, which it returns.
+
+    Masks are written along; the poison sees them only with data.poison_masks. state: where an unfinished one is kept.
+    """
+    seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
+    poison = run.poison.cls(run.poison.config, model=model, seed=seed)
+    pixels = {image.key: image.pixels for concept in clean for image in concept.images}
+    masks = None
+    if run.settings.data.poison_masks is not None:
+        masks = {image.key: image.mask for concept in clean for image in concept.images}
+    log.info("poison    %s on %d pictures", run.poison.name, len(pixels))
+    together = max(1, _PIXELS_TOGETHER // next(iter(pixels.values()))[0].numel())
+    changed = poison.perturb(pixels, masks=masks, micro_batch=together, state_folder=state)
+    records = [manifest(poison, key, x, changed[key]) for key, x in pixels.items()]
+    summary = {"poison": run.record["data"]["poison"], "seed": seed, "pictures": records}
+    whole = out.with_name(f"{out.name}.{uuid4().hex}.tmp")
+    try:
+        write_concepts([_with_pixels(concept, changed) for concept in clean], whole)
+        write_whole(whole / "manifest.json", json.dumps(summary, indent=1))
+        if run.settings.run.overwrite and state is not None and out.exists():
+            shutil.rmtree(out)
+        if not out.exists():
+            whole.rename(out)
+    finally:
+        if whole.exists():
+            shutil.rmtree(whole)
+    return summary
+
+
+def _with_pixels(concept: Concept, pixels: Mapping[str, Tensor]) -> Concept:
+    images = [ConceptImage.of(concept.name, i.stem, pixels[i.key], i.mask, i.caption) for i in concept.images]
+    return Concept.of(concept.name, images, concept.group)
