@@ -104,6 +104,52 @@ def poison(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def protect(
+    images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files, or folders of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder, or for one picture a name ending in .png.")],
+    method: Annotated[
+        Optional[str], typer.Option(help="e.g. advdm, advdm-, sds-, mist-joint, pid, aspl, adaptive-szt; advdm if none.")
+    ] = None,
+    preset: Annotated[
+        Optional[str], typer.Option(help="Settings of published code, e.g. mist or anti-dreambooth.")
+    ] = None,
+    eps_levels: Annotated[Optional[float], typer.Option(help="Radius in 8-bit levels; 8, or the preset's.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Steps on pixels; the method's own if none.")] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="What a victim would write.")] = None,
+    setting: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. t_range=[500,1000].")
+    ] = None,
+    model: Annotated[str, typer.Option(help="A Stable Diffusion folder, or tiny.")] = "tiny",
+    dtype: Annotated[str, typer.Option(help="Of the networks: float32 or bfloat16.")] = "float32",
+    device: Annotated[Optional[str], typer.Option(help="cuda where there is one, else cpu.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    mask: Annotated[Optional[Path], typer.Option(help="A mask file, or a folder with one of each stem.")] = None,
+    target: Annotated[Optional[Path], typer.Option(help="A picture to pull towards; a pattern if none.")] = None,
+    reference: Annotated[
+        Optional[list[Path]], typer.Option(help="Pictures that fsmg or aspl learn the subject from.")
+    ] = None,
+    class_images: Annotated[
+        Optional[list[Path]], typer.Option(help="Other pictures of the class, for prior_weight.")
+    ] = None,
+    tile: Annotated[int, typer.Option(help="Larger sides are attacked in tiles of this side; 0 for never.")] = 512,
+    micro_batch: Annotated[int, typer.Option(help="Pictures of one size that are computed together.")] = 1,
+    measure: Annotated[bool, typer.Option("--measure", help="Also measure the objective before and after.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace pictures that were made otherwise.")
+    ] = False,
+) -> None:
+    """Poison photographs against a diffusion model: PNG of the same size, budget checked on the file, manifest beside it."""
+    from poisonshield.commands.protect import protect as run
+
+    run(
+        images, out, method=method, preset=preset, eps_levels=eps_levels, steps=steps, prompt=prompt,
+        settings=setting or [], model=model, dtype=dtype, device=device, seed=seed, mask=mask, target=target,
+        reference=reference or [], class_images=class_images or [], tile=tile, micro_batch=micro_batch,
+        measure=measure, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command()
 def pipeline(config: Config, overrides: Overrides = None) -> None:
     """Train a small Stable Diffusion pipeline on a rendered world, from nothing and in under two hours on two cores."""
     from poisonshield.commands.pipeline import train_pipeline
