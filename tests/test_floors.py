@@ -35,7 +35,7 @@ DOORS = {
         "commands/bench/diffusion.py",
         *(f"models/{name}.py" for name in ("latent_diffusion", "small_pipeline", "sampler")),
     },
-    "transformers": {f"models/{name}.py" for name in ("latent_diffusion", "small_pipeline")},
+    "transformers": {f"models/{name}.py" for name in ("latent_diffusion", "small_pipeline", "feature_networks")},
     "wandb": set(),
 }
 
