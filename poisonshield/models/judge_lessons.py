@@ -89,10 +89,11 @@ def lessons(
 
 
 def whole(objects: Objects, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Objects as they are, half of them on another ground than the rendered one."""
+    """Objects as they are, half of them on another ground than the rendered one and a little thicker or thinner."""
     as_rendered = torch.rand(len(objects.x), generator=generator) < 0.5
     x = objects.x.float() / 255
-    anew = _compose(objects.mask.float() / 255, _texture(objects.paint, x.shape[-1], generator), generator)
+    mask = swell(objects.mask.float() / 255, generator)
+    anew = _compose(mask, _texture(objects.paint, x.shape[-1], generator), generator)
     return torch.where(as_rendered[:, None, None, None], x, anew), objects.labels
 
 
@@ -136,8 +137,8 @@ def spoiled(spoil: Callable[[Tensor, torch.Generator], Tensor]) -> "Lesson":
 def soften(x: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures as a small decoder gives them, [B, 3, H, H] in [0, 1]: turned, warped, blurred, shifted in tone, noisy.
 
-    Each of it happens to some: warp by up to 1.5 pixels, Gaussian blur of 0.5 to 1.5 pixels, gain and offset of 5 %,
-    noise of up to 0.03. Only what leaves an object what it is.
+    Width and height change by up to 12 % each. The rest happens to some: warp by up to 1.5 pixels, Gaussian blur of 0.5
+    to 1.5 pixels, gain and offset of 5 %, noise of up to 0.03. Only what leaves an object what it is.
     """
     count, side = len(x), x.shape[-1]
     if bool(torch.rand((), generator=generator) < 0.5):
@@ -166,6 +167,13 @@ def mixtures(count: int, side: int, tones: Tensor, generator: torch.Generator) -
     pick[:, 2:] -= 10 * (torch.rand(count, pick.shape[1] - 2, 1, 1, generator=generator) < 0.5)
     chosen = F.one_hot(pick.argmax(1), pick.shape[1]).float()  # [count, side, side, 4]
     return torch.einsum("bhwk,bkc->bchw", chosen, tones)
+
+
+def swell(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Masks [B, 1, H, H] one pixel thinner, as they are, or one or two pixels thicker all around."""
+    thicker = F.max_pool2d(mask, 3, 1, 1)
+    forms = torch.stack([-F.max_pool2d(-mask, 3, 1, 1), mask, thicker, F.max_pool2d(thicker, 3, 1, 1)])
+    return forms[torch.randint(4, (len(mask),), generator=generator), torch.arange(len(mask))]
 
 
 def break_up(mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -247,10 +255,15 @@ def _some(count: int, share: float, generator: torch.Generator) -> Tensor:
 
 
 def _warp(x: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
-    """Moves pixels along a smooth field whose standard deviation is half of `amount` [B], in pixels."""
+    """Stretches about the middle by 0.88 to 1.12, and moves pixels along a smooth field of standard deviation amount / 2.
+
+    amount [B] in pixels.
+    """
     count, side = len(x), x.shape[-1]
     field = _noise(count, 2, side, torch.full((1, 1, 1, 1), 2.5), generator) * amount[:, None, None, None] / 2
-    plain = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), (count, 1, side, side), align_corners=False)
+    stretch = torch.diag_embed(0.88 + 0.24 * torch.rand(count, 2, generator=generator))
+    affine = torch.cat([stretch, torch.zeros(count, 2, 1)], dim=2)
+    plain = F.affine_grid(affine, (count, 1, side, side), align_corners=False)
     grid = plain + field.permute(0, 2, 3, 1) * (2 / side)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 

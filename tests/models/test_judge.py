@@ -179,6 +179,13 @@ def test_broken_and_cut_masks_lost_a_good_part(objects):
     assert covered.min() >= 0.08 and covered.max() <= 0.52
 
 
+def test_swelling_is_one_pixel_less_to_two_more_all_around():
+    disc = torch.zeros(200, 1, 32, 32)
+    disc[:, :, 10:20, 8:20] = 1
+    areas = set(made.swell(disc, rng()).sum((1, 2, 3)).tolist())
+    assert areas == {8 * 10, 10 * 12, 12 * 14, 14 * 16}
+
+
 def test_shuffling_moves_tiles_and_loses_no_pixel():
     x = torch.rand(3, 3, 64, 64, generator=rng())
     moved = made.shuffle(x, rng())
