@@ -232,7 +232,9 @@ def _spread(values: list[float | None]) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "-"
-    return f"{mean(known):.1f}" + (f" ({min(known):.1f} to {max(known):.1f})" if len(known) > 1 else "")
+    digits = 1 if max(abs(v) for v in known) > 1 else 2  # percent, or a share
+    told = lambda v: f"{v:.{digits}f}"
+    return told(mean(known)) + (f" ({told(min(known))} to {told(max(known))})" if len(known) > 1 else "")
 
 
 def _choices(axis: str, choices: dict[str, dict[str, Any] | None] | list[Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,24 +1,24 @@
 """What a grid of textual inversions ends in: how much each defense brings back, what it costs, and one picture sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from poisonshield.commands.pictures import draw_sheet
+from poisonshield.evals.recovery import clean_cost, recovery
 
 READOUTS = {
     "fidelity": "fidelity",
-    "shown": "concept shown, %",
-    "distance": "distance to real",
+    "shown": "shown, %",
+    "feature_distance": "feature distance",
+    "color_distance": "colour distance",
     "latent_cosine": "latent cosine",
-    "high_frequency": "high-frequency ratio",
-    "vector_cosine": "cosine to clean vector",
+    "high_frequency": "high frequencies",
 }
-"""Numbers of a result row and what tables call them. fidelity to distance exist for the rendered world only."""
+"""Numbers of a result row and what tables call them: see reading.measure."""
 
 _NONE = ("none", "clean")
 
@@ -26,35 +26,43 @@ _NONE = ("none", "clean")
 def table(places: Sequence[tuple[dict[str, str], list[dict[str, Any]]]]) -> str:
     """Recovery and clean cost by fidelity where the grid has the axes `poison` and `defense` with a `none` on each.
 
-    recovery = (defended - undefended) / (clean - undefended) on poisoned data, clean cost = undefended - defended on clean
-    data; means over seeds and concepts. Where the poison costs nothing there is nothing to recover, and "-" stands.
+    Each concept and seed counts as one, with a bootstrap interval over them. Where a poison's damage is within its own
+    interval of nothing, there is nothing to recover, and "-" stands.
     """
-    value: dict[tuple[str, str], float] = {}
+    value: dict[tuple[str, str], dict[str, float]] = {}
     for labels, rows in places:
-        known = [r["fidelity"] for r in rows if r.get("fidelity") is not None]
+        known = {f"{r['concept']}/{r['seed']}": r["fidelity"] for r in rows if r.get("fidelity") is not None}
         if {"poison", "defense"} <= set(labels) and known:
-            value[labels["poison"], labels["defense"]] = mean(known)
+            value[labels["poison"], labels["defense"]] = known
     poisons = list(dict.fromkeys(p for p, _ in value))
-    defenses = list(dict.fromkeys(d for _, d in value))
     clean = next((p for p in poisons if p in _NONE), None)
-    if clean is None or "none" not in defenses or len(poisons) < 2:
+    if clean is None or (clean, "none") not in value or len(poisons) < 2:
         return ""
-    head = ["defense", "clean cost", *(f"recovery, {p}" for p in poisons if p != clean)]
-    lines = [head, ["---"] * len(head)]
-    ceiling = value.get((clean, "none"))
-    for defense in defenses:
-        cost = _difference(ceiling, value.get((clean, defense)))
-        line = [defense, "-" if cost is None else f"{cost:.2f}"]
-        for poison in (p for p in poisons if p != clean):
-            gained = _difference(value.get((poison, defense)), value.get((poison, "none")))
-            lost = _difference(ceiling, value.get((poison, "none")))
-            line.append("-" if gained is None or lost is None or lost <= 0.02 else f"{gained / lost:.2f}")
+    others = [p for p in poisons if p != clean]
+    head = ["defense", "clean cost", *(f"recovery, {p}" for p in others)]
+    lines, ceiling = [head, ["---"] * len(head)], value[clean, "none"]
+    for defense in dict.fromkeys(d for _, d in value):
+        line = [defense, _told(_common(clean_cost, ceiling, value.get((clean, defense))))]
+        for poison in others:
+            bare, defended = value.get((poison, "none")), value.get((poison, defense))
+            line.append(_told(_common(recovery, ceiling, bare, defended)))
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def _common(of: Callable[..., dict[str, Any]], *tables: dict[str, float] | None) -> dict[str, Any] | None:
+    """The measure over the concepts and seeds that all tables have; None if one has none."""
+    if any(t is None for t in tables):
+        return None
+    keys = sorted(set.intersection(*(set(t) for t in tables)))
+    return of(*({k: t[k] for k in keys} for t in tables)) if keys else None
+
+
+def _told(measured: dict[str, Any] | None) -> str:
+    if measured is None or "value" not in measured:
+        return "-"
+    text = f"{measured['value']:.2f}"
+    return text if measured["low"] is None else f"{text} ({measured['low']:.2f} to {measured['high']:.2f})"
 
 
 def draw_grid(path: Path, runs: Sequence[tuple[dict[str, str], int, Path]], *, columns: int = 10) -> Path | None:

@@ -13,27 +13,42 @@ from torch import Tensor
 from poisonshield.build_diffusion import RENDERED, InvertRun
 from poisonshield.data import world
 from poisonshield.data.concepts import Concept
+from poisonshield.evals.generation import latent_cosine, network_scores, set_distances
+from poisonshield.evals.image_quality import high_frequency
+from poisonshield.evals.learned_words import word_report
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.judge import ConceptJudge
-from poisonshield.models.latent_diffusion import TINY, LatentDiffusion
+from poisonshield.models.latent_diffusion import TINY
 
 JUDGE = "judge.safetensors"
 _REFERENCE_SEED = 2  # of renders that neither a pipeline nor a word was trained on
 
 
 def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: dict[str, Tensor]) -> dict[str, Any]:
-    """A row's numbers, of the `recon` pictures [N, 3, H, W]. None where a number does not apply.
+    """A row's numbers, of the `recon` pictures [N, 3, H, W]; None where a number does not apply.
 
-    fidelity, shown: the judge's mean probability and the percentage of pictures above one half.
+    fidelity, shown: the judge's mean probability and the percentage of pictures above one half. feature_distance,
+    color_distance: to real pictures, each beside its ceiling (real pictures through the VAE). latent_cosine: to real
+    pictures. high_frequency: share of energy. networks: scores of feature networks, or what they lack. word: where the
+    vectors lie.
     """
-    x = pictures["recon"]
+    x, model, settings = pictures["recon"].cpu(), method.model, run.settings.generate
+    judge = judge_of(run.settings.model.pipeline) if run.settings.data.train == RENDERED else None
     values: dict[str, Any] = {"fidelity": None, "shown": None}
-    judge = judge_of(run.settings.model.pipeline)
-    if judge is not None and run.settings.data.train == RENDERED:
+    if judge is not None:
         color, _, shape = clean.name.partition("_")
         seen = judge.fidelity(x, color, shape)
-        values |= {"fidelity": round(seen["joint"], 4), "shown": round(100 * seen["share"], 2)}
-    return values
+        values = {"fidelity": seen["joint"], "shown": 100 * seen["share"]}
+    real = references(run, clean)
+    if len(real) >= 4 and len(x) >= 2:
+        values |= set_distances(x, real, judge=judge, model=model)
+    if real.shape[1:] == x.shape[1:]:
+        values["latent_cosine"] = latent_cosine(model, x, real)
+    values["high_frequency"] = float(high_frequency(x).mean())
+    values = {k: None if v is None else round(v, 4) for k, v in values.items()}
+    if settings.features:
+        values["networks"] = network_scores(settings.features, x, real)
+    return values | {"word": word_report(method.rows(clean.name), model)}
 
 
 def judge_of(pipeline: str) -> ConceptJudge | None:
@@ -49,9 +64,3 @@ def references(run: InvertRun, concept: Concept) -> Tensor:
         made = [world.render(i, seed=_REFERENCE_SEED, only=[kind]).x for i in range(run.settings.generate.references)]
         return torch.stack(made)
     return torch.stack([image.pixels for image in concept.images]).float() / 255
-
-
-@torch.no_grad()
-def latents(model: LatentDiffusion, x: Tensor) -> Tensor:
-    """Flattened latents [N, D] of pictures."""
-    return torch.cat([model.encode(part).flatten(1) for part in x.to(model.alphas_cumprod.device).split(16)])
