@@ -40,7 +40,10 @@ def pixel_cosine(x: Tensor, references: Tensor) -> float:
 @torch.no_grad()
 def latent_cosine(model: LatentDiffusion, x: Tensor, references: Tensor, *, micro_batch: int = 16) -> float:
     """Mean cosine over pairs of pictures in the pipeline's own latents (posterior means)."""
-    h, g = (torch.cat([model.encode(part).flatten(1) for part in v.split(micro_batch)]) for v in (x, references))
+    device = model.alphas_cumprod.device
+    h, g = (
+        torch.cat([model.encode(part.to(device)).flatten(1) for part in v.split(micro_batch)]) for v in (x, references)
+    )
     return cosine(h, g)
 
 

@@ -83,8 +83,13 @@ def latent_shape(model: LatentDiffusion, size: int | None = None) -> tuple[int, 
 
 @torch.no_grad()
 def round_trip(model: LatentDiffusion, x: Tensor, *, micro_batch: int = 16) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1] through the VAE and back, clipped: the best that the pipeline can draw."""
-    return torch.cat([model.decode(model.encode(rows)).clamp(0, 1) for rows in x.split(micro_batch)])
+    """Pictures [B, 3, H, W] in [0, 1] through the VAE and back, clipped: the best that the pipeline can draw.
+
+    On the device of x, wherever the model is.
+    """
+    device = model.alphas_cumprod.device
+    parts = [model.decode(model.encode(rows.to(device))).clamp(0, 1) for rows in x.split(micro_batch)]
+    return torch.cat(parts).to(x.device)
 
 
 def _denoise(
