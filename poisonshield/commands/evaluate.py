@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from poisonshield.build import OpenData, Run, TrainingSet, build_method, build_training_set, open_data, read_run
+from poisonshield.build_diffusion import is_invert
 from poisonshield.commands.plots import plot_probes
 from poisonshield.commands.probes import probes
 from poisonshield.commands.samples import LEGACY_ATTACKED, LEGACY_BANK, LEGACY_QUERIES, Samples
@@ -32,6 +33,10 @@ def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) ->
     Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
     """
     folder = RunFolder(folder)
+    if folder.config.is_file() and is_invert(folder.config):
+        from poisonshield.commands.invert import evaluate_inversion
+
+        return evaluate_inversion(folder, overrides)[0]
     weights = folder.export / "method.safetensors"
     if not folder.config.is_file() or not weights.is_file():
         raise CheckpointError(

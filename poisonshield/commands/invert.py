@@ -29,11 +29,13 @@ from poisonshield.commands.reading import measure
 from poisonshield.data.concepts import Concept
 from poisonshield.defenses.base import Defense
 from poisonshield.engine.checkpoint import write_whole
-from poisonshield.engine.processes import processes, refuse_missing
+from poisonshield.engine.processes import choose_device, processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
+from poisonshield.errors import CheckpointError, ConfigError
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
-from poisonshield.models.embeddings import Learned, save_embedding
+from poisonshield.models.embeddings import Learned, load_embedding, save_embedding
+from poisonshield.models.latent_diffusion import Placeholder
 from poisonshield.models.sampler import latent_shape, sample, start_noise
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,29 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
             finish(run, folder, method.to(device), defenses, clean=clean, trained_on=concepts, done=done)
         collectives.barrier()
     return folder.path
+
+
+def evaluate_inversion(folder: RunFolder, overrides: tuple[str, ...] | list[str] = ()) -> list[dict[str, Any]]:
+    """New pictures and numbers of a finished run, which replace the old ones; `generate.*` may say how they are made.
+
+    Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
+    """
+    if not folder.config.is_file() or not folder.results.is_file():
+        raise CheckpointError(f"{folder.path} is not a finished run. Train it first, or go on with engine.resume=auto.")
+    for text in overrides:
+        if not text.startswith(("generate.", "engine.device")):
+            raise ConfigError(f"{text}: a finished run keeps what it was trained with. generate.* and engine.device may change.")
+    run, old = read_invert(folder.config, overrides), json.loads(folder.results.read_text())
+    model = load_model(run.settings.model).to(choose_device(run.settings.engine.device))
+    clean = open_concepts(run, model)
+    concepts = for_training(run, poisoned(run, model, clean, folder.path))
+    method, defenses = build_inversion(run, model, [c.name for c in concepts])
+    with torch.no_grad():
+        for name, placeholder in method.placeholders.items():
+            method.rows(name).copy_(load_embedding(_file_of(folder, placeholder), placeholder.token).vectors)
+    done = {"steps": old[0]["steps"], "seconds": old[0]["seconds"]}
+    finish(run, folder, method, defenses, clean=clean, trained_on=concepts, done=done, t_min=old[0]["t_min"])
+    return json.loads(folder.results.read_text())
 
 
 class Validation:
@@ -150,11 +175,13 @@ def finish(
     clean: tuple[Concept, ...],
     trained_on: tuple[Concept, ...],
     done: dict[str, Any],
+    t_min: int | None = None,
 ) -> None:
-    """Embedding files, pictures, one sheet, and a row of results for each concept."""
-    embeddings(method, folder.export)
-    ranges = [getattr(d, "t_range", None) for d in defenses]
-    t_min = next((r[0] for r in ranges if r), 0)
+    """Embedding files, pictures, one sheet, and a row of results for each concept. t_min: the defenses' if not given."""
+    embeddings(method, folder)
+    if t_min is None:
+        ranges = [getattr(d, "t_range", None) for d in defenses]
+        t_min = next((r[0] for r in ranges if r), 0)
     pictures = {name: generate(run, method, name, t_min=t_min) for name in method.placeholders}
     write_pictures(folder.path / "pictures", pictures)
     draw_sheet(
@@ -185,12 +212,15 @@ def finish(
     log.info("results   %s", folder.results)
 
 
-def embeddings(method: TextualInversion, folder: Path) -> list[Path]:
-    """One file per concept, `<placeholder>/learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
+def embeddings(method: TextualInversion, folder: RunFolder) -> list[Path]:
+    """One file per concept, `export/<name>/learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
     paths = []
     for name, placeholder in method.placeholders.items():
-        path = folder / placeholder.token.strip("<>") / "learned_embeds.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_embedding(Learned(placeholder.token, method.rows(name).detach().float().cpu()), path)
-        paths.append(path)
+        paths.append(_file_of(folder, placeholder))
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        save_embedding(Learned(placeholder.token, method.rows(name).detach().float().cpu()), paths[-1])
     return paths
+
+
+def _file_of(folder: RunFolder, placeholder: Placeholder) -> Path:
+    return folder.export / placeholder.token.strip("<>") / "learned_embeds.safetensors"

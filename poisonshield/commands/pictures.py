@@ -1,5 +1,6 @@
 """Pictures on disk: one PNG each, and sheets with a named row for each set."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,9 @@ _COLUMNS = 8
 
 
 def write_pictures(folder: Path, pictures: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """`<folder>/<concept>/<group>-000.png` of pixels [N, 3, H, W] in [0, 1], rounded to 8 bits."""
+    """`<folder>/<concept>/<group>-000.png` of pixels [N, 3, H, W] in [0, 1], rounded to 8 bits; what was there goes."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
     for name, groups in pictures.items():
         for group, x in groups.items():
             for i, picture in enumerate(x):

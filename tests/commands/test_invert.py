@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from poisonshield.commands.evaluate import evaluate
 from poisonshield.commands.invert import invert
 from poisonshield.commands.train import train
 from poisonshield.errors import ConfigError
@@ -67,6 +68,17 @@ def test_the_poison_of_a_run_is_made_once_and_kept(tmp_path, settings):
     before = made[0].stat().st_mtime_ns
     invert(CONFIG, [*settings, *poison, "run.overwrite=true"])
     assert made[0].stat().st_mtime_ns == before
+
+
+def test_a_finished_run_is_evaluated_again_with_other_pictures(settings):
+    folder = invert(CONFIG, settings)
+    before = json.loads((folder / "results.json").read_text())[0]
+    again = evaluate(folder, ["generate.count=3"])
+    assert len(list((folder / "pictures" / "yellow_ring").glob("recon-*.png"))) == 3
+    assert again["word"] == before["word"] and again["steps"] == before["steps"]
+    assert evaluate(folder)["high_frequency"] == before["high_frequency"]
+    with pytest.raises(ConfigError, match="keeps what it was trained with"):
+        evaluate(folder, ["method.vectors=1"])
 
 
 @pytest.mark.parametrize(
