@@ -290,6 +290,20 @@ def bench_vespr(
     run(out, rounds, quick, steps, threads)
 
 
+@bench_app.command("invert")
+def bench_invert(
+    pipeline: Annotated[str, typer.Option(help="A diffusers folder, or tiny for the shipped pipeline.")] = "tiny",
+    out: Annotated[Optional[Path], typer.Option(help="Also add rows to this CSV.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each, interleaved.")] = 15,
+    quick: Annotated[bool, typer.Option(help="Few pictures: does it work, not how fast.")] = False,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
+) -> None:
+    """A step of textual inversion with kept latents beside latents made anew, and of eight concepts beside one."""
+    from poisonshield.commands.bench.inversion import bench as run
+
+    run(out, rounds, quick, threads, pipeline)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors of ours end with status 1 and their words only; a preempted run ends with 75."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
