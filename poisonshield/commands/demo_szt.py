@@ -22,7 +22,7 @@ TEMPLATE = resources.files("poisonshield.commands") / "templates" / "report_szt.
 
 POISON = "data.poison={name: advdm, eps_levels: 16, steps: 100}"
 FLOOR = "defenses=[{name: szt, purifier: null, mask: null, t_min: 500}]"
-SZT = "defenses=[{name: szt, purifier: {name: jpeg, quality: 50}, mask: file, t_min: 500}]"
+SZT = "defenses=[{name: szt, purifier: {name: jpeg, quality: 50}, mask: file, mask_dilate: 2, mask_floor: 0.3, t_min: 500}]"
 
 
 @dataclass(frozen=True)
