@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from poisonshield.commands import demo_szt
 from poisonshield.commands.evaluate import evaluate
 from poisonshield.commands.invert import invert
 from poisonshield.commands.train import train
@@ -99,3 +100,28 @@ def test_mistakes_are_worded_and_leave_no_folder(tmp_path, settings, overrides, 
     with pytest.raises(ConfigError, match=words):
         invert(CONFIG, [*settings, *overrides])
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_demo_szt_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monkeypatch):
+    """Four inversions of two steps on the shipped pipeline: the numbers mean nothing here, the pieces must be there."""
+    quick = ["engine.max_steps=2", "generate.count=2", "generate.steps=2", "engine.device=cpu", "data.count=2"]
+    whole = demo_szt.invert
+
+    def run(config, overrides):
+        poison = ["data.poison.steps=1"] if any(o.startswith("data.poison=") for o in overrides) else []
+        return whole(config, [*overrides, *quick, *poison])
+
+    monkeypatch.setattr(demo_szt, "invert", run)
+    rows = demo_szt.demo(tmp_path / "szt", 1)
+    assert [(r["poison"], r["seed"]) for r in rows] == [("none", 1), ("advdm", 1), ("advdm", 1), ("advdm", 1)]
+    assert [r["t_min"] for r in rows] == [0, 0, 500, 500]
+    page = (tmp_path / "szt" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 and "http" not in page
+    assert all(f"{r['fidelity']:.2f}" in page for r in rows)
+    assert (tmp_path / "szt" / "pictures.png").is_file()
+
+
+def test_the_demo_says_what_came_back():
+    told = demo_szt.summary([{"fidelity": v} for v in (0.8, 0.4, 0.6, 0.8)])
+    assert "0.80 to 0.40" in told and "50 %" in told and "100 %" in told
+    assert "bring back" not in demo_szt.summary([{"fidelity": v} for v in (0.8, 0.9, 0.6, 0.8)])
