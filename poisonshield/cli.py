@@ -158,6 +158,35 @@ def pipeline(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def generate(
+    pipeline: Annotated[str, typer.Argument(help="A Stable Diffusion folder, or tiny for the shipped pipeline.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for pictures, sheet.png and generate.json.")],
+    embedding: Annotated[
+        Optional[list[str]], typer.Option(help="FILE of a learned word, or WORD=FILE to call it otherwise; repeatable.")
+    ] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="{} stands for each word in turn; repeatable.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Of the noise; prompts of one wording share it.")] = 42,
+    switch: Annotated[
+        Optional[int], typer.Option(help="Below this timestep, --switch-word speaks in place of learned words.")
+    ] = None,
+    switch_word: Annotated[Optional[str], typer.Option(help="E.g. the word that learning started from.")] = None,
+    size: Annotated[Optional[int], typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the networks: fp32, bf16 or fp16.")] = "fp32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over pictures that are there.")] = False,
+) -> None:
+    """Draw pictures of learned words, or of any prompt, with noise that all words share."""
+    from poisonshield.commands.generate import generate as run
+
+    run(pipeline, out, embeddings=embedding or [], prompts=prompt or ["a photo of a {}"], count=count, steps=steps,
+        guidance=guidance, seed=seed, switch=switch, switch_word=switch_word, size=size, dtype=dtype,
+        overwrite=overwrite)  # fmt: skip
+    print(out / "sheet.png")
+
+
+@app.command()
 def sensitivity(
     pipeline: Annotated[str, typer.Argument(help="A Stable Diffusion folder, or tiny for the shipped pipeline.")],
     images: Annotated[list[Path], typer.Argument(help="Picture files, or one folder of them.")],
