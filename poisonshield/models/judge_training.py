@@ -1,4 +1,4 @@
-"""Trains a concept judge from rendered pictures in about two minutes on one thread, and says how far to trust it."""
+"""Trains a concept judge from rendered pictures in about four minutes on one thread, and says how far to trust it."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ def train_judge(
     *,
     model: LatentDiffusion | None = None,
     seed: int = 0,
-    steps: int = 2000,
+    steps: int = 4000,
     objects: int = 3000,
     lr: float = 4e-3,
     checks: int = 512,

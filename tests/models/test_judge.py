@@ -229,7 +229,7 @@ def test_softened_pictures_stay_pictures(objects):
 
 @pytest.mark.slow
 def test_a_whole_training_meets_its_numbers():
-    """Two minutes and a half. The negatives here are of kinds that no lesson shows."""
+    """Four minutes. The negatives here are of kinds that no lesson shows."""
     judge = train_judge(lambda i: world.render(i, seed=77, only=KINDS))
     told = judge.record["held_back"]
     assert told["whole_color"] >= 0.97 and told["whole_shape"] >= 0.9 and told["whole_joint"] >= 0.8
