@@ -133,7 +133,9 @@ def test_file_that_is_no_tar_is_refused(tmp_path, data):
         index_shard(tmp_path, described(tmp_path, "s.tar", samples=1), 0)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a gzip file", gzip.compress(b"x" * 5000)[:-9]])
+@pytest.mark.parametrize(
+    "data", [b"", b"not a gzip file", gzip.compress(b"x" * 5000)[:-9]], ids=["empty", "text", "cut short"]
+)
 def test_file_that_is_no_gzip_is_refused(tmp_path, data):
     (tmp_path / "s.tar.gz").write_bytes(data)
     with pytest.raises(DataError, match="^shard s.tar.gz"):

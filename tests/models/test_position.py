@@ -57,7 +57,7 @@ PATCH = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
         ({"freeze_patch": True}, PATCH | {"pos_embed"}),
         ({"freeze_patch": True, "position": "learned"}, PATCH),
     ],
-    ids=str,
+    ids=["nothing", "learned", "sincos", "patch", "patch, learned"],
 )
 def test_patch_and_position_are_frozen_apart_from_each_other(settings, fixed):
     """A frozen patch projection never leaves a random embedding frozen beside it."""
