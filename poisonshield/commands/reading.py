@@ -47,8 +47,17 @@ def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: 
     values["high_frequency"] = float(high_frequency(x).mean())
     values = {k: None if v is None else round(v, 4) for k, v in values.items()}
     if settings.features:
-        values["networks"] = network_scores(settings.features, x, real)
+        values["networks"] = network_scores(settings.features, x, real, _class_prompts(run, clean.name, len(x)))
     return values | {"word": word_report(method.rows(clean.name), model)}
+
+
+def _class_prompts(run: InvertRun, name: str, count: int) -> list[str] | None:
+    """What the pictures' prompts say with the word that learning started from; None where it started from numbers."""
+    init, recon = run.method.config.init, run.settings.generate.recon
+    word = init if isinstance(init, str) else init[name]
+    if word == "zeros" or word.startswith("normal:"):
+        return None
+    return [recon[i % len(recon)].format(word) for i in range(count)]
 
 
 def judge_of(pipeline: str) -> ConceptJudge | None:

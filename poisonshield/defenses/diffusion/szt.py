@@ -23,7 +23,7 @@ from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
 from poisonshield.method import Method
 from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.registry import Registry
+from poisonshield.registry import Registry, suggest
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class SZT(Defense):
         t_min: int | float | Literal["auto"] = 500
         t_max: int | None = Field(None, ge=1)
         t_sampler: Literal["uniform", "stratified", "soft"] = "uniform"
-        mask: Literal["file", "alpha", "grabcut", "attention", "ssm", "box"] | None = "file"
+        mask: str | None = "file"
         mask_resize: Literal["area", "nearest", "max"] = "area"
         mask_floor: float = Field(0.0, ge=0, le=1)
         mask_dilate: int = Field(1, ge=0)
@@ -72,6 +72,14 @@ class SZT(Defense):
         @classmethod
         def _purifier(cls, value: Any) -> dict[str, Any] | None:
             return purifier_block(value)
+
+        @field_validator("mask")
+        @classmethod
+        def _known_mask(cls, value: str | None) -> str | None:
+            known = [*GIVEN, *MASKS.names()]
+            if value is not None and value not in known:
+                raise ValueError(f"{value!r} is no source of masks.{suggest(value, known)}  Known: {', '.join(known)}")
+            return value
 
         @field_validator("t_min", mode="before")
         @classmethod
