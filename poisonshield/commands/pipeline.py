@@ -62,7 +62,7 @@ class UNetStage(Stage, small.UNetConfig):
 class JudgeStage(Settings):
     """steps: of the judge's training, see models/judge_training.py."""
 
-    steps: int = Field(2000, ge=1)
+    steps: int = Field(4000, ge=1)
 
 
 class PipelineConfig(Settings):
