@@ -9,8 +9,6 @@ from rich.table import Table
 from poisonshield.data.manifest import FILE_NAME, Manifest
 from poisonshield.errors import DataError
 
-console = Console()
-
 
 def import_data(
     src: str | Path,
@@ -51,9 +49,9 @@ def import_data(
             f"{megabytes:.1f}",
             m.digest[:12],
         )
-    console.print(table)
+    Console().print(table)
     if any(m.image_size is None for m in manifests.values()):
-        console.print("Image sizes differ. Training needs one size: import again with --size, e.g. --size 224.")
+        Console().print("Image sizes differ. Training needs one size: import again with --size, e.g. --size 224.")
     return manifests
 
 
@@ -76,12 +74,12 @@ def verify(folder: str | Path) -> int:
         found = problems(place)
         count += len(found)
         for problem in found:
-            console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+            Console().print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
         if not found:
             m = Manifest.load(place)
             marked = f", poisoned by {m.poison.get('name', 'an unnamed poison')}" if m.poison else ""
             sound = f"{place}: {m.samples:,} samples in {len(m.shards)} shards are sound{marked}."
-            console.print(sound, markup=False, soft_wrap=True)
+            Console().print(sound, markup=False, soft_wrap=True)
     if count:
-        console.print(f"{count} problems", style="bold red")
+        Console().print(f"{count} problems", style="bold red")
     return count

@@ -79,12 +79,18 @@ class PipelineConfig(Settings):
     engine: EngineConfig
 
 
-def train_pipeline(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
-    """The folder `run.dir/pipeline` of a trained pipeline. Raises ConfigError; Preempted if told to stop, after saving."""
+def read_pipeline(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> PipelineConfig:
+    """The checked settings of a config file. Raises one ConfigError that lists every problem with its line."""
     tree = load_tree(config, overrides)
     checker = Checker(tree)
-    settings: PipelineConfig = checker.settings(PipelineConfig, (), tree.values, owner="a pipeline")
+    settings = checker.settings(PipelineConfig, (), tree.values, owner="a pipeline")
     checker.finish()
+    return settings
+
+
+def train_pipeline(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Path:
+    """The folder `run.dir/pipeline` of a trained pipeline. Raises ConfigError; Preempted if told to stop, after saving."""
+    settings = read_pipeline(config, overrides)
     out = Path(settings.run.dir) / "pipeline"
     with processes(settings.engine, seed=settings.seed):
         pixels, captions = rendered(settings.pictures, seed=settings.seed)
