@@ -87,7 +87,7 @@ class GenerateConfig(Settings):
     were poisoned, where the run did not poison them itself. features: folders of feature networks by name.
     """
 
-    recon: tuple[str, ...] = ("a photo of a {}",)
+    recon: tuple[str, ...] = Field(("a photo of a {}",), min_length=1)
     compose: tuple[str, ...] = ()
     count: int = Field(50, ge=1)
     steps: int = Field(50, ge=1)

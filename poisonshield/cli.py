@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,7 @@ app.add_typer(bench_app, name="bench")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, for example configs/defend/vespr_cifar10_mini.yaml.")]
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 defenses.0.eps=8/255")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 defenses.0.eps=8/255")
 ]
 
 
@@ -82,7 +82,7 @@ def evaluate(
 def grid(
     config: Annotated[str, typer.Argument(help="A grid file, for example configs/grid/vespr_cifar10_mini.yaml.")],
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seeds=[0] dir=runs/try")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seeds=[0] dir=runs/try")
     ] = None,
     part: Annotated[str, typer.Option(help="Which part of how many, e.g. 2/4: several jobs share a grid.")] = "1/1",
     only_list: Annotated[
@@ -108,28 +108,28 @@ def protect(
     images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files, or folders of them.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder, or for one picture a name ending in .png.")],
     method: Annotated[
-        Optional[str], typer.Option(help="e.g. advdm, advdm-, sds-, mist-joint, pid, aspl, adaptive-szt; advdm if none.")
+        str | None, typer.Option(help="e.g. advdm, advdm-, sds-, mist-joint, pid, aspl, adaptive-szt; advdm if none.")
     ] = None,
     preset: Annotated[
-        Optional[str], typer.Option(help="Settings of published code, e.g. mist or anti-dreambooth.")
+        str | None, typer.Option(help="Settings of published code, e.g. mist or anti-dreambooth.")
     ] = None,
-    eps_levels: Annotated[Optional[float], typer.Option(help="Radius in 8-bit levels; 8, or the preset's.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Steps on pixels; the method's own if none.")] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="What a victim would write.")] = None,
+    eps_levels: Annotated[float | None, typer.Option(help="Radius in 8-bit levels; 8, or the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps on pixels; the method's own if none.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a victim would write.")] = None,
     setting: Annotated[
-        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. t_range=[500,1000].")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. t_range=[500,1000].")
     ] = None,
     model: Annotated[str, typer.Option(help="A Stable Diffusion folder, or tiny.")] = "tiny",
     dtype: Annotated[str, typer.Option(help="Of the networks: float32 or bfloat16.")] = "float32",
-    device: Annotated[Optional[str], typer.Option(help="cuda where there is one, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
-    mask: Annotated[Optional[Path], typer.Option(help="A mask file, or a folder with one of each stem.")] = None,
-    target: Annotated[Optional[Path], typer.Option(help="A picture to pull towards; a pattern if none.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A mask file, or a folder with one of each stem.")] = None,
+    target: Annotated[Path | None, typer.Option(help="A picture to pull towards; a pattern if none.")] = None,
     reference: Annotated[
-        Optional[list[Path]], typer.Option(help="Pictures that fsmg or aspl learn the subject from.")
+        list[Path] | None, typer.Option(help="Pictures that fsmg or aspl learn the subject from.")
     ] = None,
     class_images: Annotated[
-        Optional[list[Path]], typer.Option(help="Other pictures of the class, for prior_weight.")
+        list[Path] | None, typer.Option(help="Other pictures of the class, for prior_weight.")
     ] = None,
     tile: Annotated[int, typer.Option(help="Larger sides are attacked in tiles of this side; 0 for never.")] = 512,
     micro_batch: Annotated[int, typer.Option(help="Pictures of one size that are computed together.")] = 1,
@@ -162,18 +162,18 @@ def generate(
     pipeline: Annotated[str, typer.Argument(help="A Stable Diffusion folder, or tiny for the shipped pipeline.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for pictures, sheet.png and generate.json.")],
     embedding: Annotated[
-        Optional[list[str]], typer.Option(help="FILE of a learned word, or WORD=FILE to call it otherwise; repeatable.")
+        list[str] | None, typer.Option(help="FILE of a learned word, or WORD=FILE to call it otherwise; repeatable.")
     ] = None,
-    prompt: Annotated[Optional[list[str]], typer.Option(help="{} stands for each word in turn; repeatable.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="{} stands for each word in turn; repeatable.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Of the noise; prompts of one wording share it.")] = 42,
     switch: Annotated[
-        Optional[int], typer.Option(help="Below this timestep, --switch-word speaks in place of learned words.")
+        int | None, typer.Option(help="Below this timestep, --switch-word speaks in place of learned words.")
     ] = None,
-    switch_word: Annotated[Optional[str], typer.Option(help="E.g. the word that learning started from.")] = None,
-    size: Annotated[Optional[int], typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
+    switch_word: Annotated[str | None, typer.Option(help="E.g. the word that learning started from.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the networks: fp32, bf16 or fp16.")] = "fp32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over pictures that are there.")] = False,
 ) -> None:
@@ -192,17 +192,17 @@ def sensitivity(
     images: Annotated[list[Path], typer.Argument(help="Picture files, or one folder of them.")],
     embedding: Annotated[Path, typer.Option(help="The learned word's file.")],
     out: Annotated[Path, typer.Option(help="Folder for the maps and sensitivity.json.")],
-    reference: Annotated[Optional[Path], typer.Option(help="Folder of the same pictures clean, by file name.")] = None,
-    masks: Annotated[Optional[Path], typer.Option(help="Folder of masks by file name.")] = None,
-    against: Annotated[Optional[str], typer.Option(help="Embedding file or word, for delta and signed.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of the same pictures clean, by file name.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks by file name.")] = None,
+    against: Annotated[str | None, typer.Option(help="Embedding file or word, for delta and signed.")] = None,
     mode: Annotated[str, typer.Option(help="loss_grad, pred_jac, input_sal, delta or signed.")] = "loss_grad",
-    timestep: Annotated[Optional[list[int]], typer.Option(help="May be given several times.")] = None,
+    timestep: Annotated[list[int] | None, typer.Option(help="May be given several times.")] = None,
     prompt: Annotated[str, typer.Option(help="{} stands for the learned word.")] = "a photo of a {}",
     probes: Annotated[int, typer.Option(min=1, help="Random directions of the word's vectors.")] = 64,
     exact: Annotated[bool, typer.Option("--exact", help="All directions instead of random ones.")] = False,
     noises: Annotated[int, typer.Option(min=1, help="Draws of the noise.")] = 8,
     norm: Annotated[str, typer.Option(help="Scale of the drawing: joint, self or sum1.")] = "joint",
-    size: Annotated[Optional[int], typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of noise and directions.")] = 0,
 ) -> None:
     """Where a learned word looks in pictures, by timestep: maps, totals and the concept's share."""
@@ -222,13 +222,13 @@ def profile(
     embedding: Annotated[Path, typer.Option(help="The word's file, where training stands; best near its start.")],
     out: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")],
     reference: Annotated[
-        Optional[str], typer.Option(help="Folder of the same pictures clean, or jpeg:25: the pictures compressed.")
+        str | None, typer.Option(help="Folder of the same pictures clean, or jpeg:25: the pictures compressed.")
     ] = None,
-    masks: Annotated[Optional[Path], typer.Option(help="Folder of masks by file name.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks by file name.")] = None,
     prompt: Annotated[str, typer.Option(help="{} stands for the learned word.")] = "a photo of a {}",
     bins: Annotated[int, typer.Option(min=1, help="Parts of the timesteps.")] = 20,
     noises: Annotated[int, typer.Option(min=2, help="Draws of timestep and noise per picture and bin.")] = 16,
-    size: Annotated[Optional[int], typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side; the pipeline's own if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of timesteps and noise.")] = 0,
 ) -> None:
     """At which timesteps a word is learned and a poison bends its gradient, and the first timestep to train from."""
@@ -252,13 +252,13 @@ def data_import(
     src: Annotated[Path, typer.Argument(help="A class-folder tree, torchvision's CIFAR-10 folder, or tar shards.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards and manifest.")],
     size: Annotated[
-        Optional[int], typer.Option(help="Resize the shorter side and centre-crop to this many pixels.")
+        int | None, typer.Option(help="Resize the shorter side and centre-crop to this many pixels.")
     ] = None,
     class_list: Annotated[
-        Optional[Path], typer.Option(help="File with one class folder a line: order and subset.")
+        Path | None, typer.Option(help="File with one class folder a line: order and subset.")
     ] = None,
     pattern: Annotated[str, typer.Option(help="Which tars, as a file name pattern.")] = "*",
-    jpeg_quality: Annotated[Optional[int], typer.Option(help="Write resized images as JPEG instead of PNG.")] = None,
+    jpeg_quality: Annotated[int | None, typer.Option(help="Write resized images as JPEG instead of PNG.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Images in one tar.")] = 5000,
     skip_broken: Annotated[
         bool, typer.Option(help="Drop images that do not decode, and list them in the manifest.")
@@ -292,12 +292,12 @@ def data_verify(folder: Annotated[Path, typer.Argument(help="A data set, or a fo
 
 @bench_app.command("ops")
 def bench_ops(
-    op: Annotated[Optional[list[str]], typer.Option(help="jpeg, pgd or diffusion; all if not given.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="jpeg, pgd or diffusion; all if not given.")] = None,
     out: Annotated[Path, typer.Option(help="CSV that rows are added to.")] = Path("bench.csv"),
-    plot: Annotated[Optional[Path], typer.Option(help="Also draw the medians into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the medians into this PNG.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each provider, interleaved.")] = 15,
     quick: Annotated[bool, typer.Option(help="Tiny tensors: does it work, not how fast.")] = False,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
 ) -> None:
     """Differentiable JPEG, PGD step and diffusion loss beside kornia, torchattacks, diffusers, eager and torch.compile."""
     from poisonshield.commands.bench import bench as run
@@ -307,11 +307,11 @@ def bench_ops(
 
 @bench_app.command("vespr")
 def bench_vespr(
-    out: Annotated[Optional[Path], typer.Option(help="Also add rows to this CSV.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also add rows to this CSV.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each, interleaved.")] = 15,
     steps: Annotated[int, typer.Option(min=0, help="Steps of the attack.")] = 10,
     quick: Annotated[bool, typer.Option(help="A tiny network: does it work, not how fast.")] = False,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
 ) -> None:
     """One joint training step on the CPU beside the VESPR authors' way of taking it, checked to be the same step."""
     from poisonshield.commands.bench.vespr import bench as run
@@ -322,10 +322,10 @@ def bench_vespr(
 @bench_app.command("invert")
 def bench_invert(
     pipeline: Annotated[str, typer.Option(help="A diffusers folder, or tiny for the shipped pipeline.")] = "tiny",
-    out: Annotated[Optional[Path], typer.Option(help="Also add rows to this CSV.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also add rows to this CSV.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each, interleaved.")] = 15,
     quick: Annotated[bool, typer.Option(help="Few pictures: does it work, not how fast.")] = False,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
 ) -> None:
     """A step of textual inversion with kept latents beside latents made anew, and of eight concepts beside one."""
     from poisonshield.commands.bench.inversion import bench as run

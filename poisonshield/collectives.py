@@ -21,7 +21,6 @@ from torch import Tensor
 
 from poisonshield.errors import ConfigError, ShapeError
 
-
 # torch 2.14 renamed both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

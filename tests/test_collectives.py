@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from dist import run_dist
 from torch import Tensor, nn
 
 from poisonshield import collectives
 from poisonshield.errors import ConfigError, ShapeError
-from dist import run_dist
 
 EQUAL = {1: (4,), 2: (3, 3), 4: (2, 2, 2, 2)}
 UNEQUAL = {1: (5,), 2: (4, 1), 4: (3, 0, 2, 1)}

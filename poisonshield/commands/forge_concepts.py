@@ -82,8 +82,11 @@ def poison_concepts(
         write_whole(whole / "manifest.json", json.dumps(summary, indent=1))
         if run.settings.run.overwrite and state is not None and out.exists():
             shutil.rmtree(out)
-        if not out.exists():
+        try:
             whole.rename(out)
+        except OSError:  # another writer was first
+            if not out.is_dir():
+                raise
     finally:
         if whole.exists():
             shutil.rmtree(whole)

@@ -6,8 +6,8 @@ Every picture is a function of (seed, index). Edges are antialiased by drawing a
 """
 
 import math
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_folder
 
 from poisonshield.commands import demo_szt
 from poisonshield.commands.evaluate import evaluate
 from poisonshield.commands.invert import invert
 from poisonshield.commands.train import train
 from poisonshield.errors import ConfigError
-from tests.tiny import tiny_folder
 
 
 @pytest.fixture(scope="module")

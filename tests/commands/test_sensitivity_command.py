@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_model
 
 from poisonshield.commands.maps import draw_totals, scaled
 from poisonshield.commands.profile import profile
@@ -15,7 +16,6 @@ from poisonshield.errors import ConfigError, DataError
 from poisonshield.models.embeddings import Learned, save_embedding
 from poisonshield.models.sensitivity import Sensitivity, semantic_sensitivity
 from poisonshield.models.small_pipeline import build_tokenizer, write_pipeline
-from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

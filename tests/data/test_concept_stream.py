@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model
 
 from poisonshield.batch import Batch
 from poisonshield.data.concept_stream import ConceptStream
@@ -15,7 +16,6 @@ from poisonshield.defenses.jpeg import JPEG
 from poisonshield.errors import CheckpointError, ConfigError, DataError, ShapeError
 from poisonshield.models.latents import LatentCache
 from poisonshield.ops import jpeg
-from tests.tiny import tiny_model
 
 SIDE = 16
 

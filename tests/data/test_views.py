@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 import torchvision.transforms.v2.functional as tv
+from pydantic import ValidationError
 
 from poisonshield.batch import Batch
 from poisonshield.data import augment

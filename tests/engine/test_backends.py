@@ -13,9 +13,9 @@ import signal
 
 import pytest
 import torch
+from dist import run_dist
 from torch import nn
 
-from dist import run_dist
 from engine.tiny import (
     AttackedMethod,
     Interrupted,

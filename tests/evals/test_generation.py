@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_model
 
 from poisonshield.data import world
 from poisonshield.errors import ConfigError, ShapeError
@@ -14,7 +15,6 @@ from poisonshield.evals import generation as gen
 from poisonshield.models.feature_networks import FeatureNetwork, lacking
 from poisonshield.models.judge import ConceptJudge
 from poisonshield.models.small_pipeline import build_tokenizer
-from tests.tiny import tiny_model
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 

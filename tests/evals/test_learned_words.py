@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from poisonshield.errors import ShapeError
 from poisonshield.evals.learned_words import vocabulary, word_report
-from tests.tiny import tiny_model
 
 
 def test_a_word_is_its_own_nearest_neighbour_and_the_others_come_by_cosine():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_model
 
 from poisonshield.errors import DataError, ShapeError
 from poisonshield.evals.survival import FORMAT, Report, load_report, psnr, save_report, survey, survival
 from poisonshield.ops import jpeg
-from tests.tiny import tiny_model
 
 EDGES = [0.0, 0.125, 0.25, 0.375]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import nn
 
 from poisonshield.batch import Batch
@@ -10,7 +11,6 @@ from poisonshield.losses.zone import Zone
 from poisonshield.methods.diffusion._timesteps import draw_timesteps
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.ops.philox import KeyedRandom, sample_ids
-from tests.tiny import tiny_model
 
 NAMES = ("ring", "star", "cross")
 

@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 
 from poisonshield.errors import ConfigError, DataError, ShapeError
 from poisonshield.models.embeddings import Learned, load_embedding, save_embedding
 from poisonshield.models.small_pipeline import write_pipeline
-from tests.tiny import tiny_model
 
 FILES = {"diffusers": "w.safetensors", "a1111": "w.pt", "kohya": "w.safetensors"}
 

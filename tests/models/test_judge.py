@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from poisonshield.data import world
 from poisonshield.errors import CheckpointError, ConfigError, ShapeError
 from poisonshield.models import judge_lessons as made
 from poisonshield.models.judge import ConceptJudge
 from poisonshield.models.judge_training import train_judge
-from tests.tiny import tiny_model
 
 KINDS = [(c, s) for c in world.COLORS for s in world.SHAPES]
 FEW = [("red", "circle"), ("yellow", "cross"), ("red", "cross"), ("yellow", "circle")]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from poisonshield.errors import ConfigError, ShapeError
 from poisonshield.models.latent_diffusion import LatentDiffusion
-from tests.tiny import tiny_model
 
 
 def test_learned_rows_take_the_place_of_the_placeholder_and_only_there():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from poisonshield.errors import ConfigError, ShapeError
 from poisonshield.models.sampler import latent_shape, sample, start_noise
-from tests.tiny import tiny_model
 
 PROMPTS = ["a photo of a red circle", "a rendering of a ring"]
 

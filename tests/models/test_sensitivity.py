@@ -5,12 +5,12 @@ import logging
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from poisonshield.errors import ConfigError, ShapeError
 from poisonshield.models.sensitivity import Sensitivity, semantic_sensitivity
-from tests.tiny import tiny_model
 
 PROMPT = "a photo of a <sks>"
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from poisonshield.errors import ConfigError, ShapeError
 from poisonshield.models.timesteps import (
@@ -18,7 +19,6 @@ from poisonshield.models.timesteps import (
 )
 from poisonshield.ops.diffusion import masked_diffusion_loss
 from poisonshield.ops.philox import KeyedRandom, sample_ids
-from tests.tiny import tiny_model
 
 STEPS = 1000
 KEYS = [f"p{i}" for i in range(8)]

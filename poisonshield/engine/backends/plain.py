@@ -16,7 +16,6 @@ from poisonshield.engine.optim import OptimConfig, build_optimizer, set_lr
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.method import Method
 
-
 # torch 2.14 renamed it.
 _BUFFER_SWITCH = (
     "forward_sync_buffers"

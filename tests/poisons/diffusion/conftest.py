@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-
-from tests.poisons.diffusion.photos import picture, settle
-from tests.tiny import tiny_model
+from poisons.diffusion.photos import picture, settle
+from tiny import tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from poisons.diffusion.photos import make, picture, pictures
 
 from poisonshield.ops.philox import KeyedRandom
 from poisonshield.poisons.diffusion._band import cosines, low_pass, share_within
 from poisonshield.poisons.diffusion._canvas import Canvas
 from poisonshield.poisons.diffusion._eot import Transform
-from tests.poisons.diffusion.photos import make, picture, pictures
 
 IDS = torch.arange(2)
 

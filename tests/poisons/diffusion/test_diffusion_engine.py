@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from poisons.diffusion.photos import POISONS, make, picture, pictures
 
 from poisonshield.errors import CheckpointError
 from poisonshield.poisons.diffusion._manifest import manifest
-from tests.poisons.diffusion.photos import POISONS, make, picture, pictures
 
 SETS = {
     "mist-sem": ("mist", {"mode": "sem"}),

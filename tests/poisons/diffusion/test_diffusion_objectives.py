@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from poisons.diffusion.photos import POISONS, make, picture, pictures, settle
+from tiny import tiny_model
 
 from poisonshield.errors import ConfigError
 from poisonshield.ops.philox import KeyedRandom
 from poisonshield.poisons.diffusion._canvas import Canvas
 from poisonshield.poisons.diffusion._gradients import gradient_of, pixel_gradient
-from tests.poisons.diffusion.photos import POISONS, make, picture, pictures, settle
-from tests.tiny import tiny_model
 
 
 def first_view(poison, images, *, step=0):

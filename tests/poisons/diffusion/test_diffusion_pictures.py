@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from poisons.diffusion.photos import make, picture, pictures
+from tiny import tiny_model
 
 from poisonshield.errors import BudgetError, ConfigError, DataError, PoisonShieldError, ShapeError
 from poisonshield.ops.philox import KeyedRandom
 from poisonshield.poisons.diffusion._canvas import Canvas
-from tests.poisons.diffusion.photos import make, picture, pictures
-from tests.tiny import tiny_model
 
 
 def test_any_size_is_attacked_in_every_part(model):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from poisons.diffusion.photos import make, picture, pictures
+from tiny import tiny_model
 
 from poisonshield.errors import ConfigError
 from poisonshield.poisons.diffusion._surrogate import TOKEN
-from tests.poisons.diffusion.photos import make, picture, pictures
-from tests.tiny import tiny_model
 
 REFERENCE = {f"r{i}": picture(20 + i) for i in range(2)}
 
