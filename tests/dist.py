@@ -32,8 +32,13 @@ def _worker(rank: int, world: int, folder: str, deepspeed: bool, fn: Callable, a
             ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             ds.init_distributed(dist_backend="gloo", verbose=False)
         answers.put((rank, fn(rank, world, *args)))
-    finally:
+        answers.close()
+        answers.join_thread()
+        torch.distributed.barrier()
+    except BaseException:
         torch.distributed.destroy_process_group()
+        raise
+    os._exit(0)  # all is said; taking gloo's threads down in an orderly way aborts a loaded machine now and then
 
 
 def run_dist(fn: Callable, world: int, *args: Any, deepspeed: bool = False, timeout_s: float = 120) -> list[Any]:
