@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from poisonshield import collectives
 from poisonshield.batch import Batch
@@ -83,8 +83,8 @@ class GenerateConfig(Settings):
 
     recon, compose: prompts with {} for the concept. count: pictures of a prompt group and concept. every_steps: pictures
     while training, null for none. switch: below t_min, generate with the initial word. references: unseen pictures of a
-    rendered concept to compare with; a folder's own clean pictures otherwise. clean: folder of the pictures before they
-    were poisoned, where the run did not poison them itself. features: folders of feature networks by name.
+    rendered concept to compare with; a folder's own pictures otherwise. clean: folder of these before they were
+    poisoned, where the run did not poison them itself. features: folders of feature networks by name.
     """
 
     recon: tuple[str, ...] = Field(("a photo of a {}",), min_length=1)
@@ -98,6 +98,14 @@ class GenerateConfig(Settings):
     references: int = Field(64, ge=1)
     clean: str | None = None
     features: dict[str, str] = {}
+
+    @field_validator("recon", "compose")
+    @classmethod
+    def _prompts_hold_the_word(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            if prompt.replace("{}", "", 1).count("{") or "{}" not in prompt:
+                raise ValueError(f"{prompt!r} must have one {{}} where the learned word belongs, and no other braces")
+        return prompts
 
 
 class InvertConfig(Settings):
@@ -209,6 +217,7 @@ def _check_pairs(checker: Checker, settings: InvertConfig, method: Choice, defen
             ("engine", "precision"),
             "engine.precision: learned vectors stay in fp32. For frozen networks in bf16 set model.dtype: bf16.",
         )
+    _check_data(checker, settings, method)
     # Sharded optimisers move copies of their own, which after_step never sees.
     if method.config.keep_norm and settings.engine.zero_stage > 0:
         checker.problem(
@@ -216,6 +225,37 @@ def _check_pairs(checker: Checker, settings: InvertConfig, method: Choice, defen
             f"method.keep_norm moves the vectors after each step, and engine.zero_stage {settings.engine.zero_stage} would "
             "put them back. Set zero_stage: 0, or backend: plain; vectors are too few to be worth sharding.",
         )
+
+
+def _check_data(checker: Checker, settings: InvertConfig, method: Choice) -> None:
+    """Settings that nothing would use, and a switch without a word to switch to."""
+    data, generate = settings.data, settings.generate
+    if data.poison is None:
+        for name in ("poison_masks", "poison_seed"):
+            if getattr(data, name) is not None:
+                checker.problem(("data", name), f"data.{name} is given, and data.poison is null. Leave it out.")
+    elif data.poison_masks is not None and data.masks not in (None, data.poison_masks):
+        checker.problem(
+            ("data", "poison_masks"),
+            f"data.poison_masks is {data.poison_masks} and data.masks {data.masks}: pictures are read with one kind of mask.",
+        )
+    if data.train == RENDERED:
+        for name, unused in (("size", data.size is not None), ("group", data.group != "all"), ("crop", data.crop != "center")):
+            if unused:
+                checker.problem(("data", name), f"data.{name} does nothing to rendered pictures, which are 64 px. Leave it out.")
+        if generate.clean is not None:
+            checker.problem(("generate", "clean"), "generate.clean: rendered concepts have fresh clean pictures. Leave it out.")
+    inits = method.config.init.values() if isinstance(method.config.init, dict) else [method.config.init]
+    if generate.switch and any(start_word(init) is None for init in inits):
+        checker.problem(
+            ("generate", "switch"),
+            "generate.switch speaks the word that learning started from, and method.init is numbers. Give a word.",
+        )
+
+
+def start_word(init: str) -> str | None:
+    """The word that an entry of method.init names; None for zeros and normal:STD."""
+    return None if init == "zeros" or init.startswith("normal:") else init
 
 
 def _record(choice: Choice, block: Any) -> dict[str, Any]:
@@ -262,7 +302,8 @@ def _kind(name: str) -> tuple[str, str]:
 
 def token_of(data: ConceptData, name: str) -> str:
     """The placeholder of a concept: the config's, or its name in angle brackets."""
-    return data.tokens.get(name) or f"<{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}>"
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return data.tokens.get(name) or f"<{plain or sha256(name.encode()).hexdigest()[:8]}>"
 
 
 def build_defenses(run: InvertRun) -> list[Defense]:

@@ -61,19 +61,28 @@ def poisoned(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...],
 def poison_concepts(
     run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], out: Path, *, state: Path | None = None
 ) -> dict[str, Any]:
-    """Perturbs all pictures of a set together and writes them as a concept folder with its manifest, which it returns.
+    """Perturbs all pictures of a set (of a concept, where the poison has a surrogate) together and writes them as a concept folder with its manifest, which it returns.
 
     Masks are written along; the poison sees them only with data.poison_masks. state: where an unfinished one is kept.
     """
     seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
     poison = run.poison.cls(run.poison.config, model=model, seed=seed)
     pixels = {image.key: image.pixels for concept in clean for image in concept.images}
-    masks = None
-    if run.settings.data.poison_masks is not None:
-        masks = {image.key: image.mask for concept in clean for image in concept.images}
     log.info("poison    %s on %d pictures", run.poison.name, len(pixels))
     together = max(1, _PIXELS_TOGETHER // next(iter(pixels.values()))[0].numel())
-    changed = poison.perturb(pixels, masks=masks, micro_batch=together, state_folder=state)
+    changed: dict[str, Tensor] = {}
+    # A surrogate learns one subject: where pictures meet in one, those of other concepts stay out.
+    for number, part in enumerate([[c] for c in clean] if poison.coupled else [list(clean)]):
+        images = [image for concept in part for image in concept.images]
+        masks = None
+        if run.settings.data.poison_masks is not None:
+            masks = {image.key: image.mask for image in images}
+        changed |= poison.perturb(
+            {image.key: image.pixels for image in images},
+            masks=masks,
+            micro_batch=together,
+            state_folder=state and state / str(number),
+        )
     records = [manifest(poison, key, x, changed[key]) for key, x in pixels.items()]
     summary = {"poison": run.record["data"]["poison"], "seed": seed, "pictures": records}
     whole = out.with_name(f"{out.name}.{uuid4().hex}.tmp")

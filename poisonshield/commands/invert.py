@@ -55,8 +55,8 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
     clean = open_concepts(run, model)
     with processes(engine, seed=run.seed) as device:
         model.to(device)
+        method, defenses = build_inversion(run, model, [c.name for c in clean])
         concepts = for_training(run, poisoned(run, model, clean, folder.path))
-        method, defenses = build_inversion(run, model, [c.name for c in concepts])
         resolve_floors(defenses, concepts, method)
         log.info("%s: %s of %d concepts on %s, poison %s, defense %s", run.origin, run.method.name, len(concepts),
                  run.settings.model.pipeline, run.poison_label, run.defense_label)  # fmt: skip
@@ -100,6 +100,7 @@ def evaluate_inversion(folder: RunFolder, overrides: tuple[str, ...] | list[str]
     with torch.no_grad():
         for name, placeholder in method.placeholders.items():
             method.rows(name).copy_(load_embedding(_file_of(folder, placeholder), placeholder.token).vectors)
+    method.to(model.alphas_cumprod.device)
     done = {"steps": old[0]["steps"], "seconds": old[0]["seconds"]}
     finish(run, folder, method, defenses, clean=clean, trained_on=concepts, done=done, t_min=old[0]["t_min"])
     return json.loads(folder.results.read_text())

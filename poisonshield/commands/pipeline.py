@@ -92,15 +92,15 @@ def train_pipeline(config: str | Path, overrides: tuple[str, ...] | list[str] = 
     """The folder `run.dir/pipeline` of a trained pipeline. Raises ConfigError; Preempted if told to stop, after saving."""
     settings = read_pipeline(config, overrides)
     out = Path(settings.run.dir) / "pipeline"
-    with processes(settings.engine, seed=settings.seed):
+    with processes(settings.engine, seed=settings.seed) as device:
         pixels, captions = rendered(settings.pictures, seed=settings.seed)
         data = {"pixels": pixels, "captions": captions}
         torch.manual_seed(settings.seed)
         parts = _untrained(settings, out)
         autoencoder = Autoencoder(Autoencoder.Config(kl_weight=settings.vae.kl_weight), vae=parts["vae"])
         _fit(settings, "vae", settings.vae, autoencoder, **data)
-        autoencoder.eval().measure_scale(pixels[:512].float() / 255)
-        model = LatentDiffusion(**parts, name=str(out))
+        autoencoder.eval().measure_scale(pixels[:512].to(device).float() / 255)
+        model = LatentDiffusion(**parts, name=str(out)).to(device)
         u = settings.unet
         denoiser = Denoiser(
             Denoiser.Config(caption_dropout=u.caption_dropout, ema=u.ema), model=model, seed=settings.seed

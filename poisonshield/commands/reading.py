@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.build_diffusion import RENDERED, InvertRun
+from poisonshield.build_diffusion import RENDERED, InvertRun, start_word
 from poisonshield.data import world
-from poisonshield.data.concepts import Concept
+from poisonshield.data.concepts import Concept, load_concepts
+from poisonshield.errors import DataError
 from poisonshield.evals.generation import latent_cosine, network_scores, set_distances
 from poisonshield.evals.image_quality import high_frequency
 from poisonshield.evals.learned_words import word_report
@@ -54,8 +55,8 @@ def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: 
 def _class_prompts(run: InvertRun, name: str, count: int) -> list[str] | None:
     """What the pictures' prompts say with the word that learning started from; None where it started from numbers."""
     init, recon = run.method.config.init, run.settings.generate.recon
-    word = init if isinstance(init, str) else init[name]
-    if word == "zeros" or word.startswith("normal:"):
+    word = start_word(init if isinstance(init, str) else init[name])
+    if word is None:
         return None
     return [recon[i % len(recon)].format(word) for i in range(count)]
 
@@ -67,9 +68,17 @@ def judge_of(pipeline: str) -> ConceptJudge | None:
 
 
 def references(run: InvertRun, concept: Concept) -> Tensor:
-    """Clean pictures [N, 3, H, W] to compare with: fresh ones of a rendered concept, else the concept's own."""
+    """Clean pictures [N, 3, H, W] to compare with: fresh ones of a rendered concept, else those of generate.clean or,
+    without it, the concept's own. Raises DataError if generate.clean does not have the concept."""
     if run.settings.data.train == RENDERED:
         kind = tuple(concept.name.split("_"))
         made = [world.render(i, seed=_REFERENCE_SEED, only=[kind]).x for i in range(run.settings.generate.references)]
         return torch.stack(made)
+    if run.settings.generate.clean is not None:
+        size = concept.images[0].pixels.shape[-1]
+        found = load_concepts(run.settings.generate.clean, size=size, crop=run.settings.data.crop)
+        if len(found) == 1 or concept.name in {c.name for c in found}:
+            concept = next((c for c in found if c.name == concept.name), found[0])
+        else:
+            raise DataError(f"generate.clean {run.settings.generate.clean} has no concept {concept.name}.")
     return torch.stack([image.pixels for image in concept.images]).float() / 255

@@ -8,6 +8,7 @@ Nothing is fetched: a folder that lacks a part is refused by name. `tiny` is the
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,18 +188,19 @@ class LatentDiffusion(nn.Module):
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids int64 [B, L], padded. Raises ConfigError if a placeholder falls off the end."""
-        texts = []
-        for prompt in prompts:
-            for placeholder in sorted(self.placeholders.values(), key=lambda p: -len(p.token)):
-                prompt = prompt.replace(placeholder.token, " ".join(placeholder.words))
-            texts.append(prompt)
+        texts = list(prompts)
+        if self.placeholders:
+            longest_first = sorted(self.placeholders, key=len, reverse=True)
+            pattern = re.compile("|".join(map(re.escape, longest_first)))
+            texts = [pattern.sub(lambda m: " ".join(self.placeholders[m[0]].words), prompt) for prompt in prompts]
         length = self.tokenizer.model_max_length
         made = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids = made.input_ids
         for prompt, row in zip(prompts, ids, strict=True):
-            for placeholder in self.placeholders.values():
-                if placeholder.token in prompt and int((row == placeholder.first + placeholder.count - 1).sum()) == 0:
-                    raise ConfigError(f"{prompt!r} is longer than {length} tokens, and {placeholder.token} falls off its end.")
+            for token in pattern.findall(prompt) if self.placeholders else ():
+                last = self.placeholders[token].first + self.placeholders[token].count - 1
+                if int((row == last).sum()) == 0:
+                    raise ConfigError(f"{prompt!r} is longer than {length} tokens, and {token} falls off its end.")
         return ids.to(self.alphas_cumprod.device)
 
     def text(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -94,6 +94,13 @@ def test_a_finished_run_is_evaluated_again_with_other_pictures(settings):
         (["data.concepts=[mauve ring]"], "not of the rendered world"),
         (["data.poison={name: advdn}"], "Did you mean advdm"),
         (["model.pipeline=nowhere"], "vae/config.json is missing"),
+        (["data.poison_masks=file"], "data.poison is null"),
+        (["data.size=32"], "does nothing to rendered pictures"),
+        (["generate.clean=photos"], "fresh clean pictures"),
+        (["generate.switch=true"], "method.init is numbers"),
+        (["generate.recon=[a photo]"], "learned word belongs"),
+        (["generate.recon=[]"], "generate.recon"),
+        (["data.poison={name: vae, mask: loss}"], "neither a mask"),
     ],
 )
 def test_mistakes_are_worded_and_leave_no_folder(tmp_path, settings, overrides, words):

@@ -73,3 +73,11 @@ def test_the_noise_is_recovered_from_a_perfect_prediction(prediction):
     t = torch.tensor([0, 500, 999])
     z_t = model.noised(z, t, noise)
     assert torch.allclose(model.epsilon(model.target(z, t, noise), z_t, t), noise, atol=2e-5)
+
+
+def test_a_placeholder_within_another_is_not_taken_for_it():
+    model = tiny_model()
+    short, long = model.add_placeholder("sks", 2), model.add_placeholder("sksdog", 2)
+    ids = model.tokens(["a photo of a sksdog", "a photo of a sks"])
+    assert [int(i) for i in ids[0] if i >= model.vocabulary] == [long.first, long.first + 1]
+    assert [int(i) for i in ids[1] if i >= model.vocabulary] == [short.first, short.first + 1]

@@ -136,7 +136,7 @@ class TextualInversion(Method):
     def _snr_weight(self, t: Tensor, batch: Batch) -> Tensor:
         """min(SNR, gamma) / SNR, for v-prediction / (SNR + 1)."""
         gamma, snr = self.config.min_snr, self.model.snr().to(t.device)
-        first = (batch.t_range or (0, 0))[0]
+        first = (batch.t_range or (0, 0))[0] if self.t_sampler != "soft" else 0
         if not self._told and self.model.prediction_type == "epsilon" and bool((snr[first:] <= gamma).all()):
             self._told = True
             log.warning("min_snr %g changes nothing: from t = %d on the ratio is below it everywhere.", gamma, first)
@@ -179,7 +179,7 @@ class TextualInversion(Method):
             if not scale > 0:
                 raise ConfigError(f"method.init {init!r}: write normal:STD with a positive number, such as normal:0.02.")
             return KeyedRandom(self.seed, sample_ids([name])).normal("init", k * width).view(k, width) * scale
-        return self.model.word_vector(init).expand(k, width).clone()
+        return self.model.word_vector(init).cpu().expand(k, width).clone()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TextualInversion":
         """The frozen pipeline moves along, though it is no part of the state."""

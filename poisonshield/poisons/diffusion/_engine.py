@@ -20,6 +20,7 @@ def attack(
     state_folder: Path | None,
     save_every: int,
     progress: Progress | None,
+    keep: bool = False,
     also: str = "",
 ) -> Iterator[tuple[str, Tensor]]:
     """(key, uint8 [3, H, W]) as pictures are finished; arguments as in DiffusionPoison.run.
@@ -43,7 +44,10 @@ def attack(
             counter.add(len(keys))
         for key, pixels in canvas.released().items():
             yield key, pixels
-            store.remove(key)  # not before the caller has come back for more, with the picture safely written
+            if not keep:
+                store.remove(key)  # not before the caller has come back for more, with the picture safely written
+    for key in images if keep else ():
+        store.remove(key)
 
 
 class Counter:

@@ -52,6 +52,7 @@ class ASPL(FSMG):
         state_folder: Path | None = None,
         save_every: int = 25,
         progress: Progress | None = None,
+        keep: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         """As the parent's; the state is one file for all pictures and the surrogate, written between rounds."""
         check_images(images, masks)

@@ -62,6 +62,11 @@ class DiffusionPoison(ABC):
     coupled: ClassVar[bool] = False
     takes_target: ClassVar[bool] = False
 
+    @property
+    def fixed_goal(self) -> bool:
+        """Whether it measures distances to fixed latents, all of which count alike."""
+        return False
+
     def __init__(
         self, config: AttackConfig, *, model: LatentDiffusion, seed: int = 0, target: Tensor | None = None
     ) -> None:
@@ -73,6 +78,13 @@ class DiffusionPoison(ABC):
             raise ConfigError(
                 f"poison {self.name} has no target picture. Leave it out, or take mist or photoguard_enc."
             )
+        if self.fixed_goal and (config.mask != "pixels" or "flip" in config.eot):
+            raise ConfigError(
+                f"poison {self.name} moves latents away from or towards fixed ones, which know neither a mask of the loss nor "
+                'a flip. Set mask: "pixels", and leave flip out of eot.'
+            )
+        if config.mask != "pixels" and "flip" in config.eot:
+            raise ConfigError("eot flips pixels and not the mask that weighs the loss: leave out flip, or set mask: pixels.")
         if self.noise_start == "always" and config.random_start is False:
             raise ConfigError(
                 f"poison {self.name} moves away from the source, where its gradient is 0: it has to start from noise.\n"
@@ -110,7 +122,9 @@ class DiffusionPoison(ABC):
         Raises ShapeError and DataError for other pictures or masks, CheckpointError for another run's state.
         """
         done = dict(
-            self.run(images, masks=masks, micro_batch=micro_batch, state_folder=state_folder, progress=progress)
+            self.run(
+                images, masks=masks, micro_batch=micro_batch, state_folder=state_folder, progress=progress, keep=True
+            )
         )
         return {key: done[key] for key in images}
 
@@ -123,8 +137,10 @@ class DiffusionPoison(ABC):
         state_folder: Path | None = None,
         save_every: int = 25,
         progress: Progress | None = None,
+        keep: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
-        """The same as `perturb`, one by one. A picture's state is removed when the next is asked for."""
+        """The same as `perturb`, one by one. A picture's state is removed when the next is asked for, or with `keep`,
+        for callers that write nothing in between, when all have been given."""
         from poisonshield.poisons.diffusion._engine import attack
 
         return attack(
@@ -135,6 +151,7 @@ class DiffusionPoison(ABC):
             state_folder=state_folder,
             save_every=save_every,
             progress=progress,
+            keep=keep,
         )
 
     def measure(

@@ -84,6 +84,7 @@ class FSMG(AdvDM):
         state_folder: Path | None = None,
         save_every: int = 25,
         progress: Progress | None = None,
+        keep: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         """As the parent's, after the surrogate was trained or read back."""
         check_images(images, masks)
@@ -106,7 +107,7 @@ class FSMG(AdvDM):
             self._trained_on = name
         yield from attack(
             self, images, masks, micro_batch=micro_batch, state_folder=state_folder, save_every=save_every,
-            progress=progress, also=name,
+            progress=progress, keep=keep, also=name,
         )  # fmt: skip
         store.remove(_STATE)
 

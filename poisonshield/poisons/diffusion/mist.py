@@ -29,6 +29,11 @@ class Mist(DiffusionPoison):
     takes_target = True
 
     @property
+    def fixed_goal(self) -> bool:
+        """The target, but for mode sem."""
+        return self.config.mode != "sem"
+
+    @property
     def weights(self) -> tuple[float, float]:
         """(A, B)."""
         return {"sem": (0.0, 1.0), "tex": (1.0, 0.0), "joint": (1.0, self.config.balance)}[self.config.mode]

@@ -25,6 +25,11 @@ class PhotoGuardEncoder(DiffusionPoison):
     name: ClassVar[str] = "photoguard_enc"
     takes_target = True
 
+    @property
+    def fixed_goal(self) -> bool:
+        """The target."""
+        return True
+
     def __init__(self, config: Config, *, target: Tensor | None = None, **rest: object) -> None:
         super().__init__(config, target=target, **rest)
         if (config.toward == "given") != (target is not None):

@@ -22,6 +22,11 @@ class PID(DiffusionPoison):
     name: ClassVar[str] = "pid"
     noise_start = "always"
 
+    @property
+    def fixed_goal(self) -> bool:
+        """The clean posterior."""
+        return True
+
     def prepare(self, view: View) -> dict[str, Tensor]:
         """The clean moments."""
         mean, std = self.model.posterior(view.x)

@@ -26,6 +26,11 @@ class SDST(SDS):
     name: ClassVar[str] = "sdst"
     takes_target = True
 
+    @property
+    def fixed_goal(self) -> bool:
+        """The target."""
+        return True
+
     def prepare(self, view: View) -> dict[str, Tensor]:
         """The target's latents for this tile."""
         return target_latents(self, view)

@@ -24,6 +24,11 @@ class VAE(DiffusionPoison):
     name: ClassVar[str] = "vae"
     noise_start = "always"
 
+    @property
+    def fixed_goal(self) -> bool:
+        """The clean latents, or zero."""
+        return True
+
     def prepare(self, view: View) -> dict[str, Tensor]:
         """The clean latents, unchanged by eot."""
         return {"z": self.model.encode(view.x)}

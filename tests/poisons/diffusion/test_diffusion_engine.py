@@ -142,3 +142,23 @@ def test_a_finished_picture_is_forgotten_only_when_the_next_is_asked_for(model, 
     next(run)
     assert len([*(tmp_path / "s").iterdir()]) == 1
     assert next(run, None) is None and not (tmp_path / "s").exists()
+
+
+def test_a_set_stopped_in_its_second_picture_keeps_the_first(model, tmp_path):
+    """Nothing of a finished picture is lost before all are given, and nothing stays behind afterwards."""
+    images, settings = pictures(2), {"steps": 4}
+
+    def stop(done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make("advdm", model, **settings).perturb(images, state_folder=tmp_path, progress=stop)
+    made = []
+    resumed = make("advdm", model, **settings).perturb(
+        images, state_folder=tmp_path, progress=lambda done, total: made.append(done)
+    )
+    assert made == [5, 6, 7, 8]
+    whole = make("advdm", model, **settings).perturb(images)
+    assert all(torch.equal(resumed[key], whole[key]) for key in images)
+    assert not list(tmp_path.glob("*"))
