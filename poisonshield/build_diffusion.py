@@ -18,8 +18,10 @@ from poisonshield import collectives
 from poisonshield.batch import Batch
 from poisonshield.build import DEFENSES, RunSection
 from poisonshield.config import Checker, Choice, Settings, Tree, dump, load_tree
+from poisonshield.data.concept_reader import load_concepts
 from poisonshield.data.concept_stream import ConceptStream
-from poisonshield.data.concepts import Concept, ConceptImage, load_concepts, rendered_concepts
+from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.data.rendered import rendered_concepts
 from poisonshield.data.world import COLORS, HELD_OUT, SHAPES
 from poisonshield.defenses.base import Defense
 from poisonshield.defenses.diffusion.szt import SZT

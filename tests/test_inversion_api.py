@@ -11,7 +11,8 @@ from tiny import tiny_folder, tiny_model
 
 from poisonshield.build_diffusion import read_invert
 from poisonshield.commands.invert import invert
-from poisonshield.data.concepts import Concept, ConceptImage, rendered_concepts
+from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.data.rendered import rendered_concepts
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import CheckpointError, ConfigError, DataError
 from poisonshield.inversion import PRESETS, preset_run, train_many, train_textual_inversion, words

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from poisonshield.commands.reading import judge_of
-from poisonshield.data.concepts import Concept, ConceptImage, rendered_concepts
+from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.data.rendered import rendered_concepts
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.inversion import train_textual_inversion, words
 from poisonshield.models.latent_diffusion import LatentDiffusion

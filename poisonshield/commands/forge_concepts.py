@@ -15,7 +15,9 @@ from torch import Tensor
 
 from poisonshield import collectives
 from poisonshield.build_diffusion import InvertRun, fingerprint, load_model, open_concepts, read_invert
-from poisonshield.data.concepts import Concept, ConceptImage, load_concepts, write_concepts
+from poisonshield.data.concept_reader import load_concepts
+from poisonshield.data.concept_writer import write_concepts
+from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.errors import ConfigError
 from poisonshield.models.latent_diffusion import LatentDiffusion

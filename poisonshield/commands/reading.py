@@ -12,7 +12,8 @@ from torch import Tensor
 
 from poisonshield.build_diffusion import RENDERED, InvertRun, start_word
 from poisonshield.data import world
-from poisonshield.data.concepts import Concept, load_concepts
+from poisonshield.data.concept_reader import load_concepts
+from poisonshield.data.concepts import Concept
 from poisonshield.errors import DataError
 from poisonshield.evals.generation import latent_cosine, network_scores, set_distances
 from poisonshield.evals.image_quality import high_frequency

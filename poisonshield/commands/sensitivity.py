@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.commands.maps import NORMS, Norm, draw_maps, draw_totals
-from poisonshield.data.concepts import load_concepts
+from poisonshield.data.concept_reader import load_concepts
 from poisonshield.data.masks import stem_of_mask
 from poisonshield.data.tree import IMAGE_ENDINGS
 from poisonshield.engine.checkpoint import write_whole

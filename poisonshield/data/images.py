@@ -1,11 +1,17 @@
 """One image on its way into a data set: told apart by its first bytes, checked by decoding, resized if asked."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from poisonshield.data.decode import decode, decode_by_pillow, encode_jpeg, encode_png
 from poisonshield.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,20 @@ def resize_and_crop(pixels: Tensor, size: int) -> Tensor:
     from torchvision.transforms.v2 import functional as F
 
     return F.center_crop(F.resize(pixels, [size], antialias=True), [size, size])
+
+
+def fit(image: "Image.Image", size: int, crop: str, *, nearest: bool = False) -> Tensor:
+    """uint8 [C, size, size]: the centred square or all of the image, resized."""
+    from PIL.Image import Resampling
+
+    width, height = image.size
+    side, box = min(width, height), (0, 0, width, height)
+    if crop == "center":
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    how = Resampling.NEAREST if nearest else Resampling.BICUBIC
+    array = np.array(image.crop(box).resize((size, size), how))
+    return torch.from_numpy(array).view(size, size, -1).permute(2, 0, 1).contiguous()
 
 
 def _kind(data: bytes) -> str:

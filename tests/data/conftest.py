@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from made import array, disc, save
 from PIL import Image
 
 
@@ -71,3 +72,14 @@ def hand_made(tmp_path):
         return HandMade(tmp_path / name, **settings)
 
     return make
+
+
+@pytest.fixture
+def concept_folders(tmp_path):
+    """Two concepts of two pictures, with masks beside one and in a folder for the other."""
+    for i in range(2):
+        save(tmp_path / "set" / "cup" / f"{i}.png", array(seed=i))
+        save(tmp_path / "set" / "cup" / f"{i}.mask.png", disc())
+        save(tmp_path / "set" / "hat" / f"a_red hat {i}.png", array(seed=10 + i))
+        save(tmp_path / "set" / "hat" / "masks" / f"a_red hat {i}.png", disc())
+    return tmp_path / "set"

@@ -73,3 +73,31 @@ def plant(root, files):
 def tree_of(folder):
     """{path within folder: bytes} of every file below it, to tell whether anything changed; {} if it is not there."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def array(height=20, width=30, seed=0):
+    """uint8 [H, W, 3] of noise, by default as large as `disc`."""
+    return array_of(seed, (height, width))
+
+
+def save(path, pixels, **options):
+    """Writes an array as a picture file; the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def disc(height=20, width=30, value=255):
+    """A mask uint8 [H, W]: a disc of radius 6 in the middle."""
+    y, x = np.mgrid[:height, :width]
+    return (((y - height / 2) ** 2 + (x - width / 2) ** 2) < 36).astype(np.uint8) * value
+
+
+def equal_concepts(a, b):
+    """Asserts that two sequences of concepts are the same to the bit."""
+    assert [(c.name, c.group, c.digest) for c in a] == [(c.name, c.group, c.digest) for c in b]
+    for one, other in zip(a, b, strict=True):
+        for p, q in zip(one.images, other.images, strict=True):
+            assert (p.key, p.caption) == (q.key, q.caption)
+            assert torch.equal(p.pixels, q.pixels)
+            assert (p.mask is None) == (q.mask is None) and (p.mask is None or torch.equal(p.mask, q.mask))

@@ -10,7 +10,8 @@ from tiny import tiny_model
 
 from poisonshield.batch import Batch
 from poisonshield.data.concept_stream import ConceptStream
-from poisonshield.data.concepts import Concept, ConceptImage, rendered_concepts
+from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.data.rendered import rendered_concepts
 from poisonshield.data.world import TEMPLATES
 from poisonshield.defenses.jpeg import JPEG
 from poisonshield.errors import CheckpointError, ConfigError, DataError, ShapeError

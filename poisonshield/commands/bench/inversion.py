@@ -22,7 +22,8 @@ from poisonshield.build_diffusion import build_concept_stream, build_inversion, 
 from poisonshield.commands.bench.harness import Case, Provider, Row, WrongResult, measure
 from poisonshield.commands.bench.record import append
 from poisonshield.commands.bench.vespr import flops
-from poisonshield.data.concepts import Concept, rendered_concepts
+from poisonshield.data.concepts import Concept
+from poisonshield.data.rendered import rendered_concepts
 from poisonshield.data.world import COLORS, SHAPES
 from poisonshield.engine.optim import build_optimizer
 from poisonshield.inversion import preset_run
