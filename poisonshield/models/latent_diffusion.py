@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from poisonshield.errors import ConfigError, ShapeError
+from poisonshield.models.pipeline_files import check_folder, reading, refuse_missing
 from poisonshield.ops.diffusion import q_sample
 
 TINY = Path(str(resources.files("poisonshield.models"))) / "tiny"
 """The shipped pipeline: a rendered world of shapes and colours at 64 pixels."""
-
-_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,14 @@ class LatentDiffusion(nn.Module):
     """
 
     def __init__(
-        self, vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: object, scheduler: object, *, name: str = "given"
+        self,
+        vae: nn.Module,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: object,
+        scheduler: object,
+        *,
+        name: str = "given",
     ) -> None:
         super().__init__()
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
@@ -72,29 +79,33 @@ class LatentDiffusion(nn.Module):
     def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> "LatentDiffusion":
         """The pipeline of a diffusers folder, or of "tiny", the one that ships with the package. Weights in `dtype`.
 
-        Raises ConfigError naming the part that the folder lacks. Never touches the network.
+        Raises ConfigError naming the part that the folder lacks, DataError naming a file that is missing, damaged or a
+        pointer of Git LFS. Never touches the network.
         """
         path = TINY if str(folder) == "tiny" else Path(folder)
-        for part in _PARTS:
-            wanted = path / part / {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
-            if not wanted.is_file():
-                raise ConfigError(
-                    f"{path} is no Stable Diffusion folder: {wanted.relative_to(path)} is missing.\n"
-                    "  Give a folder that diffusers' save_pretrained wrote, or `tiny` for the shipped pipeline."
-                )
+        check_folder(path)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        local, whole = {"local_files_only": True}, {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+
+        def read(kind: Any, part: str, **how: Any) -> Any:
+            with reading(path / part):
+                made = kind.from_pretrained(path / part, local_files_only=True, **how)
+                if "output_loading_info" not in how:
+                    return made
+                refuse_missing(path / part, made[1]["missing_keys"])
+                return made[0]
+
+        network = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
         return cls(
-            AutoencoderKL.from_pretrained(path / "vae", **whole, **local),
-            UNet2DConditionModel.from_pretrained(path / "unet", **whole, **local),
-            CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype, **local),
-            CLIPTokenizer.from_pretrained(path / "tokenizer", **local),
-            DDPMScheduler.from_pretrained(path / "scheduler", **local),
+            read(AutoencoderKL, "vae", **network),
+            read(UNet2DConditionModel, "unet", **network),
+            read(CLIPTextModel, "text_encoder", dtype=dtype, output_loading_info=True),
+            read(CLIPTokenizer, "tokenizer"),
+            read(DDPMScheduler, "scheduler"),
             name=str(folder),
         )
 
@@ -168,7 +179,9 @@ class LatentDiffusion(nn.Module):
         placeholder = Placeholder(token, first, count)
         for word in placeholder.words:
             if word in known or f"{word}</w>" in known:
-                raise ConfigError(f"placeholder {word!r} is a word of the vocabulary already. Choose another, such as <sks>.")
+                raise ConfigError(
+                    f"placeholder {word!r} is a word of the vocabulary already. Choose another, such as <sks>."
+                )
         self.tokenizer.add_tokens(list(placeholder.words))
         ids = [self.tokenizer.convert_tokens_to_ids(w) for w in placeholder.words]
         if ids != list(range(first, first + count)):
@@ -183,7 +196,9 @@ class LatentDiffusion(nn.Module):
         """The row [d] of a word, float32. Raises ConfigError if the tokenizer takes it apart."""
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
         if len(ids) != 1 or ids[0] >= self.vocabulary:
-            raise ConfigError(f"{word!r} is {len(ids)} tokens; a word of one token is wanted, to start from its vector.")
+            raise ConfigError(
+                f"{word!r} is {len(ids)} tokens; a word of one token is wanted, to start from its vector."
+            )
         return self.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().clone()
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:

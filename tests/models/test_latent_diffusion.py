@@ -1,10 +1,14 @@
 """The frozen pipeline: what it refuses, and that learned rows reach the text encoder and nothing else moves."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from tiny import tiny_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_folder, tiny_model
 
-from poisonshield.errors import ConfigError, ShapeError
+from poisonshield.errors import ConfigError, DataError, ShapeError
 from poisonshield.models.latent_diffusion import LatentDiffusion
 
 
@@ -55,9 +59,86 @@ def test_known_words_and_long_prompts_are_refused():
         model.prompts(["a <sks>"])
 
 
-def test_a_folder_without_scheduler_is_refused_by_name(tmp_path):
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("pipeline"))
+
+
+WEIGHTS = [
+    "vae/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+]
+
+
+def copied(pipeline, tmp_path, **changes):
+    """A copy of the folder with other bytes in some files; None removes a file."""
+    shutil.copytree(pipeline, tmp_path / "copy")
+    for name, data in changes.items():
+        file = tmp_path / "copy" / name
+        file.unlink() if data is None else file.write_bytes(data)
+    return tmp_path / "copy"
+
+
+def test_what_is_no_pipeline_is_refused_by_the_part_that_it_lacks(pipeline, tmp_path):
     with pytest.raises(ConfigError, match="vae/config.json is missing"):
         LatentDiffusion.load(tmp_path)
+    with pytest.raises(ConfigError, match="scheduler/scheduler_config.json is missing"):
+        LatentDiffusion.load(copied(pipeline, tmp_path, **{"scheduler/scheduler_config.json": None}))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_are_not_whole_are_refused_by_file_with_the_way_out(pipeline, tmp_path, name):
+    whole = (pipeline / name).read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 335\n"
+    for i, (data, words) in enumerate(
+        [(None, "is missing.*\n.*again"), (pointer, "git lfs pull"), (whole[:-100], "not all there"), (b"", "is empty")]
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            LatentDiffusion.load(copied(pipeline, tmp_path / str(i), **{name: data}))
+        assert name in str(caught.value)
+
+
+def test_settings_and_words_that_are_not_whole_are_refused_by_file(pipeline, tmp_path):
+    broken = copied(pipeline, tmp_path / "a", **{"scheduler/scheduler_config.json": b'{"beta_end": '})
+    with pytest.raises(DataError, match="scheduler_config.json is not valid JSON"):
+        LatentDiffusion.load(broken)
+    with pytest.raises(DataError, match="vocab.json is missing: the tokenizer would know no words"):
+        LatentDiffusion.load(copied(pipeline, tmp_path / "b", **{"tokenizer/tokenizer.json": None}))
+
+
+def test_weights_that_the_network_lacks_are_not_made_up(pipeline, tmp_path):
+    for i, name in enumerate(WEIGHTS):
+        folder, tensors = copied(pipeline, tmp_path / str(i)), load_file(pipeline / name)
+        gone = sorted(tensors)[0]
+        save_file({k: v for k, v in tensors.items() if k != gone}, folder / name, metadata={"format": "pt"})
+        with pytest.raises(DataError, match="the weights lack") as caught:
+            LatentDiffusion.load(folder)
+        assert gone.rpartition(".")[2] in str(caught.value)
+
+
+def test_weights_of_another_network_are_refused_by_part(pipeline, tmp_path):
+    config = json.loads((pipeline / "unet" / "config.json").read_text()) | {"block_out_channels": [8, 16]}
+    folder = copied(pipeline, tmp_path, **{"unet/config.json": json.dumps(config).encode()})
+    with pytest.raises(DataError, match="unet cannot be read"):
+        LatentDiffusion.load(folder)
+
+
+def test_weights_in_several_files_are_read_and_a_missing_one_is_named(pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    tensors, names = load_file(pipeline / WEIGHTS[1]), ["first.safetensors", "second.safetensors"]
+    place = {key: names[i % 2] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        save_file(
+            {k: v for k, v in tensors.items() if place[k] == name}, folder / "unet" / name, metadata={"format": "pt"}
+        )
+    (folder / f"{WEIGHTS[1]}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    (folder / WEIGHTS[1]).unlink()
+    ours, theirs = (LatentDiffusion.load(f).unet.state_dict() for f in (folder, pipeline))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    (folder / "unet" / names[1]).unlink()
+    with pytest.raises(DataError, match="second.safetensors is missing"):
+        LatentDiffusion.load(folder)
 
 
 def test_odd_sizes_are_refused():
