@@ -6,6 +6,7 @@ A picture depends on its row of `context` and of `noise` alone, not on who else 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,21 @@ def sample(
     return torch.cat(pictures)
 
 
+def ddim(model: LatentDiffusion, steps: int) -> Any:
+    """diffusers' DDIMScheduler with the pipeline's noise schedule, set to `steps` timesteps.
+
+    As StableDiffusionPipeline takes it, whatever the folder was written for: nothing is clipped and the last timestep is
+    1. Schedulers of folders that do not say so (Euler, DPM) would have latents clipped at 1. With as many steps as there
+    are timesteps the last one is 0, since the first would lie beyond them all.
+    """
+    from diffusers import DDIMScheduler
+
+    offset = int(steps < model.num_timesteps)
+    scheduler = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False, steps_offset=offset)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 def start_noise(
     keys: Sequence[str], shape: tuple[int, int, int], *, seed: int, device: torch.device | None = None
 ) -> Tensor:
@@ -103,10 +119,7 @@ def _denoise(
     switch: tuple[int, Tensor] | None,
 ) -> Tensor:
     """Scaled latents [B, C, h, w] at the end of the DDIM path from noise z."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(model.scheduler.config)
-    scheduler.set_timesteps(steps)
+    scheduler = ddim(model, steps)
     z = z * scheduler.init_noise_sigma
     for t in scheduler.timesteps.tolist():
         spoken = context if switch is None or t >= switch[0] else switch[1]

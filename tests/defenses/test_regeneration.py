@@ -99,6 +99,19 @@ def test_sdedit_equals_diffusers_image_to_image(prediction, strength, steps):
         torch.testing.assert_close(ours, diffusers_way(model, defense, batch), rtol=1e-4, atol=1e-4)
 
 
+def test_sdedit_reads_a_schedule_written_for_another_sampler_as_the_sampler_does():
+    """diffusers' pipelines neither clip latents nor stop before timestep 1, whatever the folder leaves out."""
+    from diffusers import DDPMScheduler
+
+    bare = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    model, batch = tiny_model(), photos(32, 32, ("a", "b"))
+    defense = build(SDEdit, model, seed=5, strength=0.5, steps=10)
+    with torch.no_grad():
+        wanted = defense.regenerate(model, 5 * model.encode(batch.x), ["a", "b"])
+        model.scheduler = DDPMScheduler(**bare)  # clip_sample True, steps_offset 0
+        assert torch.equal(defense.regenerate(model, 5 * model.encode(batch.x), ["a", "b"]), wanted)
+
+
 def test_sdedit_with_a_denoiser_that_knows_the_noise_returns_the_latents(model):
     z, seed = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), 3
     noise = KeyedRandom(seed, sample_ids(["a", "b"]), scope="sdedit").normal("noise", z[0].numel()).view_as(z)

@@ -1,11 +1,14 @@
 """The sampler beside diffusers' own pipeline, and what a picture may and may not depend on."""
 
+import json
+
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_folder, tiny_model
 
 from poisonshield.errors import ConfigError, ShapeError
-from poisonshield.models.sampler import latent_shape, sample, start_noise
+from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.sampler import ddim, latent_shape, sample, start_noise
 
 PROMPTS = ["a photo of a red circle", "a rendering of a ring"]
 
@@ -47,6 +50,55 @@ def test_pictures_are_those_of_diffusers(prediction, steps, guidance):
     assert ours.shape == (2, 3, 16, 16)
     assert ours.min() >= 0 and ours.max() <= 1
     assert (ours - theirs).abs().max() <= 1e-4
+
+
+def written_for_another_sampler(folder):
+    """A random pipeline whose scheduler folder, as one of Euler's, knows neither clip_sample nor steps_offset.
+
+    Latents are of many standard deviations, so that clipping them at 1 would show.
+    """
+    folder = tiny_folder(folder, size=16)
+    file = folder / "scheduler" / "scheduler_config.json"
+    kept = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({"_class_name": "EulerDiscreteScheduler", **{k: config[k] for k in kept}}))
+    return folder
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_a_scheduler_written_for_another_sampler_is_read_as_diffusers_reads_it(tmp_path, steps):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    folder = written_for_another_sampler(tmp_path)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder,
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        local_files_only=True,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.scheduler.config.clip_sample, pipe.scheduler.config.steps_offset) == (False, 1)
+    model = LatentDiffusion.load(folder)
+    noise = noise_for(model)
+    ours = sample(model, model.prompts(PROMPTS), noise=noise, steps=steps)
+    made = pipe(
+        PROMPTS,
+        latents=noise,
+        eta=0.0,
+        output_type="pt",
+        height=16,
+        width=16,
+        num_inference_steps=steps,
+        guidance_scale=7.5,
+    )
+    assert (ours - made.images).abs().max() <= 1e-4
+    clipping = DDIMScheduler.from_config(model.scheduler.config)
+    assert clipping.config.clip_sample and clipping.config.steps_offset == 0  # what its own defaults would be
+
+
+def test_all_timesteps_can_be_steps(model):
+    assert ddim(model, 1000).timesteps.tolist() == list(range(999, -1, -1))
+    assert ddim(model, 500).timesteps.tolist() == list(range(999, 0, -2))
 
 
 def test_a_written_out_ddim_loop_gives_the_same(model):

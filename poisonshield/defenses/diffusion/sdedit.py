@@ -15,6 +15,7 @@ from poisonshield.config import Number, Settings
 from poisonshield.defenses.diffusion._regeneration import Regeneration
 from poisonshield.errors import ConfigError
 from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.sampler import ddim
 from poisonshield.ops.philox import KeyedRandom, sample_ids
 
 
@@ -44,23 +45,18 @@ class SDEdit(Regeneration):
 
     def regenerate(self, model: LatentDiffusion, z: Tensor, pictures: Sequence[str]) -> Tensor:
         """z noised to the first timestep, and denoised."""
-        c, schedule, last = self.config, model.scheduler.config, model.num_timesteps - 1
+        c = self.config
         if c.steps > model.num_timesteps:
             raise ConfigError(
                 f"sdedit.steps: {c.steps}; the pipeline {model.name} has {model.num_timesteps} timesteps."
             )
-        stride, offset = model.num_timesteps // c.steps, schedule.get("steps_offset", 0)
-        times = [min(i * stride + offset, last) for i in range(int(c.steps * c.strength))][::-1]
+        scheduler = ddim(model, c.steps)
+        times = scheduler.timesteps[c.steps - int(c.steps * c.strength) :].tolist()
         rng = KeyedRandom(self.seed, sample_ids(pictures), scope="sdedit").to(z.device)
         noise = rng.normal("noise", z[0].numel()).view_as(z).to(z)
         context = model.prompts([c.prompt]).expand(len(z), -1, -1)
-        alphas = model.alphas_cumprod.to(z)
-        end = alphas.new_ones(()) if schedule.get("set_alpha_to_one", True) else alphas[0]
-        z = model.noised(z, torch.full((len(z),), times[0], device=z.device), noise)
+        at = lambda t: torch.full((len(z),), t, device=z.device)
+        z = model.noised(z, at(times[0]), noise)
         for t in times:
-            steps = torch.full((len(z),), t, device=z.device)
-            noise = model.epsilon(model.predict(z, steps, context), z, steps)
-            clean = (z - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
-            after = alphas[t - stride] if t >= stride else end
-            z = after.sqrt() * clean + (1 - after).sqrt() * noise
+            z = scheduler.step(model.predict(z, at(t), context), t, z, eta=0.0).prev_sample
         return z
