@@ -104,6 +104,7 @@ def timestep_profile(
     bins: int = 20,
     noises: int = 16,
     bands: int = 4,
+    end: int | None = None,
     seed: int = 0,
     keys: Sequence[str] | None = None,
     batch_size: int = 16,
@@ -113,7 +114,7 @@ def timestep_profile(
     rows: of all placeholders, where training stands, such as at its start. prompts: one for all, or one per picture.
     ref: the same pictures clean, or purified in another way than x (a defender's stand-in). mask [B, 1, H, W] in
     [0, 1]: weighs the loss over positions, each picture's normalised. noises: draws of timestep and noise per picture
-    and bin, the same for x and ref. bands: radial frequency bands of the latents' difference, see band_power. Noise
+    and bin, the same for x and ref. end: the first timestep that is left out, None for all. bands: radial frequency bands of the latents' difference, see band_power. Noise
     depends on (seed, key, bin, draw); keys are the pictures' places by default. batch_size: draws in one backward pass.
 
     Cost: bins * noises * B forward and backward passes of the U-Net, twice with ref. Raises ShapeError, ConfigError.
@@ -138,11 +139,16 @@ def timestep_profile(
         z, z_ref = (None if v is None else model.encode(v.to(ids.device)) for v in (x, ref))
     x_source = _LossGradients(model, z, ids, rows, weight, keys, seed, batch_size)
     ref_source = None if z_ref is None else replace(x_source, z=z_ref)
-    settings = {"num_timesteps": model.num_timesteps, "bins": bins, "noises": noises, "seed": seed, "keys": keys}
+    end = model.num_timesteps if end is None else end
+    if not 1 <= end <= model.num_timesteps:
+        raise ConfigError(f"end {end}: 1 to the pipeline's {model.num_timesteps} timesteps can be looked at.")
+    settings = {"num_timesteps": end, "bins": bins, "noises": noises, "seed": seed, "keys": keys}
     profile = profile_gradients(x_source, ref_source, **settings)
     if z_ref is None:
         return profile
-    snr = torch.stack([part.mean() for part in model.snr().cpu().split(torch.tensor(profile.edges).diff().tolist())])
+    snr = torch.stack(
+        [part.mean() for part in model.snr()[:end].cpu().split(torch.tensor(profile.edges).diff().tolist())]
+    )
     parts = snr[:, None] * band_power(z - z_ref, bands).mean(0).cpu()  # [bins, bands]
     return replace(profile, energy=parts.sum(1), bands=parts)
 
@@ -257,14 +263,15 @@ def choose_t_min(
     *,
     tau: float = 0.25,
     min_pressure: float = 0.02,
-    clamp: tuple[int, int] = (200, 800),
-    fallback: int = 500,
+    clamp: tuple[float, float] = (0.2, 0.8),
+    fallback: float = 0.5,
 ) -> int:
     """The lowest bin edge from which on the corrected D stays below tau, within `clamp`.
 
     Where there is none, or less than min_pressure of the concept's pull would remain from there, `fallback` with a
-    warning. Raises ConfigError for a profile without reference.
+    warning. Both are shares of the timesteps that the profile covers. Raises ConfigError for one without reference.
     """
+    lowest, highest, instead = (round(share * profile.edges[-1]) for share in (*clamp, fallback))
     below = profile.corrected < tau
     reached = below.flip(0).int().cumprod(0).flip(0).bool()  # from here to the end
     first = int(reached.int().argmax())
@@ -280,8 +287,8 @@ def choose_t_min(
             f"remain, where {min_pressure:.0%} is wanted"
         )
     else:
-        return min(max(profile.edges[first], clamp[0]), clamp[1])
+        return min(max(profile.edges[first], lowest), highest)
     log.warning(
-        "No timestep to start from: %s. Taking %d. More draws (noises) give a steadier profile.", reason, fallback
+        "No timestep to start from: %s. Taking %d. More draws (noises) give a steadier profile.", reason, instead
     )
-    return fallback
+    return instead

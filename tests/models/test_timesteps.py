@@ -135,7 +135,7 @@ def test_the_distance_is_that_of_the_closed_form():
 
 def test_without_a_shift_the_floor_is_the_lower_clamp(caplog):
     assert choose_t_min(two_bands(0.0, 0)) == 200
-    assert choose_t_min(two_bands(0.0, 0), clamp=(0, 800)) == 0
+    assert choose_t_min(two_bands(0.0, 0), clamp=(0, 0.8)) == 0
     assert not caplog.records
 
 
@@ -147,12 +147,20 @@ def test_a_shift_larger_than_the_concept_falls_back_to_500_and_says_so(caplog):
 
 def test_too_little_pressure_falls_back_and_the_upper_clamp_holds(caplog):
     profile = two_bands(0.2, 0)
-    assert choose_t_min(profile, clamp=(200, 600)) == 600
+    assert choose_t_min(profile, clamp=(0.2, 0.6)) == 600
     with caplog.at_level(logging.WARNING):
         assert choose_t_min(profile, min_pressure=0.5) == 500
     assert "pull would remain, where 50% is wanted" in caplog.text
     with pytest.raises(ConfigError, match="no reference"):
         choose_t_min(profiled(gaussian(1.0, unit(4))))
+
+
+def test_the_clamp_and_the_fallback_follow_the_number_of_timesteps(caplog):
+    one = torch.ones(10, dtype=torch.float64)
+    near = Profile(tuple(range(0, 401, 40)), *(Moments(one, one, 0 * one),) * 2, Moments(one, 0.01 * one, 0 * one))
+    far = Profile(near.edges, near.x, near.ref, Moments(one, 2 * one, 0 * one))
+    assert choose_t_min(near) == 80 and choose_t_min(near, clamp=(0.5, 0.8)) == 200
+    assert choose_t_min(far) == 200 and "Taking 200" in caplog.text
 
 
 def test_noise_of_its_own_in_each_gradient_is_taken_out_of_the_distance():
@@ -210,7 +218,7 @@ def test_a_gradient_that_is_all_error_is_far_from_everything(caplog):
     profile = Profile((0, 10), noisy, noisy, Moments(one, one, zero))
     assert math.isinf(float(profile.corrected))
     with caplog.at_level(logging.WARNING):
-        assert choose_t_min(profile) == 500
+        assert choose_t_min(profile) == 5
     assert "all noise; give more draws" in caplog.text
     assert float(Profile((0, 10), noisy, noisy, noisy).corrected) == 0
 
@@ -264,6 +272,18 @@ def test_a_pipeline_is_profiled_with_its_poison():
     same = timestep_profile(model, x, **settings | {"ref": x})
     assert same.distance.abs().max() == 0 and same.energy.abs().max() == 0
     assert isinstance(choose_t_min(profile), int)
+
+
+def test_a_profile_may_end_before_the_last_timestep():
+    model, rows = prepared()
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    settings = {"rows": rows, "prompts": "a <a>", "ref": x.roll(1, 3), "bins": 4, "noises": 2}
+    profile = timestep_profile(model, x, end=300, **settings)
+    assert profile.edges == (0, 75, 150, 225, 300) and profile.energy.shape == (4,)
+    assert choose_t_min(profile) <= 240
+    for end in (0, 1001):
+        with pytest.raises(ConfigError, match="1 to the pipeline's 1000"):
+            timestep_profile(model, x, end=end, **settings)
 
 
 def test_a_mask_keeps_the_rest_of_the_picture_out_of_the_gradient():
