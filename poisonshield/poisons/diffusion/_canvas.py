@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from poisonshield.errors import DataError, PoisonShieldError, ShapeError
+from poisonshield.errors import DataError, PoisonShieldError
 from poisonshield.losses.zone import Zone, latent_mask
 from poisonshield.ops.pgd import pgd_random_start_, pgd_step_
 from poisonshield.ops.philox import KeyedRandom, sample_ids, stream_of
@@ -175,33 +175,15 @@ class Canvas:
             return None, None
         use, model = self.poison.config.mask, self.poison.model
         mask = torch.stack([masks[k] for k in self.keys]).to(self.device).float()
-        if use != "loss":
-            for key, row in zip(self.keys, mask, strict=True):
-                if not bool((row > 0).any()):
-                    raise DataError(f"the mask of {key} is empty, so nothing of it could be changed.")
+        for key, row in zip(self.keys, mask, strict=True):
+            if not bool((row > 0).any()):
+                what = "no loss would count" if use == "loss" else "nothing of it could be changed"
+                raise DataError(f"the mask of {key} is empty, so {what}.")
         cells = None
         if use != "pixels":
             size = tuple(side // model.factor for side in self.plan.padded)
             cells = latent_mask(reflect(mask, self.plan.padded), size, Zone())
         return (mask if use != "loss" else None), cells
-
-
-def check_images(images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> None:
-    """Raise ShapeError or DataError unless images are uint8 [3, H, W], and masks, if any, [1, H, W] in [0, 1]."""
-    for key, image in images.items():
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-            raise ShapeError(
-                f"picture {key} is {image.dtype} {list(image.shape)}; uint8 [3, H, W], as in its file, is wanted."
-            )
-        if masks is None:
-            continue
-        if key not in masks:
-            raise DataError(f"picture {key} has no mask, and others have. Give one for every picture, or none.")
-        mask = masks[key]
-        if tuple(mask.shape) != (1, *image.shape[1:]) or not 0 <= float(mask.min()) <= float(mask.max()) <= 1:
-            raise ShapeError(
-                f"the mask of {key} is {list(mask.shape)}; [1, {image.shape[1]}, {image.shape[2]}] in [0, 1] is wanted."
-            )
 
 
 def _whole_within(delta: Tensor, eps: float) -> Tensor:

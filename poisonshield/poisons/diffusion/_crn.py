@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from poisonshield.ops.philox import KeyedRandom, sample_ids
-from poisonshield.poisons.diffusion._canvas import Canvas, check_images
+from poisonshield.poisons.diffusion._canvas import Canvas
+from poisonshield.poisons.diffusion._work import check_images
 from poisonshield.poisons.diffusion.base import DiffusionPoison
 
 

@@ -1,52 +1,36 @@
 """The one loop: pictures in groups of one size, a group's steps, and its state on disk between them."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from poisonshield.poisons.diffusion._canvas import Canvas, check_images
-from poisonshield.poisons.diffusion._state import Store
-from poisonshield.poisons.diffusion.base import DiffusionPoison, Progress
+from poisonshield.poisons.diffusion._canvas import Canvas
+from poisonshield.poisons.diffusion._work import Progress, Work
+from poisonshield.poisons.diffusion.base import DiffusionPoison
 
 
-def attack(
-    poison: DiffusionPoison,
-    images: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor] | None,
-    *,
-    micro_batch: int,
-    state_folder: Path | None,
-    save_every: int,
-    progress: Progress | None,
-    keep: bool = False,
-    also: str = "",
-) -> Iterator[tuple[str, Tensor]]:
-    """(key, uint8 [3, H, W]) as pictures are finished; arguments as in DiffusionPoison.run.
-
-    also: what else than poison, picture and mask a state belongs to.
-    """
-    check_images(images, masks)
-    store, steps = Store(state_folder), poison.config.steps
-    names = {k: poison.identity({k: image}, masks) + also for k, image in images.items()} if state_folder else {}
-    found = {key: store.load(key, names[key]) for key in images} if state_folder else {}
-    counter = Counter(progress, steps * len(images))
-    for keys in groups(images, micro_batch, found):
-        canvas = Canvas(poison, {k: images[k] for k in keys}, masks)
+def attack(poison: DiffusionPoison, work: Work, *, also: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(key, uint8 [3, H, W]) as pictures are finished. also: what else than poison, picture and mask a state belongs to."""
+    images, store, steps = work.images, work.store, poison.config.steps
+    names = {k: poison.identity({k: image}, work.masks) + also for k, image in images.items()} if store else {}
+    found = {key: store.load(key, name) for key, name in names.items()}
+    counter = Counter(work.progress, steps * len(images))
+    for keys in groups(images, work.micro_batch, found):
+        canvas = Canvas(poison, {k: images[k] for k in keys}, work.masks)
         enter(canvas, [found.get(k) for k in keys])
         counter.add(canvas.step * len(keys), silent=True)
         while canvas.step < steps:
             canvas.advance(steps)
-            if state_folder and (canvas.step % save_every == 0 or canvas.step == steps):
+            if store and (canvas.step % work.save_every == 0 or canvas.step == steps):
                 for row, key in enumerate(keys):
                     store.save(key, names[key], record(canvas, row))
             counter.add(len(keys))
         for key, pixels in canvas.released().items():
             yield key, pixels
-            if not keep:
+            if not work.keep:
                 store.remove(key)  # not before the caller has come back for more, with the picture safely written
-    for key in images if keep else ():
+    for key in images if work.keep else ():
         store.remove(key)
 
 

@@ -12,7 +12,7 @@ class AttackConfig(Settings):
     """What every poison can be told. Levels are 8-bit levels: 8 means 8/255 of the range.
 
     eps_levels: radius; norm "l2" bounds the root mean square of the change instead of its largest value. final_step:
-    the share of step_levels that the last step has, reached linearly. draws: (t, noise) draws a step, averaged.
+    the share of step_levels that steps shrink to, linearly; a step after the last would have it. draws: (t, noise) draws a step, averaged.
     t_range: [first, end) of timesteps, all by default; t_policy "snr" draws them by snr(t) ** snr_power, "list" from
     t_list. random_start: None leaves it to the poison. momentum: of normalised gradients. band: limit to the lowest
     band x band bins of the cosine transform of 8 x 8 blocks. eot: random changes before the VAE, in order. mask: what

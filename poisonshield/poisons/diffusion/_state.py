@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 ENDING = ".poison-state"
 
 
-def identity(
-    poison: "DiffusionPoison", images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, **more: Tensor | None
-) -> str:
+def identity(poison: "DiffusionPoison", images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> str:
     """A hash of all that decides the result: method, settings, seed, model, pictures and masks."""
     out = hashlib.sha256(f"{poison.name}\n{poison.config.model_dump_json()}\n{poison.seed}\n{poison.digest}\n".encode())
-    for name, value in sorted({"target": poison.target, **more}.items()):
-        out.update(f"{name} {'none' if value is None else _hash(value)}\n".encode())
+    out.update(f"target {'none' if poison.target is None else _hash(poison.target)}\n".encode())
     for key, image in sorted(images.items()):
         mask = "none" if masks is None else _hash(masks[key].float())
         out.update(f"{key} {_hash(image)} {mask}\n".encode())
@@ -41,6 +38,10 @@ class Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
+
+    def __bool__(self) -> bool:
+        """Whether anything is kept."""
+        return self.folder is not None
 
     def path(self, key: str) -> Path:
         """Where the state of `key` lies; keys may hold any character."""

@@ -110,10 +110,10 @@ class Surrogate:
             for step in range(first, first + steps):
                 optimizer.zero_grad(set_to_none=True)
                 for j in range(step * self.config.batch, (step + 1) * self.config.batch):
-                    self._backward(pictures[j % len(pictures)], step, phase, clean, self.prompt, 1.0)
+                    self._backward(pictures[j % len(pictures)], j, phase, clean, self.prompt, 1.0)
                     if self.config.prior_weight:
                         picture = others[j % len(others)]
-                        self._backward(picture, step, "prior", True, self.config.class_prompt, self.config.prior_weight)
+                        self._backward(picture, j, "prior", True, self.config.class_prompt, self.config.prior_weight)
                 nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
                 optimizer.step()
         finally:
@@ -122,11 +122,11 @@ class Surrogate:
             self._context = None
 
     def _backward(
-        self, picture: tuple[str, Canvas, int], step: int, phase: str, clean: bool, prompt: str, weight: float
+        self, picture: tuple[str, Canvas, int], number: int, phase: str, clean: bool, prompt: str, weight: float
     ) -> None:
-        """Adds the gradient of one picture's loss, of a random tile where it has several."""
+        """Adds the gradient of one picture's loss, of a random tile where it has several. number: of the draw."""
         key, canvas, row = picture
-        random = KeyedRandom(self.poison.seed, canvas.ids[row : row + 1], step, f"surrogate {phase}")
+        random = KeyedRandom(self.poison.seed, canvas.ids[row : row + 1], number, f"surrogate {phase}")
         tile = int(random.uniform("which tile", 1)[0, 0] * len(canvas.plan.boxes))
         view = canvas.view(tile, random, canvas.padded(clean=clean), rows=[row], keys=[key])
         with torch.enable_grad():

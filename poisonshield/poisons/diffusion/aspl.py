@@ -8,17 +8,15 @@ the cross-attention's keys and values. Pictures meet in the surrogate, so unlike
 the others. Defaults are those of the authors' script; clipping works here, which in their code it does not.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from poisonshield.poisons.diffusion._canvas import Canvas, check_images
+from poisonshield.poisons.diffusion._canvas import Canvas
 from poisonshield.poisons.diffusion._engine import Counter, enter, record
-from poisonshield.poisons.diffusion._state import Store
-from poisonshield.poisons.diffusion.base import Progress
+from poisonshield.poisons.diffusion._work import Work
 from poisonshield.poisons.diffusion.fsmg import FSMG
 
 _STATE = "\0alternating"
@@ -43,27 +41,16 @@ class ASPL(FSMG):
         """Poisoned pictures train the surrogate together."""
         return True
 
-    def run(
-        self,
-        images: Mapping[str, Tensor],
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        micro_batch: int = 1,
-        state_folder: Path | None = None,
-        save_every: int = 25,
-        progress: Progress | None = None,
-        keep: bool = False,
-    ) -> Iterator[tuple[str, Tensor]]:
-        """As the parent's; the state is one file for all pictures and the surrogate, written between rounds."""
-        check_images(images, masks)
-        config, store = self.config, Store(state_folder)
+    def loop(self, work: Work) -> Iterator[tuple[str, Tensor]]:
+        """All pictures at once; the state is one file for them and the surrogate, written between rounds."""
+        config, images, masks, store = self.config, work.images, work.masks, work.store
         name = self.identity(images, masks)
         self.__dict__.pop("surrogate", None)
-        canvases = self.canvases(images, masks, micro_batch)
+        canvases = self.canvases(images, masks, work.micro_batch)
         clean = self.canvases(self.reference, None) if self.reference else canvases
         prior = self.canvases(self.class_images or {}, None)
         self._resume(canvases, store.load(_STATE, name))
-        counter = Counter(progress, config.steps * len(images))
+        counter = Counter(work.progress, config.steps * len(images))
         counter.add(canvases[0].step * len(images), silent=True)
         if canvases[0].step == 0:
             self.surrogate.train(clean, config.surrogate_steps, first=0, phase="before", clean=True, prior=prior)
@@ -78,7 +65,7 @@ class ASPL(FSMG):
             self.surrogate.restore(kept)
             self.surrogate.train(canvases, config.inner_steps, first=first, phase="poisoned", clean=False, prior=prior)
             done = canvases[0].step
-            if state_folder is not None and (done // save_every > start // save_every or done == config.steps):
+            if store and (done // work.save_every > start // work.save_every or done == config.steps):
                 store.save(_STATE, name, self._record(canvases))
         for canvas in canvases:
             yield from canvas.released().items()

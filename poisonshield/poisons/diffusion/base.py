@@ -6,7 +6,7 @@ order nor number of pictures, nor stopping and going on, changes a result. Weigh
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,8 @@ from poisonshield.poisons.diffusion._eot import Transform
 from poisonshield.poisons.diffusion._gradients import Change, pixel_gradient, squared_error
 from poisonshield.poisons.diffusion._plan import Box
 from poisonshield.poisons.diffusion._settings import AttackConfig, check_budget, check_changes, check_timesteps
-from poisonshield.poisons.diffusion._state import identity
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all), a picture's step counting as one."""
+from poisonshield.poisons.diffusion._state import Store, identity
+from poisonshield.poisons.diffusion._work import Progress, Work
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,9 @@ class DiffusionPoison(ABC):
                 'a flip. Set mask: "pixels", and leave flip out of eot.'
             )
         if config.mask != "pixels" and "flip" in config.eot:
-            raise ConfigError("eot flips pixels and not the mask that weighs the loss: leave out flip, or set mask: pixels.")
+            raise ConfigError(
+                "eot flips pixels and not the mask that weighs the loss: leave out flip, or set mask: pixels."
+            )
         if self.noise_start == "always" and config.random_start is False:
             raise ConfigError(
                 f"poison {self.name} moves away from the source, where its gradient is 0: it has to start from noise.\n"
@@ -141,18 +141,9 @@ class DiffusionPoison(ABC):
     ) -> Iterator[tuple[str, Tensor]]:
         """The same as `perturb`, one by one. A picture's state is removed when the next is asked for, or with `keep`,
         for callers that write nothing in between, when all have been given."""
-        from poisonshield.poisons.diffusion._engine import attack
-
-        return attack(
-            self,
-            images,
-            masks,
-            micro_batch=micro_batch,
-            state_folder=state_folder,
-            save_every=save_every,
-            progress=progress,
-            keep=keep,
-        )
+        if not images:
+            return iter(())
+        return self.loop(Work(images, masks, micro_batch, Store(state_folder), save_every, progress, keep))
 
     def measure(
         self,
@@ -173,6 +164,12 @@ class DiffusionPoison(ABC):
         return mean_objective(self, images, clean or images, masks, draws=draws, micro_batch=micro_batch)
 
     # For subclasses
+
+    def loop(self, work: Work) -> Iterator[tuple[str, Tensor]]:
+        """What `run` gives: each picture by itself. Poisons whose pictures meet in a surrogate write another."""
+        from poisonshield.poisons.diffusion._engine import attack
+
+        return attack(self, work)
 
     def through_vae(self, view: View, cotangent: Change) -> Tensor:
         """d <g, z> / d x with g = cotangent(z) and z the scaled latents of the changed pixels, a posterior sample."""

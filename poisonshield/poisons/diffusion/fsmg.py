@@ -8,19 +8,18 @@ themselves. Its training is the cost: 1000 steps for a set of pictures.
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from poisonshield.errors import ConfigError
-from poisonshield.poisons.diffusion._canvas import Canvas, check_images
+from poisonshield.poisons.diffusion._canvas import Canvas
 from poisonshield.poisons.diffusion._engine import attack, groups
-from poisonshield.poisons.diffusion._state import Store, identity
+from poisonshield.poisons.diffusion._state import identity
 from poisonshield.poisons.diffusion._surrogate import Surrogate, SurrogateConfig
+from poisonshield.poisons.diffusion._work import Work, check_images
 from poisonshield.poisons.diffusion.advdm import AdvDM
-from poisonshield.poisons.diffusion.base import Progress
 
 _STATE = "\0surrogate"
 
@@ -75,41 +74,26 @@ class FSMG(AdvDM):
         """The surrogate's prediction."""
         return self.surrogate.predict(z_t, t)
 
-    def run(
-        self,
-        images: Mapping[str, Tensor],
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        micro_batch: int = 1,
-        state_folder: Path | None = None,
-        save_every: int = 25,
-        progress: Progress | None = None,
-        keep: bool = False,
-    ) -> Iterator[tuple[str, Tensor]]:
+    def loop(self, work: Work) -> Iterator[tuple[str, Tensor]]:
         """As the parent's, after the surrogate was trained or read back."""
-        check_images(images, masks)
-        learned, store = self.reference or images, Store(state_folder)
-        learned_masks = None if self.reference else masks
-        name = self.identity(learned, learned_masks)
+        learned, masks = (self.reference, None) if self.reference else (work.images, work.masks)
+        name = self.identity(learned, masks)
         if self._trained_on != name:
             self.__dict__.pop("surrogate", None)
-            state = store.load(_STATE, name)
+            self._trained_on = None
+            state = work.store.load(_STATE, name)
             if state is not None:
                 self.surrogate.restore(state["weights"])
             else:
                 self.surrogate.train(
-                    self.canvases(learned, learned_masks), self.config.surrogate_steps,
-                    first=0, phase="clean", clean=True,
+                    self.canvases(learned, masks), self.config.surrogate_steps, first=0, phase="clean", clean=True,
                     prior=self.canvases(self.class_images or {}, None),
                 )  # fmt: skip
-                if state_folder is not None:
-                    store.save(_STATE, name, {"weights": [w.cpu() for w in self.surrogate.state()]})
+                if work.store:
+                    work.store.save(_STATE, name, {"weights": [w.cpu() for w in self.surrogate.state()]})
             self._trained_on = name
-        yield from attack(
-            self, images, masks, micro_batch=micro_batch, state_folder=state_folder, save_every=save_every,
-            progress=progress, keep=keep, also=name,
-        )  # fmt: skip
-        store.remove(_STATE)
+        yield from attack(self, work, also=name)
+        work.store.remove(_STATE)
 
     def canvases(
         self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, micro_batch: int = 1

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from poisons.diffusion.photos import POISONS, make, picture, pictures
 
-from poisonshield.errors import CheckpointError
+from poisonshield.errors import CheckpointError, DataError
 from poisonshield.poisons.diffusion._manifest import manifest
 
 SETS = {
@@ -67,6 +67,17 @@ def test_the_change_stays_within_a_mask_of_pixels(model, name):
     out = make(name, model, steps=2, mask="pixels").perturb(images, masks={"k0": mask})["k0"]
     change = (out.int() - images["k0"].int()).abs().amax(0)
     assert change[mask[0] == 0].max() == 0 and change[mask[0] > 0].max() > 0
+
+
+@pytest.mark.parametrize("use", ["pixels", "loss", "both"])
+def test_an_empty_mask_is_refused_by_key_whatever_it_is_for(model, use):
+    with pytest.raises(DataError, match="mask of k0 is empty"):
+        make("advdm", model, steps=1, mask=use).perturb(pictures(1), masks={"k0": torch.zeros(1, 32, 32)})
+
+
+@pytest.mark.parametrize("name", POISONS.names())
+def test_no_pictures_give_no_pictures(model, name):
+    assert make(name, model).perturb({}) == {}
 
 
 @pytest.mark.parametrize("name", ["advdm", "vae"])

@@ -108,6 +108,32 @@ def test_aspl_alternates_as_published(model):
     assert events == [("before", 0)] + [("clean", 3), "pixels", "pixels", "back", ("poisoned", 3)] * 3
 
 
+def test_a_batch_larger_than_the_set_draws_each_picture_anew(model, monkeypatch):
+    poison, seen = make("aspl", model, batch=3), []
+    real = type(poison).noise
+    monkeypatch.setattr(
+        type(poison),
+        "noise",
+        lambda s, v, purpose: (n := real(s, v, purpose), purpose == "noise" and seen.append(n))[0],
+    )
+    trained(poison, pictures(1), 2)
+    assert len(seen) == 6
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_training_that_was_broken_off_is_begun_anew(model, monkeypatch):
+    images = pictures(1)
+    poison, whole = (make("fsmg", model, steps=1, surrogate_steps=2, lr=1e-2) for _ in range(2))
+    learned = poison.perturb(images)["k0"]
+    step = torch.optim.AdamW.step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            poison.perturb({"other": picture(7)})
+    assert torch.optim.AdamW.step is step
+    assert torch.equal(poison.perturb(images)["k0"], learned) and torch.equal(whole.perturb(images)["k0"], learned)
+
+
 def test_a_reference_set_is_what_the_surrogate_learns(model):
     cls, images = type(make("fsmg", model)), pictures(2)
     config = cls.Config(steps=2, surrogate_steps=2, lr=1e-2)
