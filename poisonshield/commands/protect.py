@@ -110,17 +110,19 @@ def protect(
         extra["target"] = read_photo(target, target).pixels
     for name, files in (("reference", reference), ("class_images", class_images)):
         if files:
-            extra[name] = {p.stem: read_photo(p, p).pixels for p in pictures_in(files)}
+            extra[name] = {p.stem: read_photo(p, p).pixels for p in _one_of_each_stem(pictures_in(files), name)}
     if (reference or class_images) and not issubclass(cls, FSMG):
         raise ConfigError(
             f"{cls.name} trains no surrogate: leave reference and class images out, or take fsmg or aspl."
         )
     poison = cls(config, model=network, seed=seed, **extra)
     size = len(paths) if poison.coupled else micro_batch
+    places = list(zip(paths, outs, strict=True))
+    if not poison.coupled:  # hours may lie between the first photo and the last: look at all of them before
+        for path, place in places:
+            _check(poison, read_photo(path, place), mask, overwrite=overwrite)
     for start in range(0, len(paths), size):
-        photos = [
-            read_photo(p, o) for p, o in zip(paths[start : start + size], outs[start : start + size], strict=True)
-        ]
+        photos = [read_photo(path, place) for path, place in places[start : start + size]]
         masks = _masks(photos, mask)
         _protect(poison, photos, masks, preset, micro_batch=micro_batch, measure=measure, overwrite=overwrite)
     return outs
@@ -163,6 +165,13 @@ def _protect(
             _write(photo, result, {**record, "identity": names[key]}, poison)
             m, took = record["measured"], time.perf_counter() - start
             print(f"{photo.out}  max {m['max']}  mean {m['mean_abs']:.2f}  PSNR {_db(m['psnr_db'])}  {took:.1f} s")
+
+
+def _check(poison: DiffusionPoison, photo: Photo, mask: Path | None, *, overwrite: bool) -> None:
+    """Raises what `_protect` would when this photo's turn comes: no mask for it, or an output that was made otherwise."""
+    masks = _masks([photo], mask)
+    if photo.out.exists() and not overwrite:
+        _is_done(photo, poison.identity({photo.key: photo.pixels}, masks))
 
 
 def _objective(
@@ -256,6 +265,18 @@ def pictures_in(given: Sequence[Path]) -> list[Path]:
             f"no pictures in {', '.join(map(str, given)) or 'an empty list'}. Give files or folders of them."
         )
     return found
+
+
+def _one_of_each_stem(paths: Sequence[Path], what: str) -> Sequence[Path]:
+    """The paths. Raises ConfigError for two of one stem, by which pictures are known."""
+    by_stem: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in by_stem:
+            raise ConfigError(
+                f"{what}: {by_stem[path.stem]} and {path} are both called {path.stem}. Rename one of them."
+            )
+        by_stem[path.stem] = path
+    return paths
 
 
 def _places(paths: Sequence[Path], out: Path) -> list[Path]:

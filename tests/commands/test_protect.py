@@ -220,6 +220,30 @@ def test_a_stopped_command_goes_on_and_a_finished_one_is_left_alone(pipeline, tm
     assert json.loads((out / "a.poison.json").read_text())["steps"] == 1
 
 
+def test_what_stops_the_last_photo_stops_the_command_before_the_first(pipeline, tmp_path):
+    """A stale output, a missing mask and an unreadable file all come to light before hours are spent."""
+    sources = [write(tmp_path / "in" / f"{n}.png", seed=i) for i, n in enumerate("ab")]
+    how, out = {"method": "vae", "model": pipeline}, tmp_path / "out"
+    protect(sources[1:], out, steps=1, **how)
+    with pytest.raises(ConfigError, match="b.png exists and was made otherwise"):
+        protect(sources, out, steps=2, **how)
+    masks = tmp_path / "masks"
+    write(masks / "a.png", mode="L")
+    with pytest.raises(DataError, match="b.png has no mask"):
+        protect(sources, tmp_path / "masked", steps=1, mask=masks, **how)
+    (tmp_path / "in" / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(DataError, match="c.png cannot be read"):
+        protect([tmp_path / "in"], tmp_path / "broken", steps=1, **how)
+    assert not [*tmp_path.glob("*/a.poison.json")]
+
+
+def test_two_reference_pictures_of_one_name_are_refused(pipeline, tmp_path):
+    source = write(tmp_path / "a.png")
+    twice = [write(tmp_path / folder / "r.png", (16, 16)) for folder in ("x", "y")]
+    with pytest.raises(ConfigError, match="reference: .*both called r"):
+        protect([source], tmp_path / "out", method="fsmg", reference=twice, model=pipeline)
+
+
 def test_nothing_half_written_is_left(pipeline, tmp_path, monkeypatch):
     source = write(tmp_path / "a.png")
     monkeypatch.setattr(command, "write_whole", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
