@@ -6,6 +6,7 @@ folder in half precision. Beside its parts lies a judge of what pictures show, t
 
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def train_pipeline(config: str | Path, overrides: tuple[str, ...] | list[str] = 
         pixels, captions = rendered(settings.pictures, seed=settings.seed)
         data = {"pixels": pixels, "captions": captions}
         torch.manual_seed(settings.seed)
-        parts = _untrained(settings, out)
+        parts = _untrained(settings)
         autoencoder = Autoencoder(Autoencoder.Config(kl_weight=settings.vae.kl_weight), vae=parts["vae"])
         _fit(settings, "vae", settings.vae, autoencoder, **data)
         autoencoder.eval().measure_scale(pixels[:512].to(device).float() / 255)
@@ -126,16 +127,23 @@ def finish(settings: PipelineConfig, out: Path) -> None:
     judge.record["vae"] = "the pipeline beside it"
     judge.save(out / JUDGE)
     rows = {}
-    for color, shape in (("red", "circle"), ("blue", "ring"), ("white", "star"), ("purple", "square"), ("blue", "cross")):
+    for color, shape in (
+        ("red", "circle"),
+        ("blue", "ring"),
+        ("white", "star"),
+        ("purple", "square"),
+        ("blue", "cross"),
+    ):
         prompt = f"a photo of a {color} {shape}"
         noise = start_noise([str(i) for i in range(8)], latent_shape(model), seed=settings.seed)
         rows[prompt] = sample(model, model.prompts([prompt] * 8), noise=noise, steps=25, guidance=3.0)
     draw_sheet(out.with_name("samples.png"), rows)
 
 
-def _untrained(settings: PipelineConfig, out: Path) -> dict[str, Any]:
+def _untrained(settings: PipelineConfig) -> dict[str, Any]:
     factor = 2 ** (len(settings.vae.channels) - 1)
-    tokenizer = small.build_tokenizer(world.WORDS, out / "tokenizer", length=settings.text.length)
+    with tempfile.TemporaryDirectory() as own:  # each rank builds one: none reads what another is writing
+        tokenizer = small.build_tokenizer(world.WORDS, Path(own), length=settings.text.length)
     return {
         "vae": small.build_vae(settings.vae, sample_size=world.SIZE),
         "unet": small.build_unet(
