@@ -114,6 +114,26 @@ def test_the_distance_to_the_target_falls(model, name, settings):
     assert share <= 0.8 and falls >= 15
 
 
+@pytest.mark.parametrize(
+    ("steps", "step_levels", "random_start"), [(20, 1.0, False), (20, 1.0, True), (40, 0.5, False)]
+)
+def test_photoguard_to_zero_goes_as_far_as_the_budget_lets_it(model, steps, step_levels, random_start):
+    """A fall of a fifth in 20 steps is out of reach at 8 levels: an encoder that were linear there would allow 19.5 %.
+
+    That bound is the radius times the sum of the gradient's sizes; what is reached depends on neither step nor start.
+    """
+    images = pictures(1)
+    poison = make("photoguard_enc", model, steps=steps, step_levels=step_levels, random_start=random_start)
+    x = (images["k0"][None].float() / 255).requires_grad_()
+    distance = model.posterior(x)[0].norm()
+    bound = 8 / 255 * float(torch.autograd.grad(distance, x)[0].abs().sum() / distance.detach())
+    start, end = (-poison.measure(p, clean=images)["k0"] for p in (images, poison.perturb(images)))
+    print(
+        f"{steps} steps of {step_levels}: {1 - end / start:.3f} of the distance gone, a linear encoder allows {bound:.3f}"
+    )
+    assert 0.75 * bound <= 1 - end / start <= bound < 0.2
+
+
 def test_a_given_target_is_covered_not_squeezed(model):
     from poisonshield.poisons.diffusion._target import covering, pattern
 
