@@ -150,6 +150,61 @@ def protect(
 
 
 @app.command()
+def masks(
+    photos: Annotated[Path, typer.Argument(help="A folder of photos, or a folder with one of each concept.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for masks.png, and for photos with their masks.")],
+    mask: Annotated[str, typer.Option(help="grabcut, box, attention or ssm.")] = "grabcut",
+    box: Annotated[
+        float | None, typer.Option(help="Side of the centred rectangle of box and grabcut, a share of the photo's.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For attention and ssm: a Stable Diffusion folder, or tiny.")
+    ] = None,
+    word: Annotated[
+        list[str] | None, typer.Option(help="What attention and ssm look for, or CONCEPT=WORD; repeatable.")
+    ] = None,
+    purifier: Annotated[
+        str, typer.Option(help="Masks are found on pixels purified by it; none for as they are.")
+    ] = "jpeg:25",
+    size: Annotated[int, typer.Option(min=8, help="Pixels of the longer side on which masks are found.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over masks that are there.")] = False,
+) -> None:
+    """Masks of photos as files, to look at and correct before training; status 1 if one came out empty."""
+    from poisonshield.commands.masks import masks as run
+    from poisonshield.commands.masks import told
+
+    given = {} if box is None else {"box": box}
+    found = run(photos, out, mask=mask, model=model, words=word or [], size=size, seed=seed, overwrite=overwrite,
+                purifier=None if purifier == "none" else purifier, **given)  # fmt: skip
+    print("\n".join(told(found)))
+    if found.empty:
+        raise typer.Exit(1)
+
+
+@app.command()
+def survival(
+    clean: Annotated[Path, typer.Argument(help="Folder of the pictures as they were.")],
+    poisoned: Annotated[list[Path], typer.Argument(help="Folders of the same pictures poisoned, by stem.")],
+    purifier: Annotated[
+        list[str] | None,
+        typer.Option(help="e.g. jpeg:75, gaussian:2, sdedit:0.3,steps=50; repeatable; a standard list if none."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For vae_roundtrip and sdedit: a Stable Diffusion folder, or tiny.")
+    ] = None,
+    bands: Annotated[int, typer.Option(min=1, help="Parts of the frequencies up to half a cycle a pixel.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of purifiers' noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write every picture's numbers to this JSON file.")] = None,
+) -> None:
+    """What purifiers leave of poisons, in all and by frequency, and what they cost clean pictures."""
+    from poisonshield.commands.survival import survival as run
+    from poisonshield.commands.survival import told
+
+    print(told(run(clean, poisoned, purifiers=purifier or [], model=model, bands=bands, seed=seed, out=out)))
+
+
+@app.command()
 def pipeline(config: Config, overrides: Overrides = None) -> None:
     """Train a small Stable Diffusion pipeline on a rendered world, from nothing and in under two hours on two cores."""
     from poisonshield.commands.pipeline import train_pipeline
@@ -222,7 +277,7 @@ def profile(
     embedding: Annotated[Path, typer.Option(help="The word's file, where training stands; best near its start.")],
     out: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")],
     reference: Annotated[
-        str | None, typer.Option(help="Folder of the same pictures clean, or jpeg:25: the pictures compressed.")
+        str | None, typer.Option(help="Folder of the same pictures clean, or a purifier such as jpeg:25.")
     ] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder of masks by file name.")] = None,
     prompt: Annotated[str, typer.Option(help="{} stands for the learned word.")] = "a photo of a {}",

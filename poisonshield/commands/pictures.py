@@ -1,7 +1,7 @@
 """Pictures on disk: one PNG each, and sheets with a named row for each set."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -34,13 +34,20 @@ def to_image(x: Tensor):  # noqa: ANN201 - PIL's, imported when wanted
     return Image.fromarray((x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def draw_sheet(path: Path, rows: Mapping[str, Tensor], *, columns: int = _COLUMNS, title: str | None = None) -> Path:
-    """One PNG: a row for each name with its first pictures [N, 3, H, W] in [0, 1]."""
+def draw_sheet(
+    path: Path,
+    rows: Mapping[str, Tensor | Sequence[Tensor]],
+    *,
+    columns: int = _COLUMNS,
+    inches: float = 1.1,
+    title: str | None = None,
+) -> Path:
+    """One PNG: a row for each name with its first pictures [3, H, W] in [0, 1], `inches` wide at 90 dots an inch."""
     from matplotlib import pyplot
 
     wide = min(columns, max(len(x) for x in rows.values()))
     figure, axes = pyplot.subplots(
-        len(rows), wide, figsize=(wide * 1.1 + 2.2, len(rows) * 1.1 + 0.3), squeeze=False, layout="constrained"
+        len(rows), wide, figsize=(wide * inches + 2.2, len(rows) * inches + 0.3), squeeze=False, layout="constrained"
     )
     for line, (name, x) in zip(axes, rows.items(), strict=True):
         for i, axis in enumerate(line):

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poisonshield.batch import Batch
 from poisonshield.commands.sensitivity import add_learned, filled, load_pictures, matching
+from poisonshield.defenses.diffusion._purifiers import build_purifier, purifier_block
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
-from poisonshield.errors import ConfigError
 from poisonshield.models.latent_diffusion import LatentDiffusion
 from poisonshield.models.timesteps import Profile, choose_t_min, timestep_profile
-from poisonshield.ops import jpeg
 
 
 def profile(
@@ -50,8 +50,9 @@ def profile(
     rows, word = add_learned(model, embedding, token)
     size = size or model.unet.config.sample_size * model.factor
     pictures, ref = load_pictures(images, size=size, masks=masks), None
-    if isinstance(reference, str) and reference.startswith("jpeg:"):
-        ref = jpeg(pictures.x, _quality(reference), mode="exact")
+    if isinstance(reference, str) and ":" in reference and not Path(reference).exists():
+        purifier = build_purifier(purifier_block(reference), num_classes=1, seed=seed)
+        ref = purifier.before(Batch(pictures.names, pictures.x)).x
     elif reference is not None:
         ref = matching(pictures, load_pictures(reference, size=size), "reference").x
     settings = {"bins": bins, "noises": noises, "seed": seed}
@@ -121,15 +122,6 @@ def draw_profile(path: Path, found: Profile, *, tau: float, t_min: int | None) -
 def _positive(values: Tensor) -> Tensor:
     """For a logarithmic axis: what is not positive or not finite is left out."""
     return torch.where((values > 0) & values.isfinite(), values, torch.full_like(values, math.nan))
-
-
-def _quality(text: str) -> int:
-    quality = text.removeprefix("jpeg:")
-    if not quality.isdigit() or not 1 <= int(quality) <= 100:
-        raise ConfigError(
-            f"reference {text!r}: write jpeg:QUALITY with a whole number from 1 to 100, or give a folder."
-        )
-    return int(quality)
 
 
 def _shown(reference: Any) -> Any:

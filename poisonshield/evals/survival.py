@@ -1,26 +1,23 @@
-"""How much of a poison a purifier leaves, by spatial frequency, from the picture files alone.
+"""How much of a poison a purifier leaves, by spatial frequency, and what the purifier costs a clean picture.
 
 With delta = poisoned - clean and r = purified(poisoned) - purified(clean), the share that survives is <r, delta> /
-<delta, delta>: 1 for a purifier that does nothing, 0 for one that leaves nothing of it. Taken over rings of the Fourier
-plane it says which frequencies live. Where the purified clean picture is not given the clean one stands in for it; what
-the purifier does to the picture itself then adds noise to the share, but hardly moves it, as it does not know delta.
+<delta, delta>: 1 for a purifier that does nothing, 0 for one that leaves nothing of it. What is new in r and not along
+delta does not count, so a share may be near 0 while r is large. Taken over rings of the Fourier plane it says which
+frequencies live.
 """
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from poisonshield.errors import DataError, ShapeError
+from poisonshield.errors import ShapeError
+from poisonshield.evals.image_quality import psnr
 
-FORMAT = "poisonshield-survival/1"
+FORMAT = "poisonshield-survival/2"
 
 
 class Record(BaseModel):
@@ -42,6 +39,7 @@ class Picture(Record):
     """One picture's numbers. PSNR in dB, None for equal pictures; max_levels: the poison's largest change.
 
     psnr_poisoned, psnr_purified: to the clean picture; psnr_cost: of the purified clean picture to the clean one.
+    sha256: of the files "clean" and "poisoned".
     """
 
     key: str
@@ -52,35 +50,74 @@ class Picture(Record):
     psnr_cost: float | None
     survival: float | None
     bands: tuple[Band, ...]
-    sha256: dict[str, str]
+    sha256: dict[str, str] = {}
 
 
-class Report(Record):
-    """All pictures, and their means. purified_clean: whether purified clean pictures were there to compare with."""
+class Purified(Record):
+    """A purifier as it was written, all its settings, its pictures and their means."""
 
-    format: str = FORMAT
-    purified_clean: bool
+    purifier: str
+    settings: dict[str, Any]
     pictures: tuple[Picture, ...]
+    psnr_poisoned: float | None
+    psnr_purified: float | None
+    psnr_cost: float | None
     survival: float | None
     survival_by_band: tuple[float | None, ...]
 
+    @classmethod
+    def of(cls, purifier: str, settings: dict[str, Any], pictures: Sequence[Picture]) -> "Purified":
+        """With means over the pictures; what is None in a picture does not count."""
+        names = ("psnr_poisoned", "psnr_purified", "psnr_cost", "survival")
+        return cls(
+            purifier=purifier,
+            settings=settings,
+            pictures=tuple(pictures),
+            survival_by_band=tuple(
+                _mean([b.share for b in bands]) for bands in zip(*(p.bands for p in pictures), strict=True)
+            ),
+            **{name: _mean([getattr(p, name) for p in pictures]) for name in names},
+        )
+
+
+class Poisoned(Record):
+    """A folder of poisoned pictures under each purifier."""
+
+    folder: str
+    purifiers: tuple[Purified, ...]
+
+
+class Report(Record):
+    """Poisons under the same purifiers. edges: where bands begin, in cycles a pixel; model: of purifiers that use one."""
+
+    format: str = FORMAT
+    clean: str
+    model: str | None
+    seed: int
+    edges: tuple[float, ...]
+    poisons: tuple[Poisoned, ...]
+
+
+def edges_of(bands: int) -> tuple[float, ...]:
+    """Where bands of equal width up to 0.5 cycles a pixel begin."""
+    return tuple(0.5 * i / bands for i in range(bands))
+
 
 def survival(
-    clean: Tensor, poisoned: Tensor, purified: Tensor, purified_clean: Tensor | None = None, *, edges: Sequence[float]
+    clean: Tensor, poisoned: Tensor, purified: Tensor, purified_clean: Tensor, *, edges: Sequence[float]
 ) -> tuple[float | None, tuple[Band, ...]]:
     """(share of the poison left, the same by band). uint8 [3, H, W] each. edges: rising frequencies, cycles a pixel.
 
     The first band begins at edges[0]; the last takes in all above, corners of the Fourier plane included. Raises
     ShapeError for pictures of different sizes.
     """
-    base = clean if purified_clean is None else purified_clean
-    for name, picture in (("poisoned", poisoned), ("purified", purified), ("purified clean", base)):
+    for name, picture in (("poisoned", poisoned), ("purified", purified), ("purified clean", purified_clean)):
         if picture.shape != clean.shape or picture.dtype != torch.uint8:
             raise ShapeError(
                 f"the {name} picture is {picture.dtype} {list(picture.shape)} and the clean one {clean.dtype} "
-                f"{list(clean.shape)}; uint8 of one size is wanted. Purifiers must keep the size."
+                f"{list(clean.shape)}; uint8 of one size is wanted."
             )
-    delta, left = poisoned.double() - clean.double(), purified.double() - base.double()
+    delta, left = poisoned.double() - clean.double(), purified.double() - purified_clean.double()
     d, r = torch.fft.fft2(delta), torch.fft.fft2(left)
     cross, own = (r * d.conj()).real.sum(0), d.abs().square().sum(0)  # [H, W]
     h, w = clean.shape[1:]
@@ -99,87 +136,34 @@ def survival(
     return (float(cross.sum()) / total if total else None), tuple(bands)
 
 
-def psnr(a: Tensor, b: Tensor) -> float | None:
-    """10 log10(255^2 / mean square difference) of uint8 pictures, None if they are equal."""
-    mse = float((a.double() - b.double()).square().mean())
-    return 10 * math.log10(255**2 / mse) if mse else None
-
-
-def survey(
-    clean: Path, poisoned: Path, purified: Path, purified_clean: Path | None = None, *, bands: int = 8
-) -> Report:
-    """The report of folders that hold pictures of the same stems. bands: of equal width up to 0.5 cycles a pixel.
-
-    Raises DataError if a poisoned picture has no partner, ShapeError for other sizes.
-    """
-    edges = [0.5 * i / bands for i in range(bands)]
-    folders = {"clean": clean, "poisoned": poisoned, "purified": purified}
-    if purified_clean is not None:
-        folders["purified_clean"] = purified_clean
-    found = {name: {p.stem: p for p in sorted(folder.iterdir()) if _is_picture(p)} for name, folder in folders.items()}
-    if not found["poisoned"]:
-        raise DataError(f"{poisoned} holds no pictures.")
-    rows = []
-    for key in found["poisoned"]:
-        missing = [str(folders[name]) for name in folders if key not in found[name]]
-        if missing:
-            raise DataError(
-                f"{key} is in {poisoned} and not in {', '.join(missing)}. Folders must hold the same stems."
-            )
-        rows.append(_row(key, {name: found[name][key] for name in folders}, edges))
-    return Report(
-        purified_clean=purified_clean is not None,
-        pictures=tuple(rows),
-        survival=_mean([row.survival for row in rows]),
-        survival_by_band=tuple(_mean([row.bands[i].share for row in rows]) for i in range(bands)),
-    )
-
-
-def save_report(report: Report, path: Path) -> None:
-    """Write the report as JSON, in one move."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
-    os.replace(draft, path)
-
-
-def load_report(path: Path) -> Report:
-    """The report of a file. Raises DataError if it is none."""
-    try:
-        return Report.model_validate_json(path.read_text())
-    except (OSError, ValueError) as err:
-        raise DataError(f"{path} is no report of survival: {err}") from err
-
-
-def _row(key: str, files: Mapping[str, Path], edges: Sequence[float]) -> Picture:
-    x = {name: _read(path) for name, path in files.items()}
-    cost = x.get("purified_clean")
-    share, bands = survival(x["clean"], x["poisoned"], x["purified"], cost, edges=edges)
+def measure(
+    key: str,
+    *,
+    clean: Tensor,
+    poisoned: Tensor,
+    purified: Tensor,
+    purified_clean: Tensor,
+    edges: Sequence[float],
+    sha256: dict[str, str] | None = None,
+) -> Picture:
+    """The numbers of one picture, uint8 [3, H, W] each. Raises ShapeError as `survival` does."""
+    share, bands = survival(clean, poisoned, purified, purified_clean, edges=edges)
     return Picture(
         key=key,
-        size=tuple(x["clean"].shape[1:]),
-        max_levels=int((x["poisoned"].int() - x["clean"].int()).abs().max()),
-        psnr_poisoned=psnr(x["poisoned"], x["clean"]),
-        psnr_purified=psnr(x["purified"], x["clean"]),
-        psnr_cost=None if cost is None else psnr(cost, x["clean"]),
+        size=tuple(clean.shape[1:]),
+        max_levels=int((poisoned.int() - clean.int()).abs().max()),
+        psnr_poisoned=_decibels(poisoned, clean),
+        psnr_purified=_decibels(purified, clean),
+        psnr_cost=_decibels(purified_clean, clean),
         survival=share,
         bands=bands,
-        sha256={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()},
+        sha256=sha256 or {},
     )
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not path.name.startswith(".")
-
-
-def _read(path: Path) -> Tensor:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            array = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as err:
-        raise DataError(f"{path} cannot be read as a picture ({err}).") from err
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+def _decibels(a: Tensor, b: Tensor) -> float | None:
+    value = float(psnr(a[None].double() / 255, b[None].double() / 255))
+    return value if math.isfinite(value) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

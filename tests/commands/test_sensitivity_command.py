@@ -113,8 +113,8 @@ def test_a_profile_without_clean_pictures_compares_with_a_jpeg_or_with_nothing(m
     assert compressed["reference"] == "jpeg:25" and isinstance(compressed["t_min"], int)
     assert alone["t_min"] is None and "distance" not in alone and (tmp_path / "alone" / "profile.png").is_file()
     assert alone["x"] == compressed["x"]
-    for wrong in ("jpeg:", "jpeg:0", "jpeg:low"):
-        with pytest.raises(ConfigError, match="jpeg:QUALITY"):
+    for wrong, said in (("jpeg:", "NAME:VALUE"), ("jpeg:0", "greater than or equal to 1"), ("jpeg:low", "integer")):
+        with pytest.raises(ConfigError, match=said):
             ask("wrong", reference=wrong)
 
 

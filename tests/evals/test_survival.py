@@ -1,17 +1,13 @@
-"""What is left of a poison: shares by frequency against slow sums, and a report that the files alone give again."""
+"""What is left of a poison: shares by frequency against slow sums, and a picture's numbers against NumPy's."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny import tiny_model
 
-from poisonshield.errors import DataError, ShapeError
-from poisonshield.evals.survival import FORMAT, Report, load_report, psnr, save_report, survey, survival
+from poisonshield.errors import ShapeError
+from poisonshield.evals.survival import Purified, edges_of, measure, survival
 from poisonshield.ops import jpeg
 
 EDGES = [0.0, 0.125, 0.25, 0.375]
@@ -65,9 +61,9 @@ def test_shares_are_those_of_a_slow_fourier_sum():
 def test_nothing_done_leaves_all_and_a_clean_picture_leaves_nothing():
     clean = natural(0)
     poisoned = with_cells(clean, 2)
-    assert survival(clean, poisoned, poisoned, edges=EDGES)[0] == pytest.approx(1.0)
-    assert survival(clean, poisoned, clean, edges=EDGES)[0] == 0.0
-    share, bands = survival(clean, clean, clean, edges=EDGES)
+    assert survival(clean, poisoned, poisoned, clean, edges=EDGES)[0] == pytest.approx(1.0)
+    assert survival(clean, poisoned, clean, clean, edges=EDGES)[0] == 0.0
+    share, bands = survival(clean, clean, clean, clean, edges=EDGES)
     assert share is None and all(b.share is None and b.energy == 0 for b in bands)
 
 
@@ -86,58 +82,37 @@ def test_compression_takes_high_frequencies_and_keeps_large_cells(quality, fine,
     assert shares[1] < fine and shares[16] > coarse
 
 
-def write(folder, pictures):
-    folder.mkdir()
-    for key, x in pictures.items():
-        Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"{key}.png")
-    return folder
+def test_one_picture_is_measured_as_numpy_measures_it():
+    clean = natural(3, (32, 40))
+    poisoned = with_cells(clean, 2, levels=6)
+    pure = {"purified": compressed(poisoned, 75), "purified_clean": compressed(clean, 75)}
+    row = measure("a", clean=clean, poisoned=poisoned, edges=EDGES, **pure)
+    a, b, c, d = (x.numpy().astype(float) for x in (clean, poisoned, *pure.values()))
+    assert row.survival == pytest.approx(((c - d) * (b - a)).sum() / ((b - a) ** 2).sum())
+    assert row.max_levels == np.abs(b - a).max() == 6 and row.size == (32, 40)
+    for found, x in ((row.psnr_poisoned, b), (row.psnr_purified, c), (row.psnr_cost, d)):
+        assert found == pytest.approx(10 * np.log10(255**2 / ((x - a) ** 2).mean()))
 
 
-def test_poison_purify_and_remeasure_is_reproduced_from_files_alone(tmp_path):
-    from poisonshield.poisons.diffusion.advdm import AdvDM
-
-    clean = {f"k{i}": natural(i, (32, 40)) for i in range(2)}
-    poisoned = AdvDM(AdvDM.Config(steps=3), model=tiny_model()).perturb(clean)
-    stages = {"clean": clean, "poisoned": poisoned}
-    stages |= {f"pure_{n}": {k: compressed(x, 75) for k, x in stages[n].items()} for n in ("clean", "poisoned")}
-    folders = {name: write(tmp_path / name, made) for name, made in stages.items()}
-    of_folders = [folders[n] for n in ("clean", "poisoned", "pure_poisoned", "pure_clean")]
-    save_report(survey(*of_folders, bands=4), tmp_path / "report.json")
-    report = load_report(tmp_path / "report.json")
-    assert report == survey(*of_folders, bands=4) and report.format == FORMAT
-    # From the files by NumPy alone.
-    for row in report.pictures:
-        a, b, c, d = (np.array(Image.open(f / f"{row.key}.png")).astype(float) for f in of_folders)
-        assert row.survival == pytest.approx(((c - d) * (b - a)).sum() / ((b - a) ** 2).sum())
-        assert row.max_levels == np.abs(b - a).max() <= 8
-        assert row.psnr_poisoned == pytest.approx(10 * np.log10(255**2 / ((b - a) ** 2).mean()))
-        assert row.psnr_purified == pytest.approx(10 * np.log10(255**2 / ((c - a) ** 2).mean()))
-        assert row.psnr_cost == pytest.approx(10 * np.log10(255**2 / ((d - a) ** 2).mean()))
-    assert report.survival == pytest.approx(np.mean([row.survival for row in report.pictures]))
-    schema = Report.model_json_schema()
-    assert set(json.loads((tmp_path / "report.json").read_text())) == set(schema["properties"])
-    without = survey(*of_folders[:3], bands=4)
-    print(
-        f"survival of advdm after JPEG 75: {report.survival:.3f}; without purified clean pictures {without.survival:.3f}"
-    )
-    assert not without.purified_clean and without.pictures[0].psnr_cost is None
+def test_means_leave_out_what_a_picture_does_not_have():
+    clean, still = natural(3), natural(4)
+    rows = [
+        measure("a", clean=clean, poisoned=with_cells(clean, 1), purified=clean, purified_clean=clean, edges=EDGES),
+        measure("b", clean=still, poisoned=still, purified=still, purified_clean=still, edges=EDGES),
+    ]
+    mean = Purified.of("nothing", {}, rows)
+    assert rows[1].survival is None and rows[1].psnr_poisoned is None and rows[1].max_levels == 0
+    assert mean.survival == 0.0 and mean.psnr_poisoned == rows[0].psnr_poisoned and mean.psnr_cost is None
+    assert mean.survival_by_band == tuple(b.share for b in rows[0].bands)
 
 
-def test_equal_pictures_have_no_psnr():
-    x = natural(0)
-    assert psnr(x, x) is None
+def test_pictures_of_another_size_or_kind_are_refused():
+    a, small = natural(0), natural(0, (8, 8))
+    with pytest.raises(ShapeError, match="uint8 of one size"):
+        survival(a, a, small, a, edges=EDGES)
+    with pytest.raises(ShapeError, match="float"):
+        survival(a, a, a, a.float(), edges=EDGES)
 
 
-def test_folders_that_do_not_fit_are_refused(tmp_path):
-    clean = {"a": natural(0), "b": natural(1)}
-    full, half = write(tmp_path / "full", clean), write(tmp_path / "half", {"a": clean["a"]})
-    with pytest.raises(DataError, match="b is in .* and not in .*half"):
-        survey(full, full, half)
-    with pytest.raises(DataError, match="no pictures"):
-        survey(full, write(tmp_path / "none", {}), full)
-    small = write(tmp_path / "small", {"a": natural(0, (8, 8))})
-    with pytest.raises(ShapeError, match="must keep the size"):
-        survey(half, half, small)
-    (tmp_path / "bad.json").write_text('{"format": "x"}')
-    with pytest.raises(DataError, match="no report"):
-        load_report(Path(tmp_path / "bad.json"))
+def test_bands_begin_at_equal_distances():
+    assert edges_of(4) == (0.0, 0.125, 0.25, 0.375)

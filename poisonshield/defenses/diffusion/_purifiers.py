@@ -1,6 +1,8 @@
 """Purifiers by name, for defenses that take one as a part: those of every training, and those of this folder."""
 
-from typing import Any
+from typing import Any, get_args
+
+import yaml
 
 from poisonshield.config import Checker, Tree
 from poisonshield.defenses.base import Defense
@@ -14,10 +16,10 @@ _FOLDERS = (
 
 
 def purifier_block(value: Any) -> dict[str, Any] | None:
-    """null, a name, or a block with `name:` as a block with all its settings. Raises ConfigError with what is wrong."""
+    """null, a text (see spelled), or a block with `name:` as a block with all settings. Raises ConfigError with what is wrong."""
     if value is None:
         return None
-    block = {"name": value} if isinstance(value, str) else value
+    block = spelled(value) if isinstance(value, str) else value
     if not isinstance(block, dict) or not isinstance(block.get("name"), str):
         raise ConfigError("a name such as jpeg, a block with `name:`, or null is wanted")
     cls, name = _class(block["name"]), block["name"]
@@ -26,6 +28,29 @@ def purifier_block(value: Any) -> dict[str, Any] | None:
     if config is None:
         raise ConfigError("; ".join(p.removeprefix("config: ") for p in checker.problems))
     return {"name": name, **config.model_dump(mode="json")}
+
+
+def spelled(text: str) -> dict[str, Any]:
+    """The block that a text stands for: NAME, NAME:VALUE of its first setting, or NAME:KEY=VALUE, parts parted by commas.
+
+    As in jpeg:75, sdedit:0.3,steps=50. Settings are not checked. Raises ConfigError for an unknown name, and a value of
+    no setting.
+    """
+    name, colon, rest = text.partition(":")
+    fields = _class(name).Config.model_fields
+    block: dict[str, Any] = {"name": name}
+    for i, part in enumerate(rest.split(",") if colon else ()):
+        key, equals, value = part.partition("=")
+        if not equals:
+            if i > 0 or not part or not fields:
+                raise ConfigError(f"{text!r} is no purifier. Write NAME, NAME:VALUE or NAME:KEY=VALUE,KEY=VALUE.")
+            key, value = next(iter(fields)), part
+        exact = key in fields and value in get_args(fields[key].annotation)  # "420" is a text there
+        try:
+            block[key] = value if exact else yaml.safe_load(value)
+        except yaml.YAMLError as err:
+            raise ConfigError(f"{text!r}: {value!r} is not a value ({err}).") from err
+    return block
 
 
 def build_purifier(block: dict[str, Any] | None, *, num_classes: int, seed: int) -> Defense | None:

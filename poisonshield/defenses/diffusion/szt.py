@@ -19,6 +19,7 @@ from poisonshield.config import Settings
 from poisonshield.defenses.base import Defense
 from poisonshield.defenses.diffusion._background import with_background
 from poisonshield.defenses.diffusion._purifiers import build_purifier, purifier_block
+from poisonshield.defenses.diffusion.masks.base import looks_wrong
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
 from poisonshield.method import Method
@@ -30,8 +31,6 @@ log = logging.getLogger(__name__)
 MASKS = Registry("poisonshield.defenses.diffusion.masks", kind="mask")
 GIVEN = ("file", "alpha")
 """Masks that come with the batch."""
-
-_SMALL, _LARGE = 0.02, 0.90  # shares of the picture at which a mask looks like a mistake
 
 
 class SZT(Defense):
@@ -256,7 +255,7 @@ class SZT(Defense):
                     f"the mask of {key} is empty, so nothing of it would be trained on.\n"
                     "  Correct it, leave the picture out, or choose another szt.mask."
                 )
-            if picture not in self.areas and not _SMALL <= area <= _LARGE:
+            if picture not in self.areas and looks_wrong(area):
                 log.warning("The mask of %s covers %.1f %% of the picture. Is it the concept's?", picture, 100 * area)
             self.areas[picture] = area
             if given is not None:

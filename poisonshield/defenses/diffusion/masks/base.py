@@ -9,6 +9,13 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.models.latent_diffusion import LatentDiffusion
 
+_SMALL, _LARGE = 0.02, 0.90
+
+
+def looks_wrong(area: float) -> bool:
+    """Whether a mask of this share of the picture is probably a mistake: tiny, or nearly all of it."""
+    return not _SMALL <= area <= _LARGE
+
 
 class MaskProvider(ABC):
     """`provider(batch, model, words)` is how much each pixel of batch.x belongs to the concept.
