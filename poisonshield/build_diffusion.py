@@ -20,11 +20,13 @@ from poisonshield.build import DEFENSES, RunSection
 from poisonshield.config import Checker, Choice, Settings, Tree, dump, load_tree
 from poisonshield.data.concept_reader import load_concepts
 from poisonshield.data.concept_stream import ConceptStream
+from poisonshield.data.kept_stage import KeptStage
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.rendered import rendered_concepts
 from poisonshield.data.world import COLORS, HELD_OUT, SHAPES
 from poisonshield.defenses.base import Defense
-from poisonshield.defenses.diffusion.szt import SZT
+from poisonshield.defenses.diffusion.szt import MASKS, SZT
+from poisonshield.engine.checkpoint import together, write_whole
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
@@ -56,7 +58,10 @@ class ConceptData(Settings):
     `concepts` such as [yellow ring] and `count` pictures each, drawn from rendered_seed (0 is what pipelines train on).
     concepts: which ones, null for all. group: NC10's split.
     size: pixels a side, null for the pipeline's own. masks: null, file or alpha; read only if a defense uses them.
+    mask_reference: the same, for masks that szt makes itself to be compared with; nothing learns from them.
     poison_masks: the same for the attacker; what the poison does with them is a setting of its own (`mask`).
+    left_out: number of the picture of each concept, by file name, that is not learned from; generated pictures are
+    compared with it alone.
     tokens: concept -> placeholder, by default <name>. prompts: templates, caption, or a list of texts with {}.
     batch_size: of each concept. poison: null, or a block with `name:`; its pictures are kept in poison_cache (by default
     in the run folder). poison_seed: null for the run's.
@@ -70,6 +75,8 @@ class ConceptData(Settings):
     size: int | None = Field(None, ge=8)
     crop: Literal["center", "squash"] = "center"
     masks: Literal["file", "alpha"] | None = None
+    mask_reference: Literal["file", "alpha"] | None = None
+    left_out: int | None = Field(None, ge=0)
     tokens: dict[str, str] = {}
     prompts: Literal["templates", "caption"] | tuple[str, ...] = "templates"
     flip: float = Field(0.5, ge=0, le=1)
@@ -84,7 +91,7 @@ class GenerateConfig(Settings):
     """Pictures made from what was learned, and the numbers read off them. All runs of one seed share their noise.
 
     recon, compose: prompts with {} for the concept. count: pictures of a prompt group and concept. every_steps: pictures
-    while training, null for none. switch: below t_min, generate with the initial word. references: unseen pictures of a
+    while training, at the next logged step, null for none. switch: below t_min, generate with the initial word. references: unseen pictures of a
     rendered concept to compare with; a folder's own pictures otherwise. clean: folder of these before they were
     poisoned, where the run did not poison them itself. features: folders of feature networks by name.
     """
@@ -167,13 +174,14 @@ def check_invert(tree: Tree, origin: Path) -> InvertRun:
     """The same of settings that are read already."""
     checker = Checker(tree)
     settings = checker.settings(InvertConfig, (), tree.values, owner="a textual inversion")
-    method = checker.choice(Registry("poisonshield.methods.diffusion", kind="method"), ("method",), tree.values["method"])
+    method = checker.choice(Registry("poisonshield.methods.diffusion", kind="method"), ("method",), tree.values.get("method"))
     blocks = tree.values.get("defenses") or []
     if not isinstance(blocks, list):
         checker.problem(("defenses",), "defenses: a list is wanted, one `- name: ...` entry per defense (or []).")
         blocks = []
     defenses = tuple(_pick_defense(checker, ("defenses", i), block) for i, block in enumerate(blocks))
-    block, poison = (tree.values.get("data") or {}).get("poison"), None
+    data = tree.values.get("data")
+    block, poison = data.get("poison") if isinstance(data, dict) else None, None
     if block is not None:
         poison = checker.choice(DIFFUSION_POISONS, ("data", "poison"), block)
     if settings is not None and method is not None and None not in defenses:
@@ -208,7 +216,14 @@ def _check_pairs(checker: Checker, settings: InvertConfig, method: Choice, defen
         checker.problem(
             ("data", "masks"),
             f"data.masks: {settings.data.masks} is given, and no defense uses it. Add szt with mask: "
-            f"{settings.data.masks}, or set data.masks: null.",
+            f"{settings.data.masks}, or set data.masks: null. To compare masks that szt makes with them, set "
+            f"data.mask_reference: {settings.data.masks} instead.",
+        )
+    if settings.data.mask_reference is not None and not any(d.config.mask in MASKS.names() for d in zones):
+        checker.problem(
+            ("data", "mask_reference"),
+            f"data.mask_reference: {settings.data.mask_reference} is given, and szt makes no mask to compare with it. Set "
+            f"szt's mask to {', '.join(MASKS.names())}, or leave the reference out.",
         )
     if wants and settings.data.masks is None:
         checker.problem(("data",), f"szt wants masks from {wants[0]}, and data.masks is null. Set data.masks: {wants[0]}.")
@@ -236,15 +251,16 @@ def _check_data(checker: Checker, settings: InvertConfig, method: Choice) -> Non
         for name in ("poison_masks", "poison_seed"):
             if getattr(data, name) is not None:
                 checker.problem(("data", name), f"data.{name} is given, and data.poison is null. Leave it out.")
-    elif data.poison_masks is not None and data.masks not in (None, data.poison_masks):
-        checker.problem(
-            ("data", "poison_masks"),
-            f"data.poison_masks is {data.poison_masks} and data.masks {data.masks}: pictures are read with one kind of mask.",
-        )
+    kinds = {name: getattr(data, name) for name in ("masks", "mask_reference", "poison_masks") if getattr(data, name)}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"data.{name} is {kind}" for name, kind in kinds.items())
+        checker.problem(("data", list(kinds)[-1]), f"{told}: pictures are read with one kind of mask. Make them equal.")
     if data.train == RENDERED:
         for name, unused in (("size", data.size is not None), ("group", data.group != "all"), ("crop", data.crop != "center")):
             if unused:
                 checker.problem(("data", name), f"data.{name} does nothing to rendered pictures, which are 64 px. Leave it out.")
+        if data.left_out is not None:
+            checker.problem(("data", "left_out"), "data.left_out: rendered concepts are compared with fresh pictures. Leave it out.")
         if generate.clean is not None:
             checker.problem(("generate", "clean"), "generate.clean: rendered concepts have fresh clean pictures. Leave it out.")
     inits = method.config.init.values() if isinstance(method.config.init, dict) else [method.config.init]
@@ -277,13 +293,20 @@ def open_concepts(run: InvertRun, model: LatentDiffusion) -> tuple[Concept, ...]
         kinds = sorted(_kind(name) for name in data.concepts or ("_".join(kind) for kind in HELD_OUT))
         return rendered_concepts(data.count, seed=data.rendered_seed, kinds=kinds)
     size = data.size or model.unet.config.sample_size * model.factor
-    masks = data.masks or data.poison_masks
-    return load_concepts(data.train, names=data.concepts, size=size, crop=data.crop, masks=masks, group=data.group)
+    masks = data.masks or data.mask_reference or data.poison_masks
+    found = load_concepts(data.train, names=data.concepts, size=size, crop=data.crop, masks=masks, group=data.group)
+    if data.left_out is not None:
+        for concept in found:
+            concept.leave_out(data.left_out)  # before hours of work, not after
+    return found
 
 
 def for_training(run: InvertRun, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
-    """The concepts without masks, unless the run's defenses use them."""
-    if run.settings.data.masks is not None:
+    """The concepts without the picture that is left out, and without masks unless the run's defenses look at them."""
+    data = run.settings.data
+    if data.left_out is not None:
+        concepts = tuple(concept.leave_out(data.left_out)[0] for concept in concepts)
+    if data.masks is not None or data.mask_reference is not None:
         return concepts
     return tuple(
         Concept.of(c.name, [ConceptImage.of(c.name, i.stem, i.pixels, None, i.caption) for i in c.images], c.group)
@@ -329,13 +352,38 @@ def build_inversion(run: InvertRun, model: LatentDiffusion, names: list[str]) ->
     return method, defenses
 
 
-def resolve_floors(defenses: list[Defense], concepts: tuple[Concept, ...], method: TextualInversion) -> None:
-    """Lets defenses that choose a timestep floor by themselves look at the pictures, every concept's together."""
-    for defense in defenses:
+def resolve_floors(
+    defenses: list[Defense], concepts: tuple[Concept, ...], method: TextualInversion, kept: Path
+) -> None:
+    """Lets a szt that chooses its timestep floor itself look at the pictures, every concept's together, as the defenses
+    before it leave them. Rank 0 looks; the answer is kept in the folder `kept`, so that a restart has the same."""
+    for place, defense in enumerate(defenses):
         if getattr(defense.config, "t_min", None) == "auto":
-            batch = whole_batch(concepts)
-            prompts = [f"a photo of a {method.placeholders[concepts[y].name].token}" for y in batch.y.tolist()]
-            log.info("t_min     %d, chosen by szt", defense.resolve(batch, method.vectors.detach(), prompts))
+            look = lambda place=place, defense=defense: _floor(defenses[:place], defense, concepts, method, kept)
+            defense.resolved = together(look, what="choosing t_min", only_first=True, patient=True)
+            log.info("t_min     %d, chosen by szt", defense.resolved)
+
+
+def _floor(
+    before: list[Defense], szt: Defense, concepts: tuple[Concept, ...], method: TextualInversion, kept: Path
+) -> int:
+    file = kept / "t_min.json"
+    if not file.is_file():
+        batch = whole_batch(concepts)
+        for defense in before:
+            batch = defense.before(batch)
+        prompts = [f"a photo of a {method.placeholders[concepts[y].name].token}" for y in batch.y.tolist()]
+        found = szt.resolve(batch, method.vectors.detach(), prompts)
+        kept.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def kept_in(run: InvertRun, model: LatentDiffusion, concepts: tuple[Concept, ...], folder: Path) -> Path:
+    """Where in a run folder lies what its defenses made of these pictures; another place for other settings."""
+    parts = [run.record["method"], run.record["defenses"], run.record["data"], run.seed, model.digest()]
+    told = json.dumps([*parts, [c.digest for c in concepts]], sort_keys=True, default=str)
+    return folder / "prepared" / sha256(told.encode()).hexdigest()[:16]
 
 
 def whole_batch(concepts: tuple[Concept, ...]) -> Batch:
@@ -352,9 +400,16 @@ def whole_batch(concepts: tuple[Concept, ...]) -> Batch:
 
 
 def build_concept_stream(
-    run: InvertRun, concepts: tuple[Concept, ...], method: TextualInversion, defenses: list[Defense]
+    run: InvertRun,
+    concepts: tuple[Concept, ...],
+    method: TextualInversion,
+    defenses: list[Defense],
+    kept: Path | None = None,
 ) -> ConceptStream:
-    """The training stream of this rank; every defense has seen each picture before the first step."""
+    """The training stream of this rank; every defense has seen each picture before the first step.
+
+    kept: a folder for pictures that networks purified or masked. Rank 0 makes them there; the others and restarts read.
+    """
     data = run.settings.data
     fresh = any(getattr(d.config, "background", "keep") in ("noise", "swap") for d in run.defenses)
 
@@ -363,19 +418,28 @@ def build_concept_stream(
             batch = defense.before(batch)
         return batch
 
-    return ConceptStream(
+    def seen(given: Batch, made: Batch) -> None:
+        for defense in defenses:
+            if isinstance(defense, SZT) and made.mask is not None:
+                defense.note(made, made.mask, given.mask)
+
+    inexact = kept is not None and not all(d.exact for d in defenses)
+    stream = ConceptStream(
         concepts,
         batch_size=data.batch_size,
         seed=run.seed,
         prompts=data.prompts,
         tokens={name: p.token for name, p in method.placeholders.items()},
-        stage=stage,
+        stage=KeptStage(stage, kept, seen) if inexact else stage,
         flip=data.flip,
         per_epoch=fresh,
         variants=_VARIANTS if fresh else None,
         rank=collectives.rank(),
         world_size=collectives.world_size(),
     )
+    if inexact:
+        together(stream.prepare, what="preparing pictures", only_first=True, patient=True)
+    return stream
 
 
 def fingerprint(run: InvertRun, model: LatentDiffusion, concepts: tuple[Concept, ...]) -> str:

@@ -11,6 +11,7 @@ full batch. A plain mean over samples needs no gather: `mean` obeys the same rul
     backward:                  each rank has a gradient of all six rows; they are summed, and rank 2 keeps rows 4 and 5.
 """
 
+import datetime
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
@@ -145,14 +146,30 @@ def _message_device() -> torch.device:
 
 
 @torch.no_grad()
-def any_rank(flag: Tensor | bool) -> Tensor:
-    """True where any rank says true, bool of the shape of `flag`. All ranks must call; reading it waits for the device."""
+def any_rank(flag: Tensor | bool, *, patient: bool = False) -> Tensor:
+    """True where any rank says true, bool of the shape of `flag`. All ranks must call; reading it waits for the device.
+
+    patient: others may come later than the process group's timeout allows, days later.
+    """
     flag = torch.as_tensor(flag)
     if _alone():
         return flag.bool()
-    votes = flag.to(device=_message_device(), dtype=torch.int32, copy=True)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    device = torch.device("cpu") if patient else _message_device()
+    votes = flag.to(device=device, dtype=torch.int32, copy=True)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_patient_group() if patient else None)
     return votes.bool()
+
+
+_patient: dict[Any, Any] = {}  # default group -> its patient twin
+
+
+def _patient_group() -> Any:
+    """A gloo group of all ranks whose members wait for days; made when first asked for, which all ranks do together."""
+    whole = dist.group.WORLD
+    if whole not in _patient:
+        _patient.clear()
+        _patient[whole] = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    return _patient[whole]
 
 
 def barrier() -> None:

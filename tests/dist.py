@@ -16,13 +16,15 @@ import torch
 import torch.multiprocessing as mp
 
 
-def _worker(rank: int, world: int, folder: str, deepspeed: bool, fn: Callable, args: tuple, answers: Any) -> None:
+def _worker(
+    rank: int, world: int, folder: str, deepspeed: bool, patience_s: float, fn: Callable, args: tuple, answers: Any
+) -> None:
     os.environ.update(
         DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
-    store, patience = f"file://{folder}/store", datetime.timedelta(seconds=60)
+    store, patience = f"file://{folder}/store", datetime.timedelta(seconds=patience_s)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
     try:
         if deepspeed:  # the engine does the same; here for tests that use deepspeed without the engine
@@ -41,15 +43,17 @@ def _worker(rank: int, world: int, folder: str, deepspeed: bool, fn: Callable, a
     os._exit(0)  # all is said; taking gloo's threads down in an orderly way aborts a loaded machine now and then
 
 
-def run_dist(fn: Callable, world: int, *args: Any, deepspeed: bool = False, timeout_s: float = 120) -> list[Any]:
-    """[fn(rank, world, *args) for each rank], every rank in its own process.
+def run_dist(
+    fn: Callable, world: int, *args: Any, deepspeed: bool = False, timeout_s: float = 120, patience_s: float = 60
+) -> list[Any]:
+    """[fn(rank, world, *args) for each rank], every rank in its own process. patience_s: the group's own timeout.
 
     fn must be a module-level function and return plain Python values (tensors as lists or numpy arrays).
     """
     answers = mp.get_context("spawn").Queue()
     out: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world, folder, deepspeed, fn, args, answers)
+        arguments = (world, folder, deepspeed, patience_s, fn, args, answers)
         context = mp.start_processes(_worker, arguments, nprocs=world, join=False, start_method="spawn")
         end = time.monotonic() + timeout_s
         ended = False

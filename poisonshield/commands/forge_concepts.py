@@ -13,12 +13,11 @@ from uuid import uuid4
 
 from torch import Tensor
 
-from poisonshield import collectives
 from poisonshield.build_diffusion import InvertRun, fingerprint, load_model, open_concepts, read_invert
 from poisonshield.data.concept_reader import load_concepts
 from poisonshield.data.concept_writer import write_concepts
 from poisonshield.data.concepts import Concept, ConceptImage
-from poisonshield.engine.checkpoint import write_whole
+from poisonshield.engine.checkpoint import together, write_whole
 from poisonshield.errors import ConfigError
 from poisonshield.models.latent_diffusion import LatentDiffusion
 from poisonshield.poisons.diffusion._manifest import manifest
@@ -40,20 +39,34 @@ def forge_concepts(config: str | Path, overrides: tuple[str, ...] | list[str] = 
     if out.exists() and not run.settings.run.overwrite:
         raise ConfigError(f"{out} holds a set already. Choose another run.dir, or set run.overwrite=true.")
     model = load_model(run.settings.model)
-    summary = poison_concepts(run, model, open_concepts(run, model), out, state=out.with_name("concepts.unfinished"))
+    summary = poison_concepts(
+        run,
+        model,
+        open_concepts(run, model),
+        out,
+        state=out.with_name("concepts.unfinished"),
+        overwrite=run.settings.run.overwrite,
+    )
     log.info("written   %s; learn from it with data.train=%s data.poison=null", out, out)
     log.info("measured  %s", [record["measured"] for record in summary["pictures"]])
     return out
 
 
 def poisoned(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], folder: Path) -> tuple[Concept, ...]:
-    """The concepts as the run's poison leaves them: read from the cache, or made by rank 0 and put there."""
+    """The concepts as the run's poison leaves them: read from the cache, or made by rank 0 and put there.
+
+    What is half done when a run is stopped is kept in its folder, and its next start goes on from there.
+    """
     if run.poison is None:
         return clean
-    cache = Path(run.settings.data.poison_cache or folder / "poisoned") / fingerprint(run, model, clean)
-    if collectives.rank() == 0 and not cache.is_dir():
-        poison_concepts(run, model, clean, cache)
-    collectives.barrier()
+    name = fingerprint(run, model, clean)
+    cache = Path(run.settings.data.poison_cache or folder / "poisoned") / name
+
+    def forge() -> None:
+        if not cache.is_dir():
+            poison_concepts(run, model, clean, cache, state=folder / "poisoned.unfinished" / name)
+
+    together(forge, what="poisoning the concepts", only_first=True, patient=True)
     masks = None if clean[0].images[0].mask is None else "file"
     found = load_concepts(cache, size=clean[0].images[0].pixels.shape[-1], masks=masks)
     by_name = {concept.name: concept for concept in found}
@@ -61,11 +74,19 @@ def poisoned(run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...],
 
 
 def poison_concepts(
-    run: InvertRun, model: LatentDiffusion, clean: tuple[Concept, ...], out: Path, *, state: Path | None = None
+    run: InvertRun,
+    model: LatentDiffusion,
+    clean: tuple[Concept, ...],
+    out: Path,
+    *,
+    state: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Perturbs all pictures of a set (of a concept, where the poison has a surrogate) together and writes them as a concept folder with its manifest, which it returns.
+    """Perturbs all pictures of a set (of a concept, where the poison has a surrogate) together, writes them as a concept
+    folder with its manifest, and returns the manifest.
 
     Masks are written along; the poison sees them only with data.poison_masks. state: where an unfinished one is kept.
+    overwrite: a set that is there already gives way once the new one is whole; without it that one stays.
     """
     seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
     poison = run.poison.cls(run.poison.config, model=model, seed=seed)
@@ -91,7 +112,7 @@ def poison_concepts(
     try:
         write_concepts([_with_pixels(concept, changed) for concept in clean], whole)
         write_whole(whole / "manifest.json", json.dumps(summary, indent=1))
-        if run.settings.run.overwrite and state is not None and out.exists():
+        if overwrite and out.exists():
             shutil.rmtree(out)
         try:
             whole.rename(out)

@@ -18,6 +18,7 @@ from poisonshield.build_diffusion import (
     build_concept_stream,
     build_inversion,
     for_training,
+    kept_in,
     load_model,
     open_concepts,
     read_invert,
@@ -25,17 +26,16 @@ from poisonshield.build_diffusion import (
 )
 from poisonshield.commands.forge_concepts import poisoned
 from poisonshield.commands.pictures import draw_sheet, write_pictures
-from poisonshield.commands.reading import measure
+from poisonshield.commands.reading import mask_values, measure, pixels_of
 from poisonshield.data.concepts import Concept
 from poisonshield.defenses.base import Defense
-from poisonshield.engine.checkpoint import write_whole
+from poisonshield.engine.checkpoint import together, write_whole
 from poisonshield.engine.processes import choose_device, processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import CheckpointError, ConfigError
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.embeddings import Learned, load_embedding, save_embedding
-from poisonshield.models.latent_diffusion import Placeholder
 from poisonshield.models.sampler import latent_shape, sample, start_noise
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,14 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
         model.to(device)
         method, defenses = build_inversion(run, model, [c.name for c in clean])
         concepts = for_training(run, poisoned(run, model, clean, folder.path))
-        resolve_floors(defenses, concepts, method)
+        kept = kept_in(run, model, concepts, folder.path)
+        resolve_floors(defenses, concepts, method, kept)
         log.info("%s: %s of %d concepts on %s, poison %s, defense %s", run.origin, run.method.name, len(concepts),
                  run.settings.model.pipeline, run.poison_label, run.defense_label)  # fmt: skip
-        validation = Validation(run, method, folder)
+        validation = Validation(run, method, folder, defenses)
         trainer = Trainer(
             method,
-            build_concept_stream(run, concepts, method, defenses),
+            build_concept_stream(run, concepts, method, defenses, kept),
             engine,
             optimizer=run.settings.optimizer,
             schedule=run.settings.schedule,
@@ -75,10 +76,12 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
         validation.trainer = trainer
         done = trainer.fit()
         state = trainer.state_dict()
-        if collectives.rank() == 0:
+
+        def end() -> None:
             method.vectors = nn.Parameter(state["vectors"].to(device))  # whole again, where ranks had pieces of them
             finish(run, folder, method.to(device), defenses, clean=clean, trained_on=concepts, done=done)
-        collectives.barrier()
+
+        together(end, what="drawing and measuring", only_first=True, patient=True)
     return folder.path
 
 
@@ -99,33 +102,34 @@ def evaluate_inversion(folder: RunFolder, overrides: tuple[str, ...] | list[str]
     method, defenses = build_inversion(run, model, [c.name for c in concepts])
     with torch.no_grad():
         for name, placeholder in method.placeholders.items():
-            method.rows(name).copy_(load_embedding(_file_of(folder, placeholder), placeholder.token).vectors)
+            method.rows(name).copy_(load_embedding(embedding_file(folder, placeholder.token), placeholder.token).vectors)
     method.to(model.alphas_cumprod.device)
-    done = {"steps": old[0]["steps"], "seconds": old[0]["seconds"]}
-    finish(run, folder, method, defenses, clean=clean, trained_on=concepts, done=done, t_min=old[0]["t_min"])
+    finish(run, folder, method, defenses, clean=clean, trained_on=concepts, trained={row["concept"]: row for row in old})
     return json.loads(folder.results.read_text())
 
 
 class Validation:
-    """Pictures of every concept while it is learned, every `generate.every_steps` steps, into `validation/`."""
+    """Pictures of every concept while it is learned, into `validation/`: at the first logged step of each
+    `generate.every_steps` steps."""
 
-    def __init__(self, run: InvertRun, method: TextualInversion, folder: RunFolder) -> None:
-        self.run, self.method, self.folder = run, method, folder
+    def __init__(self, run: InvertRun, method: TextualInversion, folder: RunFolder, defenses: list[Defense]) -> None:
+        self.run, self.method, self.folder, self.defenses = run, method, folder, defenses
         self.trainer: Trainer | None = None
-        self.drawn = 0
 
     def __call__(self) -> Mapping[str, float]:
-        """Asked at the end of each logged interval; draws if enough steps have passed."""
+        """Asked at the end of each logged interval; draws if a multiple of every_steps lies in it."""
         every, step = self.run.settings.generate.every_steps, self.trainer.step
-        if every is None or step // every == self.drawn // every:
+        logged = self.run.settings.engine.log_every_steps
+        # Counted from the steps alone, so that a run which was stopped draws what it would have drawn.
+        if every is None or step // every == (step - 1) // logged * logged // every:
             return {}
-        self.drawn = step
         rows = self.trainer.state_dict().get("vectors")  # every rank has to ask, as each may hold a piece
         if collectives.rank() == 0:
             rows = rows.to(self.trainer.device)
-            drawn = lambda name: generate(self.run, self.method, name, count=4, rows=rows)["recon"]
+            t_min = floor_of(self.defenses)
+            drawn = lambda name: generate(self.run, self.method, name, count=4, t_min=t_min, rows=rows)["recon"]
             pictures = {name: drawn(name) for name in self.method.placeholders}
-            draw_sheet(self.folder.path / "validation" / f"step-{step:06d}.png", pictures)
+            draw_sheet(self.folder.validation / f"step-{step:06d}.png", pictures)
         return {}
 
 
@@ -175,20 +179,27 @@ def finish(
     *,
     clean: tuple[Concept, ...],
     trained_on: tuple[Concept, ...],
-    done: dict[str, Any],
-    t_min: int | None = None,
+    done: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Embedding files, pictures, one sheet, and a row of results for each concept. t_min: the defenses' if not given."""
+    """Embedding files, pictures, one sheet, a row of results for each concept, and by which settings they came about.
+
+    done: what the trainer returned; or, for a run that was trained before, trained: the old row of each concept.
+    """
     embeddings(method, folder)
-    if t_min is None:
-        ranges = [getattr(d, "t_range", None) for d in defenses]
-        t_min = next((r[0] for r in ranges if r), 0)
-    pictures = {name: generate(run, method, name, t_min=t_min) for name in method.placeholders}
+    if trained is None:
+        t_min, steps, seconds = floor_of(defenses), done["steps"], round(done["seconds"], 1)
+        compared = run.settings.data.mask_reference is not None
+        trained = {
+            c.name: {"t_min": t_min, **mask_values(defenses, c.name, compared=compared), "steps": steps, "seconds": seconds}
+            for c in clean
+        }
+    pictures = {name: generate(run, method, name, t_min=trained[name]["t_min"]) for name in method.placeholders}
     write_pictures(folder.path / "pictures", pictures)
     draw_sheet(
         folder.path / "pictures.png",
         {
-            **{f"{c.name}, trained on": torch.stack([i.pixels for i in c.images]).float() / 255 for c in trained_on},
+            **{f"{c.name}, trained on": pixels_of(c) for c in trained_on},
             **{f"{name}, {group}": x for name, groups in pictures.items() for group, x in groups.items()},
         },
     )
@@ -203,25 +214,32 @@ def finish(
                 "defense": run.defense_label,
                 "method": run.method.name,
                 "seed": run.seed,
+                "left_out": run.settings.data.left_out,
                 **values,
-                "t_min": t_min,
-                "steps": done["steps"],
-                "seconds": round(done["seconds"], 1),
+                **{k: trained[concept.name].get(k) for k in ("t_min", "mask_area", "mask_iou", "steps", "seconds")},
             }
         )
     write_whole(folder.results, json.dumps(rows, indent=1))
+    write_whole(folder.path / "evaluation.json", json.dumps({"settings": run.record["generate"]}, indent=1))
     log.info("results   %s", folder.results)
+
+
+def floor_of(defenses: list[Defense]) -> int:
+    """The first timestep that was trained on."""
+    ranges = [getattr(d, "t_range", None) for d in defenses]
+    return next((r[0] for r in ranges if r), 0)
 
 
 def embeddings(method: TextualInversion, folder: RunFolder) -> list[Path]:
     """One file per concept, `export/<name>/learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
     paths = []
     for name, placeholder in method.placeholders.items():
-        paths.append(_file_of(folder, placeholder))
+        paths.append(embedding_file(folder, placeholder.token))
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         save_embedding(Learned(placeholder.token, method.rows(name).detach().float().cpu()), paths[-1])
     return paths
 
 
-def _file_of(folder: RunFolder, placeholder: Placeholder) -> Path:
-    return folder.export / placeholder.token.strip("<>") / "learned_embeds.safetensors"
+def embedding_file(folder: RunFolder, token: str) -> Path:
+    """Where a run keeps the word that prompts call by this placeholder."""
+    return folder.export / token.strip("<>") / "learned_embeds.safetensors"

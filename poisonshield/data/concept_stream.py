@@ -89,6 +89,12 @@ class ConceptStream:
             self.position += 1
             yield _joined(parts)
 
+    def prepare(self) -> None:
+        """Runs the stage on all pictures that it will see and that come again, before training asks for them."""
+        for number in range(len(self.concepts)):
+            for epoch in range(self.variants or 1):
+                self._prepared(number, epoch)
+
     def state_dict(self) -> dict[str, Any]:
         """How many batches were handed out, and of what. Plain numbers and text."""
         return {"position": self.position, "plan": self._plan()}

@@ -26,6 +26,11 @@ class Defense:
         return self.name
 
     @property
+    def exact(self) -> bool:
+        """Whether `before` gives the same bits on every device. Not where a network has a part in it."""
+        return True
+
+    @property
     def ranks_stay_in_step(self) -> bool:
         """Whether every rank runs the method's parts equally often, as sharded weights need."""
         return True

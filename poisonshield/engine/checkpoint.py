@@ -230,15 +230,18 @@ def _fresh_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def together(work: Callable[[], Any], *, what: str, only_first: bool = False) -> Any:
-    """Do `work` on every rank (or on rank 0 alone, giving all its result); if it fails anywhere, fail everywhere."""
+def together(work: Callable[[], Any], *, what: str, only_first: bool = False, patient: bool = False) -> Any:
+    """Do `work` on every rank (or on rank 0 alone, giving all its result); if it fails anywhere, fail everywhere.
+
+    patient: for work that may outlast the process group's timeout.
+    """
     result, error = None, None
     if not only_first or collectives.rank() == 0:
         try:
             result = work()
         except Exception as err:  # held until the others know, so that nobody waits for a rank that left
             error = err
-    failed = bool(collectives.any_rank(error is not None))
+    failed = bool(collectives.any_rank(error is not None, patient=patient))
     if error is not None:
         known = isinstance(error, PoisonShieldError)
         raise error if known else CheckpointError(f"rank {collectives.rank()}, {what}: {error}") from error

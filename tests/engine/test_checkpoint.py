@@ -6,11 +6,13 @@ import logging
 import os
 import pickle
 import random
+import time
 from collections import OrderedDict, namedtuple
 
 import numpy
 import pytest
 import torch
+from dist import run_dist
 
 from poisonshield.engine import checkpoint
 from poisonshield.engine.checkpoint import (
@@ -21,10 +23,11 @@ from poisonshield.engine.checkpoint import (
     read_index,
     restore_random_states,
     save_plain,
+    together,
     verify,
     write_whole,
 )
-from poisonshield.errors import CheckpointError, ConfigError
+from poisonshield.errors import CheckpointError, ConfigError, PoisonShieldError
 
 
 def write(text="weights"):
@@ -297,3 +300,24 @@ def test_error_on_purpose_keeps_its_kind_and_any_other_becomes_a_checkpoint_erro
     with pytest.raises(CheckpointError, match="^rank 0, reading: 'gone'$"):
         checkpoint.together(lambda: fail(KeyError("gone")), what="reading")
     assert checkpoint.together(lambda: 5, what="reading", only_first=True) == 5
+
+
+def _late_first_rank(rank, world):
+    """Rank 0 takes longer than the group's timeout; then it fails so."""
+    work = lambda: time.sleep(12) or "made"
+    answer = together(work, what="making", only_first=True, patient=True)
+
+    def fail():
+        raise ConfigError("no such poison")
+
+    try:
+        together(fail, what="making", only_first=True, patient=True)
+    except PoisonShieldError as err:
+        return answer, type(err).__name__, str(err)
+
+
+@pytest.mark.dist
+def test_ranks_wait_longer_than_the_group_would_for_work_that_one_does_alone():
+    first, second = run_dist(_late_first_rank, 2, patience_s=10)
+    assert first == ("made", "ConfigError", "no such poison")
+    assert second[:2] == ("made", "CheckpointError") and "another rank" in second[2]

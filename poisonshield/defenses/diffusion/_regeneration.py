@@ -25,6 +25,11 @@ class Regeneration(Defense):
     purifier: ClassVar[bool] = True
     _model: LatentDiffusion | None = None
 
+    @property
+    def exact(self) -> bool:
+        """A network makes them."""
+        return False
+
     @torch.no_grad()
     def before(self, batch: Batch) -> Batch:
         """x remade, [B, 3, H, W] in [0, 1]. Raises ConfigError where the pipeline cannot be loaded."""

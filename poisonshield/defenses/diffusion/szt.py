@@ -121,16 +121,28 @@ class SZT(Defense):
 
     @property
     def label(self) -> str:
-        """'szt' with the usual three parts, else what it consists of, as in 'szt(jpeg25, t500)' without a mask."""
-        c = self.config
-        parts = [] if c.purifier is None else [f"{c.purifier['name']}{c.purifier.get('quality', '')}"]
+        """'szt' with the usual settings; else its parts and what else is not usual, as in 'szt(jpeg50, t500, mask,
+        mask_dilate 2)', so that what differs is called differently."""
+        c, usual = self.config, type(self.config)()
+        parts = [] if c.purifier is None else [_shown(c.purifier)]
         if c.t_min != 0 or c.t_max is not None:
             parts.append(f"t{c.t_min}" + ("" if c.t_max is None else f"-{c.t_max}"))
         if c.mask is not None:
             parts.append("mask" if c.mask in GIVEN else c.mask)
         if c.background != "keep":
             parts.append(f"on {c.background}")
+        idle = {"purifier", "t_min", "t_max", "mask", "background"}  # told already, or without effect
+        idle |= {"mask_resize", "mask_floor", "mask_dilate", "mask_box", "mask_word"} if c.mask is None else set()
+        idle |= set() if c.t_min == "auto" else {"t_reference"}
+        for name in type(c).model_fields:
+            if name not in idle and (value := getattr(c, name)) != getattr(usual, name):
+                parts.append(f"{name} {_shown(value) if isinstance(value, dict) else value}")
         return self.name if parts == ["jpeg25", "t500", "mask"] else f"{self.name}({', '.join(parts) or 'off'})"
+
+    @property
+    def exact(self) -> bool:
+        """Unless a network purifies the pictures or makes the masks."""
+        return (self._purifier is None or self._purifier.exact) and (self._masks is None or not self._masks.needs_word)
 
     @property
     def t_range(self) -> tuple[int, int]:
@@ -208,6 +220,7 @@ class SZT(Defense):
             prompts=list(prompts),
             ref=reference.before(batch).x.to(device),
             mask=None if mask is None else mask.to(device),
+            end=self.config.t_max,
             seed=self.seed,
             keys=[key.partition("#")[0] for key in batch.keys],
         )
@@ -236,7 +249,7 @@ class SZT(Defense):
             mask = given
         else:
             mask = self._masks(batch, self.model, self._words_of(batch))
-        self._judge(batch, mask, None if kind in GIVEN else given)
+        self.note(batch, mask, None if kind in GIVEN else given)
         return mask
 
     def _words_of(self, batch: Batch) -> list[str] | None:
@@ -246,8 +259,12 @@ class SZT(Defense):
         word = self.config.mask_word
         return [word or self.words[0 if batch.y is None else int(batch.y[i])] for i in range(len(batch))]
 
-    def _judge(self, batch: Batch, mask: Tensor, given: Tensor | None) -> None:
-        """Refuses empty masks; warns, once for each picture, of tiny and of huge ones."""
+    def note(self, batch: Batch, mask: Tensor, given: Tensor | None) -> None:
+        """Keeps areas and ious of these pictures; refuses empty masks and warns, once for each, of tiny and of huge ones.
+
+        mask, given [B, 1, H, W]: the one that counts, and one to compare it with. `before` calls it; so must whoever
+        kept a picture's result and does not call `before` again.
+        """
         for i, key in enumerate(batch.keys):
             picture, area = key.partition("#")[0], float(mask[i].mean())
             if area == 0:
@@ -274,6 +291,13 @@ def _check_given(batch: Batch) -> None:
     inside = ((batch.mask >= 0) & (batch.mask <= 1)).flatten(1).all(1)
     if not bool(inside.all()):
         raise DataError(f"the mask of {batch.keys[int(inside.int().argmin())]} has values outside [0, 1].")
+
+
+def _shown(purifier: dict[str, Any]) -> str:
+    """A purifier's block in a word: its name and quality, and settings that are not its usual ones."""
+    usual = purifier_block(purifier["name"])
+    others = (f"{k} {v}" for k, v in purifier.items() if k not in ("name", "quality") and v != usual[k])
+    return " ".join((f"{purifier['name']}{purifier.get('quality', '')}", *others))
 
 
 def _words(method: Any) -> tuple[str | None, ...]:
