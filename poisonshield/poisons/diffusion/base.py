@@ -72,9 +72,15 @@ class DiffusionPoison(ABC):
         check_budget(config)
         check_timesteps(config, model.num_timesteps)
         check_changes(config)
+        if config.t_policy == "snr" and not bool(self._density().isfinite().all()):
+            raise ConfigError(
+                f"t_policy snr: some timesteps of {model.name} have no signal at all, so snr ** {config.snr_power:g} is infinite "
+                "there. Leave them out by t_range, or take t_policy: uniform."
+            )
         if target is not None and not self.takes_target:
             raise ConfigError(
-                f"poison {self.name} has no target picture. Leave it out, or take mist or photoguard_enc."
+                f"poison {self.name} as it is set has no target picture. Leave it out, or take mist (mode tex or joint), sdst "
+                "or photoguard_enc (toward: given)."
             )
         if self.fixed_goal and (config.mask != "pixels" or "flip" in config.eot):
             raise ConfigError(
@@ -231,6 +237,11 @@ class DiffusionPoison(ABC):
         first, end = c.t_range or (0, self.model.num_timesteps)
         if c.t_policy == "uniform":
             return first + (u * (end - first)).long()
-        density = self.model.snr()[first:end] ** c.snr_power
+        density = self._density()
         edges = density.cumsum(0) / density.sum()
         return first + torch.searchsorted(edges, u, right=True).clamp(max=end - first - 1)
+
+    def _density(self) -> Tensor:
+        """The weight of each timestep of t_range under t_policy snr, float64."""
+        first, end = self.config.t_range or (0, self.model.num_timesteps)
+        return self.model.snr()[first:end] ** self.config.snr_power

@@ -49,6 +49,11 @@ class FSMG(AdvDM):
             raise ConfigError(
                 "prior_weight needs class_images: pictures of other subjects of the class. Give them, or 0."
             )
+        if class_images and not config.prior_weight:
+            raise ConfigError(
+                "class_images are given and prior_weight is 0, so they would teach nothing. Set prior_weight, 1 as the authors "
+                "have it, or leave them out."
+            )
         for given in (reference, class_images):
             check_images(given or {}, None)
         self._trained_on: str | None = None

@@ -26,12 +26,16 @@ class Mist(DiffusionPoison):
         prompt: str = "a painting"
 
     name: ClassVar[str] = "mist"
-    takes_target = True
+
+    @property
+    def takes_target(self) -> bool:
+        """Not in mode sem, which has none."""
+        return self.config.mode != "sem"
 
     @property
     def fixed_goal(self) -> bool:
-        """The target, but for mode sem."""
-        return self.config.mode != "sem"
+        """The target, where there is one."""
+        return self.takes_target
 
     @property
     def weights(self) -> tuple[float, float]:

@@ -149,6 +149,14 @@ def test_a_given_target_is_covered_not_squeezed(model):
         make("photoguard_enc", model, toward="given")
 
 
+def test_a_target_that_would_not_be_used_is_refused(model):
+    target = picture(5)
+    for name, settings in (("advdm", {}), ("mist", {"mode": "sem"})):
+        with pytest.raises(ConfigError, match="as it is set has no target"):
+            make(name, model, target=target, **settings)
+    assert all(make("mist", model, target=target, mode=mode).target is target for mode in ("tex", "joint"))
+
+
 def balance(model, side):
     """Sizes of mist's two latent gradients, at one timestep."""
     poison = make("mist", model, mode="joint", random_start=False, t_policy="list", t_list=(300,))

@@ -87,6 +87,15 @@ def test_timesteps_come_from_where_they_were_asked(model, t_policy):
         assert (t.double().mean() > 750) == (t_policy == "snr")
 
 
+def test_a_schedule_that_ends_in_pure_noise_is_not_drawn_from_by_snr():
+    model = tiny_model()
+    model.alphas_cumprod[-1] = 0
+    with pytest.raises(ConfigError, match="no signal at all"):
+        make("advdm", model, t_policy="snr")
+    poison = make("advdm", model, t_policy="snr", t_range=(0, 999))
+    assert bool(poison._density().isfinite().all())
+
+
 def test_bfloat16_networks_leave_delta_in_float32():
     model, images = tiny_model().to(torch.bfloat16), pictures(1)
     model.alphas_cumprod = model.alphas_cumprod.float()

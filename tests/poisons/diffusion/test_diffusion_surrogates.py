@@ -149,7 +149,8 @@ def test_class_images_count_where_they_have_weight(model):
     cls = type(make("fsmg", model))
     states = []
     for weight in (0.0, 1.0):
-        poison = cls(cls.Config(prior_weight=weight, lr=1e-2), model=model, class_images=REFERENCE)
+        others = REFERENCE if weight else None
+        poison = cls(cls.Config(prior_weight=weight, lr=1e-2), model=model, class_images=others)
         poison.surrogate.train(
             poison.canvases(pictures(1), None),
             1,
@@ -162,6 +163,8 @@ def test_class_images_count_where_they_have_weight(model):
     assert any(not torch.equal(a, b) for a, b in zip(*states, strict=True))
     with pytest.raises(ConfigError, match="class_images"):
         make("fsmg", model, prior_weight=1.0)
+    with pytest.raises(ConfigError, match="would teach nothing"):
+        cls(cls.Config(), model=model, class_images=REFERENCE)
 
 
 def test_a_defended_surrogate_sees_what_the_defense_leaves(model):
