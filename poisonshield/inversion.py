@@ -12,6 +12,7 @@ import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from poisonshield.build_diffusion import (
     build_inversion,
     check_invert,
     for_training,
+    kept_in,
     resolve_floors,
 )
-from poisonshield.config import Tree
+from poisonshield.config import Tree, load_tree
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.engine.checkpoint import random_states, restore_random_states
@@ -39,39 +41,13 @@ from poisonshield.models.embeddings import Learned
 from poisonshield.models.latent_diffusion import LatentDiffusion
 from poisonshield.registry import suggest
 
-_ADAMW = {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0}
-_SZT: dict[str, Any] = {
-    "data": {"batch_size": 4, "masks": "file"},
-    "method": {"vae": "mean"},
-    "defenses": [
-        {
-            "name": "szt",
-            "purifier": {"name": "jpeg", "quality": 25, "subsampling": "420"},
-            "t_min": 500,
-            "mask": "file",
-            "loss_norm": "per_image",
-        }
-    ],
-    "optimizer": _ADAMW,
-    "engine": {"max_steps": 3000},
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "diffusers": {
-        "data": {"batch_size": 1},
-        "method": {"vae": "sample"},
-        "optimizer": {**_ADAMW, "weight_decay": 1e-2},
-        "engine": {"max_steps": 3000, "accumulate": 4},
-    },
-    "sdv1": {
-        "data": {"batch_size": 1, "prompts": "caption"},
-        "method": {"init": "*", "vae": "mean"},
-        "optimizer": {**_ADAMW, "lr": 5e-3, "weight_decay": 1e-2},
-        "engine": {"max_steps": 10000},
-    },
-    "szt": _SZT,
-    "szt_long": {**_SZT, "engine": {"max_steps": 6000}},
-}
-"""What the config files of these names in configs/invert say, but for data, pipeline and the word to start from."""
+RECIPES = Path(str(resources.files("poisonshield"))) / "recipes"
+"""configs/invert, as it ships with the package."""
+
+PRESETS = ("diffusers", "sdv1", "szt", "szt_long")
+"""Config files of configs/invert that stand for a recipe, and not for certain pictures."""
+
+_EXAMPLE = "toy"  # the word that these files start from, for which a command line or a caller gives another
 
 
 def train_many(
@@ -88,7 +64,8 @@ def train_many(
     run_dir: str | Path | None = None,
     **method: Any,
 ) -> dict[str, Learned]:
-    """A word for each concept, all in one batch; each learns what it would learn alone. Trains where the model is.
+    """A word for each concept, all in one batch; each learns what it would learn alone. Trains where the model is,
+    a CPU or this process's GPU.
 
     concepts: by name, pixels uint8 [n, 3, H, W], or a Concept, whose masks are used if the defense wants masks (szt does
     by default). szt: in place of the preset's defense, or beside a preset that has none. batch: samples of each concept
@@ -142,12 +119,14 @@ def _trained(
 ) -> dict[str, Learned]:
     """Training on this process, or on all that a launcher started; every rank gets all words."""
     engine = run.settings.engine
-    with processes(engine, seed=run.seed), _folder(run_dir) as folder:
+    with processes(engine, seed=run.seed) as device, _folder(run_dir) as folder:
+        _refuse_another_gpu(model.alphas_cumprod.device, device)
         method, defenses = build_inversion(run, model, [c.name for c in concepts])
-        resolve_floors(defenses, concepts, method)
+        kept = kept_in(run, model, concepts, folder)
+        resolve_floors(defenses, concepts, method, kept)
         trainer = Trainer(
             method,
-            build_concept_stream(run, concepts, method, defenses),
+            build_concept_stream(run, concepts, method, defenses, kept),
             engine,
             optimizer=run.settings.optimizer,
             schedule=run.settings.schedule,
@@ -178,13 +157,10 @@ def preset_run(
 
     Raises one ConfigError that lists every problem.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"{preset!r} is no preset.{suggest(preset, list(PRESETS))}  Known: {', '.join(PRESETS)}")
-    values = copy.deepcopy(PRESETS[preset])
-    values |= {"seed": seed, "run": {"dir": str(run_dir or "")}}
+    values = _recipe(preset) | {"seed": seed, "run": {"dir": str(run_dir or "")}}
     values["model"] = {"pipeline": model.name, "dtype": "bf16" if model.dtype == torch.bfloat16 else "fp32"}
     values["data"] |= {"train": "given", "tokens": dict(tokens or {})}
-    values["method"] |= {"name": "textual_inversion", **(method or {})}
+    values["method"] |= method or {}
     values["engine"] |= {"device": model.alphas_cumprod.device.type, "resume": "auto"}
     if szt is not None:
         values["defenses"] = [{"name": SZT.name, **szt.model_dump(mode="json")}]
@@ -193,6 +169,28 @@ def preset_run(
         if value is not None:
             values[section][key] = value
     return check_invert(Tree(values), Path("train_many"))
+
+
+def _recipe(preset: str) -> dict[str, Any]:
+    """What a preset's file says of training; its pictures, pipeline, word and prompts are the caller's affair."""
+    if preset not in PRESETS:
+        raise ConfigError(f"{preset!r} is no preset.{suggest(preset, list(PRESETS))}  Known: {', '.join(PRESETS)}")
+    said = load_tree(RECIPES / f"{preset}.yaml").values
+    recipe = {name: said[name] for name in ("method", "defenses", "optimizer", "schedule", "engine") if name in said}
+    if recipe["method"].get("init") == _EXAMPLE:
+        del recipe["method"]["init"]
+    return recipe | {
+        "data": {name: said["data"][name] for name in ("batch_size", "masks", "prompts") if name in said["data"]}
+    }
+
+
+def _refuse_another_gpu(place: torch.device, ours: torch.device) -> None:
+    """Raise ConfigError for a model on a GPU that is not this process's: training would move it."""
+    if place.type == ours.type == "cuda" and place != ours:
+        raise ConfigError(
+            f"the model is on {place}, and this process trains on {ours}. Move it there, or start with "
+            f"CUDA_VISIBLE_DEVICES={place.index}, which makes that GPU the first."
+        )
 
 
 def _concept(name: str, value: Concept | Tensor) -> Concept:

@@ -15,7 +15,15 @@ from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.rendered import rendered_concepts
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import CheckpointError, ConfigError, DataError
-from poisonshield.inversion import PRESETS, preset_run, train_many, train_textual_inversion, words
+from poisonshield.inversion import (
+    PRESETS,
+    RECIPES,
+    _refuse_another_gpu,
+    preset_run,
+    train_many,
+    train_textual_inversion,
+    words,
+)
 from poisonshield.models.embeddings import Learned
 from poisonshield.models.latent_diffusion import LatentDiffusion
 
@@ -60,12 +68,24 @@ def test_a_preset_is_the_config_of_its_name(model, preset):
     for data in (config["data"], ours["data"]):
         del data["train"], data["crop"]
     for engine in (config["engine"], ours["engine"]):
-        for how in ("resume", "device", "log_every_steps", "checkpoint_every_steps"):
+        for how in ("resume", "device"):
             del engine[how]
     if config["method"]["init"] == "toy":
         del config["method"]["init"], ours["method"]["init"]
     for section in ("seed", "data", "method", "defenses", "optimizer", "schedule", "engine"):
         assert ours[section] == config[section], section
+
+
+def test_the_package_ships_the_very_files_of_configs():
+    assert all((RECIPES / f"{name}.yaml").samefile(CONFIGS / "invert" / f"{name}.yaml") for name in PRESETS)
+
+
+def test_a_model_on_another_gpu_is_refused_not_moved():
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    _refuse_another_gpu(first, first)
+    _refuse_another_gpu(torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+        _refuse_another_gpu(second, first)
 
 
 def test_three_together_are_three_alone(model, concepts):
@@ -145,7 +165,7 @@ def test_settings_of_the_caller_win_over_the_preset(model):
         9,
     )
     assert (run.method.config.init, run.method.config.vectors, run.defenses[0].config.t_min) == ("star", 3, 0.4)
-    assert run.settings.data.masks is None and PRESETS["szt_long"]["engine"] == {"max_steps": 6000}
+    assert run.settings.data.masks is None and preset_run(model, preset="szt_long").settings.engine.max_steps == 6000
 
 
 def test_a_concept_goes_by_the_name_that_it_is_given(model, concepts):
