@@ -71,11 +71,9 @@ def evaluate(
 ) -> None:
     """Accuracy of a finished run on clean test images (head, k-NN, linear probe, under attack), and probes."""
     from poisonshield.commands.evaluate import evaluate as run
-    from poisonshield.commands.probes import scalars
+    from poisonshield.commands.evaluate import told
 
-    values = run(run_folder, [*(overrides or []), *(["evaluate.legacy=true"] if legacy else [])])
-    for name, value in scalars(values).items():
-        print(f"{name:12s} {'-' if value is None else f'{value:.4g}' if '.' in name else f'{value:.2f}'}")
+    print(told(run(run_folder, [*(overrides or []), *(["evaluate.legacy=true"] if legacy else [])])))
 
 
 @app.command()
@@ -239,6 +237,22 @@ def generate(
         guidance=guidance, seed=seed, switch=switch, switch_word=switch_word, size=size, dtype=dtype,
         overwrite=overwrite)  # fmt: skip
     print(out / "sheet.png")
+@app.command()
+def convert(
+    embedding: Annotated[Path, typer.Argument(help="The file of a learned word: .safetensors, .pt or .bin.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write; one that exists is kept.")],
+    form: Annotated[str, typer.Option(help="diffusers or kohya (.safetensors), or a1111 (.pt).")] = "diffusers",
+    token: Annotated[
+        str | None, typer.Option(help="What to call the word, or which one of several; the file's own if none.")
+    ] = None,
+) -> None:
+    """Write a learned word in the form that another tool reads."""
+    from poisonshield.commands.convert import convert as run
+
+    learned = run(embedding, out, form=form, token=token)
+    print(f"{out}  {learned.token}, {len(learned.vectors)} vectors of {learned.vectors.shape[1]}")
+
+
 
 
 @app.command()

@@ -62,7 +62,7 @@ def demo(out: Path, seed: int = 0) -> list[dict]:
         rows.append(json.loads((folder / "results.json").read_text())[0])
     minutes = (time.perf_counter() - start) / 60
     (out / "results.json").write_text(json.dumps(rows, indent=1))
-    sheet = draw_grid(out / "pictures.png", [({"training": s.title}, seed, out / s.folder) for s in STORIES])
+    sheet = draw_grid(out / "pictures.png", [({"training": s.title}, out / s.folder) for s in STORIES])
     table = Table(title="Pictures of the learned word (rendered world, 64 px)")
     for name in ("learned from", "fidelity", "concept shown, %", "seconds"):
         table.add_column(name, justify="left" if name == "learned from" else "right")

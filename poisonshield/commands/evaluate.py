@@ -1,4 +1,7 @@
-"""Accuracy of a finished run by every readout, always on clean test images, and the probes of probes.py."""
+"""Accuracy of a finished run by every readout, always on clean test images, and the probes of probes.py.
+
+What was learned by textual inversion is read in reading.py.
+"""
 
 import json
 import logging
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from poisonshield.build import OpenData, Run, TrainingSet, build_method, build_training_set, open_data, read_run
 from poisonshield.build_diffusion import is_invert
 from poisonshield.commands.plots import plot_probes
-from poisonshield.commands.probes import probes
+from poisonshield.commands.probes import probes, scalars
 from poisonshield.commands.samples import LEGACY_ATTACKED, LEGACY_BANK, LEGACY_QUERIES, Samples
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
@@ -27,8 +30,9 @@ from poisonshield.method import Method
 log = logging.getLogger(__name__)
 
 
-def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict[str, Any]:
-    """The readouts and probes of a finished run folder, written to its results. Overrides may say how they are read.
+def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict[str, Any] | list[dict[str, Any]]:
+    """The readouts and probes of a finished run folder, written to its results; of a textual inversion a row for each
+    concept. Overrides may say how they are read.
 
     Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
     """
@@ -36,7 +40,7 @@ def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) ->
     if folder.config.is_file() and is_invert(folder.config):
         from poisonshield.commands.invert import evaluate_inversion
 
-        return evaluate_inversion(folder, overrides)[0]
+        return evaluate_inversion(folder, overrides)
     weights = folder.export / "method.safetensors"
     if not folder.config.is_file() or not weights.is_file():
         raise CheckpointError(
@@ -57,6 +61,16 @@ def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) ->
     old = json.loads(folder.results.read_text())[-1] if folder.results.is_file() else {"steps": 0, "seconds": 0.0}
     write_results(run, data, folder, values, steps=old["steps"], seconds=old["seconds"])
     return values
+
+
+def told(values: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """What `evaluate` returned, for people: a number a line, or a table with a line for each concept."""
+    if isinstance(values, list):
+        from poisonshield.commands.inversion_tables import concept_table
+
+        return concept_table(values)
+    shown = lambda name, value: "-" if value is None else f"{value:.4g}" if "." in name else f"{value:.2f}"
+    return "\n".join(f"{name:12s} {shown(name, value)}" for name, value in scalars(values).items())
 
 
 def fresh_method(run: Run, data: OpenData, state: dict[str, torch.Tensor], device: torch.device) -> Method:

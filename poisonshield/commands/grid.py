@@ -31,8 +31,9 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from poisonshield.build import Run, read_run
-from poisonshield.build_diffusion import InvertRun, is_invert, read_invert
+from poisonshield.build_diffusion import InvertRun, is_invert, read_invert, token_of
 from poisonshield.commands import inversion_tables
+from poisonshield.commands.invert import embedding_file
 from poisonshield.commands.plots import READOUTS
 from poisonshield.commands.train import train
 from poisonshield.config import Checker, Settings, load_tree
@@ -80,9 +81,13 @@ class Cell:
         return isinstance(self.run, InvertRun)
 
     @property
-    def readouts(self) -> dict[str, str]:
-        """Which numbers of a row the tables show, and how they call them."""
-        return inversion_tables.READOUTS if self.inverts else READOUTS
+    def place(self) -> dict[str, str]:
+        """Its labels without those of repetitions, which tables take together."""
+        return {axis: label for axis, label in self.labels.items() if axis != inversion_tables.FOLD}
+
+    def file_of(self, concept: str) -> Path:
+        """Where a textual inversion keeps the word of a concept."""
+        return embedding_file(self.folder, token_of(self.run.settings.data, concept))
 
     def rows(self) -> list[dict[str, Any]]:
         """Its rows of results.json; none while it has not finished."""
@@ -90,7 +95,7 @@ class Cell:
             return []
         self.folder.check(self.run.record, resume="auto")  # raises if it was trained with other settings
         rows = json.loads(self.folder.results.read_text())
-        return rows if self.inverts else rows[-1:]
+        return [inversion_tables.flat(row) for row in rows] if self.inverts else rows[-1:]
 
 
 def read_grid(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> tuple[Path, list[Cell]]:
@@ -147,7 +152,7 @@ def run_grid(
                 failed[str(cell.folder.path)] = err
         write_tables(folder, cells)
         if cells[0].inverts:
-            inversion_tables.draw_grid(folder / "pictures.png", [(c.labels, c.seed, c.folder.path) for c in cells])
+            inversion_tables.draw_grid(folder / "pictures.png", [(c.place, c.folder.path) for c in cells])
     if failed:
         lines = "\n".join(f"  {place}: {str(err).splitlines()[0]}" for place, err in failed.items())
         raise ConfigError(f"{len(failed)} of {len(mine)} runs failed; the others are in {folder}/table.md.\n{lines}")
@@ -159,20 +164,22 @@ def table(cells: list[Cell]) -> str:
 
     Axes that all blocks have are columns; what a block varies beside them stands together in one column.
     """
-    axes = _axes(cells)
-    common = [axis for axis in axes if all(axis in cell.labels for cell in cells)]
+    axes = list(dict.fromkeys(axis for cell in cells for axis in cell.place))
+    common = [axis for axis in axes if all(axis in cell.place for cell in cells)]
     ablation = ["varied"] if len(common) < len(axes) else []
-    readouts = cells[0].readouts
+    places = _places(cells)
+    readouts = _readouts(cells, [row for _, rows, _, _ in places for row in rows])
     head = [*common, *ablation, *readouts.values(), "seconds a run", "seeds done"]
     lines = [head, ["---"] * len(head)]
-    for labels, rows, done, wanted in _places(cells):
+    for labels, rows, done, wanted in places:
         numbers = [_spread([r.get(k) for r in rows]) for k in readouts]
         cost = f"{mean(r['seconds'] for r in rows):.0f}" if rows else "-"
         varied = ", ".join(f"{a}: {label}" for a, label in labels.items() if a not in common)
         place = [*(labels[a] for a in common), *([varied] if ablation else [])]
         lines.append([*place, *numbers, cost, f"{done} of {wanted}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    more = inversion_tables.table([(labels, rows) for labels, rows, _, _ in _places(cells)]) if cells[0].inverts else _over_poisons(cells)
+    inverted = cells[0].inverts
+    more = inversion_tables.table([(labels, rows) for labels, rows, _, _ in places]) if inverted else _over_poisons(places)
     return f"{text}\n\n{more}" if more else text
 
 
@@ -180,23 +187,24 @@ def write_tables(folder: Path, cells: list[Cell]) -> None:
     """table.md, and results.csv with one line for each finished run."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "table.md", table(cells) + "\n")
-    axes = _axes(cells)
+    axes = list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    concept = ["concept"] if cells[0].inverts else []
-    keys = [*concept, *cells[0].readouts, "steps", "seconds"]
+    found = _rows(cells)
+    concept = ["concept", "group"] if cells[0].inverts else []
+    keys = [*concept, *_readouts(cells, [row for rows in found for row in rows]), "steps", "seconds"]
     writer.writerow([*axes, "seed", *keys, "folder"])
-    for cell in cells:
-        for row in cell.rows():
+    for cell, rows in zip(cells, found, strict=True):
+        for row in rows:
             place = [cell.labels.get(a, "") for a in axes]
             writer.writerow([*place, cell.seed, *(row.get(k) for k in keys), cell.folder.path])
     write_whole(folder / "results.csv", buffer.getvalue())
 
 
-def _over_poisons(cells: list[Cell]) -> str:
+def _over_poisons(places: list[tuple[dict[str, str], list[dict[str, Any]], int, int]]) -> str:
     """Lowest and mean accuracy over the poisons of an axis `poison` (Psn Min, Psn Avg), where it has two or more."""
     groups: dict[str, dict[str, list[float]]] = {}
-    for labels, rows, _, _ in _places(cells):
+    for labels, rows, _, _ in places:
         poisoned = [r for r in rows if r["poison"] != "none"]
         if "poison" in labels and poisoned:
             others = ", ".join(v for k, v in labels.items() if k != "poison")
@@ -217,15 +225,25 @@ def _over_poisons(cells: list[Cell]) -> str:
 def _places(cells: list[Cell]) -> list[tuple[dict[str, str], list[dict[str, Any]], int, int]]:
     """(labels, rows of the finished seeds, number of these, number of seeds) for each place, in the order of the file."""
     places: dict[str, tuple[dict[str, str], list[dict[str, Any]], int, int]] = {}
-    for cell in cells:
-        labels, rows, done, wanted = places.get(_slug(cell.labels), (cell.labels, [], 0, 0))
-        found = cell.rows()
-        places[_slug(cell.labels)] = (labels, rows + found, done + bool(found), wanted + 1)
+    for cell, found in zip(cells, _rows(cells), strict=True):
+        labels, rows, done, wanted = places.get(_slug(cell.place), (cell.place, [], 0, 0))
+        places[_slug(cell.place)] = (labels, rows + found, done + bool(found), wanted + 1)
     return list(places.values())
 
 
-def _axes(cells: list[Cell]) -> list[str]:
-    return list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
+def _rows(cells: list[Cell]) -> list[list[dict[str, Any]]]:
+    """Each cell's rows; those of a textual inversion also say how far its words are from the clean run's."""
+    found = [cell.rows() for cell in cells]
+    if cells[0].inverts:
+        inversion_tables.add_word_distances(
+            [inversion_tables.LearnedRun(c.labels, c.seed, rows, c.file_of) for c, rows in zip(cells, found, strict=True)]
+        )
+    return found
+
+
+def _readouts(cells: list[Cell], rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Which numbers of these rows the tables show, and how they call them."""
+    return inversion_tables.readouts(rows) if cells[0].inverts else READOUTS
 
 
 def _spread(values: list[float | None]) -> str:

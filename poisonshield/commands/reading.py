@@ -4,7 +4,11 @@ For the rendered world the judge that lies beside the pipeline says whether the 
 is missing, never guessed.
 """
 
+import logging
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -14,13 +18,16 @@ from poisonshield.build_diffusion import RENDERED, InvertRun, start_word
 from poisonshield.data import world
 from poisonshield.data.concept_reader import load_concepts
 from poisonshield.data.concepts import Concept
+from poisonshield.defenses.base import Defense
 from poisonshield.errors import DataError
-from poisonshield.evals.generation import latent_cosine, network_scores, set_distances
-from poisonshield.evals.image_quality import high_frequency
+from poisonshield.evals.generation import latent_cosine, network_scores, round_trip_error, set_distances
+from poisonshield.evals.image_quality import brisque, high_frequency
 from poisonshield.evals.learned_words import word_report
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.judge import ConceptJudge
 from poisonshield.models.latent_diffusion import TINY
+
+log = logging.getLogger(__name__)
 
 JUDGE = "judge.safetensors"
 _REFERENCE_SEED = 2  # of renders that neither a pipeline nor a word was trained on
@@ -31,8 +38,9 @@ def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: 
 
     fidelity, shown: the judge's mean probability and the percentage of pictures above one half. feature_distance,
     color_distance: to real pictures, each beside its ceiling (real pictures through the VAE). latent_cosine: to real
-    pictures. high_frequency: share of energy. networks: scores of feature networks, or what they lack. word: where the
-    vectors lie.
+    pictures. high_frequency: share of energy. brisque: None without its package, which the log says. round_trip_error:
+    of the concept's clean pictures through the VAE, what no word can draw. networks: scores of feature networks, or what
+    they lack. word: where the vectors lie.
     """
     x, model, settings = pictures["recon"].cpu(), method.model, run.settings.generate
     judge = judge_of(run.settings.model.pipeline) if run.settings.data.train == RENDERED else None
@@ -47,10 +55,36 @@ def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: 
     if real.shape[1:] == x.shape[1:]:
         values["latent_cosine"] = latent_cosine(model, x, real)
     values["high_frequency"] = float(high_frequency(x).mean())
-    values = {k: None if v is None else round(v, 4) for k, v in values.items()}
+    quality = brisque(x)
+    if quality["status"] != "ok":
+        _missing("BRISQUE", quality["needs"])
+    values["brisque"] = quality.get("value")
+    values["round_trip_error"] = float(round_trip_error(model, pixels_of(clean)).mean())
+    values = {k: None if v is None else float(f"{v:.4g}") for k, v in values.items()}
     if settings.features:
         values["networks"] = network_scores(settings.features, x, real, _class_prompts(run, clean.name, len(x)))
     return values | {"word": word_report(method.rows(clean.name), model)}
+
+
+def mask_values(defenses: Sequence[Defense], name: str, *, compared: bool) -> dict[str, float | None]:
+    """mask_area and mask_iou of a concept: means over its pictures of what szt noted; None where it has no such mask.
+
+    compared: whether the data gave masks to compare with, so that the overlap says something.
+    """
+    noted = {"mask_area": "areas", "mask_iou": "ious"} if compared else {"mask_area": "areas"}
+    out: dict[str, float | None] = {"mask_area": None, "mask_iou": None}
+    for defense in defenses:
+        for key, attribute in noted.items():
+            found = [v for k, v in getattr(defense, attribute, {}).items() if k.partition("/")[0] == name]
+            if found:
+                out[key] = round(mean(found), 4)
+    return out
+
+
+@cache
+def _missing(what: str, needs: str) -> None:
+    """Says it once a process."""
+    log.warning("%s is not measured: %s", what, needs)
 
 
 def _class_prompts(run: InvertRun, name: str, count: int) -> list[str] | None:
@@ -59,7 +93,7 @@ def _class_prompts(run: InvertRun, name: str, count: int) -> list[str] | None:
     word = start_word(init if isinstance(init, str) else init[name])
     if word is None:
         return None
-    return [recon[i % len(recon)].format(word) for i in range(count)]
+    return [recon[i % len(recon)].replace("{}", word) for i in range(count)]
 
 
 def judge_of(pipeline: str) -> ConceptJudge | None:
@@ -70,7 +104,10 @@ def judge_of(pipeline: str) -> ConceptJudge | None:
 
 def references(run: InvertRun, concept: Concept) -> Tensor:
     """Clean pictures [N, 3, H, W] to compare with: fresh ones of a rendered concept, else those of generate.clean or,
-    without it, the concept's own. Raises DataError if generate.clean does not have the concept."""
+    without it, the concept's own; with data.left_out the one that was not learned from.
+
+    Raises DataError if generate.clean does not have the concept.
+    """
     if run.settings.data.train == RENDERED:
         kind = tuple(concept.name.split("_"))
         made = [world.render(i, seed=_REFERENCE_SEED, only=[kind]).x for i in range(run.settings.generate.references)]
@@ -82,4 +119,10 @@ def references(run: InvertRun, concept: Concept) -> Tensor:
             concept = next((c for c in found if c.name == concept.name), found[0])
         else:
             raise DataError(f"generate.clean {run.settings.generate.clean} has no concept {concept.name}.")
+    left = run.settings.data.left_out
+    return pixels_of(concept) if left is None else concept.leave_out(left)[1].pixels[None].float() / 255
+
+
+def pixels_of(concept: Concept) -> Tensor:
+    """All its pictures [N, 3, H, W] in [0, 1]."""
     return torch.stack([image.pixels for image in concept.images]).float() / 255

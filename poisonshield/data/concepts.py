@@ -68,6 +68,21 @@ class Concept:
             out.update(b"" if image.mask is None else (image.mask * 255).round().to(torch.uint8).numpy().tobytes())
         return cls(name, tuple(images), group, out.hexdigest())
 
+    def leave_out(self, number: int) -> tuple["Concept", ConceptImage]:
+        """The concept without the picture of this number, counted from 0 by stem, and that picture.
+
+        What was learned from the others is scored on it: on pictures it was learned from, a word scores too high.
+        Raises DataError if it has no such picture, or no other.
+        """
+        left = sorted(self.images, key=lambda image: image.stem)[number : number + 1]
+        rest = [image for image in self.images if image not in left]
+        if not left or not rest:
+            raise DataError(
+                f"picture {number} of {self.name} cannot be left out: it has {len(self.images)}, counted from 0, and one at "
+                "least must stay."
+            )
+        return Concept.of(self.name, rest, self.group), left[0]
+
 
 def digest8(pixels: Tensor) -> str:
     """8 hex digits that tell pixels uint8 [3, H, W] apart."""

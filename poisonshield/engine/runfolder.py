@@ -3,6 +3,7 @@
 config.yaml    resolved settings      checkpoints/   see checkpoint.py
 metrics.jsonl  one line an interval   export/        weights for timm, torchvision, diffusers
 results.json   rows of the table      tensorboard/   if asked for
+validation/    pictures made while a word is learned
 """
 
 import json
@@ -32,6 +33,7 @@ class RunFolder:
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.results, self.checkpoints = self.path / "results.json", self.path / "checkpoints"
         self.export, self.tensorboard = self.path / "export", self.path / "tensorboard"
+        self.validation = self.path / "validation"
 
     def check(self, record: Mapping[str, Any], *, resume: str | bool) -> bool:
         """True if the run must start from an empty folder, False if it may go on. Changes nothing.
@@ -87,10 +89,11 @@ class RunFolder:
             raise ConfigError(f"{self.config} is not readable as a run's settings: {err}") from err
         new = dict(_flat(_plain(record)))
         keys = [*new, *(k for k in old if k not in new)]
-        return [k for k in keys if k not in _HOW_TO_START and (k in old, old.get(k)) != (k in new, new.get(k))]
+        # A setting that is null is as good as absent, so that one that came with a later version changes no older run.
+        return [k for k in keys if k not in _HOW_TO_START and old.get(k) != new.get(k)]
 
     def _empty(self) -> None:
-        for folder in (self.checkpoints, self.export, self.tensorboard):
+        for folder in (self.checkpoints, self.export, self.tensorboard, self.validation):
             if folder.is_dir():
                 log.warning("Starting anew: removing %s.", folder)
                 shutil.rmtree(folder)

@@ -10,37 +10,34 @@ from poisonshield.errors import ShapeError
 from poisonshield.models.latent_diffusion import LatentDiffusion
 
 
-def word_report(
-    vectors: Tensor, model: LatentDiffusion, *, clean: Tensor | None = None, nearest: int = 5
-) -> dict[str, Any]:
+def word_report(vectors: Tensor, model: LatentDiffusion, *, nearest: int = 5) -> dict[str, Any]:
     """What is known of a learned word's vectors [k, d], as plain data.
 
     norm: of each vector; norm_percentile: the percentage of the vocabulary's rows that are shorter; nearest: for each
-    vector, the vocabulary's words with the largest cosines, [word, cosine] each. With `clean` [k, d], the vectors that
-    clean training with the same seed gave: cosine and l2 of all k d numbers taken as one vector, else None.
-    Raises ShapeError for other shapes.
+    vector, the vocabulary's words with the largest cosines, [word, cosine] each. Raises ShapeError for other shapes.
     """
     if vectors.dim() != 2 or vectors.shape[1] != model.width:
         raise ShapeError(f"vectors have shape {tuple(vectors.shape)}; [k, {model.width}] is wanted by {model.name}.")
     v = vectors.detach().double().cpu()
     words, table = vocabulary(model)
     norms = table.norm(dim=1)
-    out: dict[str, Any] = {
+    return {
         "norm": v.norm(dim=1).tolist(),
         "norm_percentile": [100 * float((norms < n).double().mean()) for n in v.norm(dim=1)],
         "nearest": [_nearest(row, words, table, count=nearest) for row in v],
-        "cosine": None,
-        "l2": None,
     }
-    if clean is not None:
-        if clean.shape != vectors.shape:
-            raise ShapeError(
-                f"clean vectors {tuple(clean.shape)} beside {tuple(vectors.shape)}: equal shapes are wanted."
-            )
-        other = clean.detach().double().cpu()
-        out["cosine"] = float(F.cosine_similarity(v.flatten(), other.flatten(), dim=0))
-        out["l2"] = float((v - other).norm())
-    return out
+
+
+def word_distance(vectors: Tensor, clean: Tensor) -> dict[str, float]:
+    """cosine and l2 of a word's vectors [k, d] and those that clean training with the same seed gave, all k d numbers
+    taken as one vector. Raises ShapeError if shapes differ."""
+    if clean.shape != vectors.shape:
+        raise ShapeError(f"clean vectors {tuple(clean.shape)} beside {tuple(vectors.shape)}: equal shapes are wanted.")
+    v, other = vectors.detach().double().cpu(), clean.detach().double().cpu()
+    return {
+        "cosine": float(F.cosine_similarity(v.flatten(), other.flatten(), dim=0)),
+        "l2": float((v - other).norm()),
+    }
 
 
 def vocabulary(model: LatentDiffusion) -> tuple[list[str], Tensor]:

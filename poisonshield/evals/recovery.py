@@ -7,7 +7,7 @@
 percentiles of a paired bootstrap: a redrawn concept brings all its numbers along. Source: Efron 1979.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,16 +74,6 @@ def by_group(values: Values, groups: Mapping[str, str | None]) -> dict[str, Valu
     for group in sorted({g for name, g in groups.items() if g is not None and name in values}):
         out[group] = {name: v for name, v in values.items() if groups.get(name) == group}
     return out
-
-
-def leave_one_out(keys: Sequence[str]) -> list[tuple[tuple[str, ...], str]]:
-    """(keys to train on, key to score on), each picture once. A word scored on its own training pictures scores too high.
-
-    Raises DataError for fewer than 2 keys.
-    """
-    if len(keys) < 2:
-        raise DataError(f"{len(keys)} pictures cannot be split into training and scoring; give at least 2.")
-    return [(tuple(k for k in keys if k != left), left) for left in keys]
 
 
 def _paired(*tables: Values) -> tuple[list[str], tuple[Tensor, ...]]:

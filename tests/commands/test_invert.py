@@ -6,12 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_folder
+from typer.testing import CliRunner
 
+from poisonshield.build_diffusion import for_training, load_model, open_concepts, read_invert
+from poisonshield.cli import app
 from poisonshield.commands import demo_szt
 from poisonshield.commands.evaluate import evaluate
 from poisonshield.commands.invert import invert
+from poisonshield.commands.reading import references
 from poisonshield.commands.train import train
-from poisonshield.errors import ConfigError
+from poisonshield.data.concept_writer import write_concepts
+from poisonshield.data.rendered import rendered_concepts
+from poisonshield.errors import ConfigError, DataError
+from poisonshield.evals.image_quality import brisque
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,8 @@ def test_a_run_leaves_embeddings_pictures_and_numbers(tmp_path, settings):
     folder = train(CONFIG, [*settings, *SZT, "generate.every_steps=2", "engine.log_every_steps=1"])
     row = json.loads((folder / "results.json").read_text())[0]
     assert (row["concept"], row["defense"], row["poison"], row["steps"], row["t_min"]) == ("yellow_ring", "szt", "none", 4, 500)
+    assert row["mask_area"] > 0 and row["mask_iou"] is None and row["round_trip_error"] > 0
+    assert (row["brisque"] is None) == (brisque(torch.rand(1, 3, 64, 64))["status"] != "ok")
     assert vectors(folder).shape == (2, 16)
     assert len(list((folder / "pictures" / "yellow_ring").glob("recon-*.png"))) == 2
     assert (folder / "pictures.png").is_file() and len(list((folder / "validation").glob("*.png"))) == 2
@@ -74,12 +83,61 @@ def test_the_poison_of_a_run_is_made_once_and_kept(tmp_path, settings):
 def test_a_finished_run_is_evaluated_again_with_other_pictures(settings):
     folder = invert(CONFIG, settings)
     before = json.loads((folder / "results.json").read_text())[0]
-    again = evaluate(folder, ["generate.count=3"])
+    (again,) = evaluate(folder, ["generate.count=3"])
     assert len(list((folder / "pictures" / "yellow_ring").glob("recon-*.png"))) == 3
     assert again["word"] == before["word"] and again["steps"] == before["steps"]
-    assert evaluate(folder)["high_frequency"] == before["high_frequency"]
+    assert json.loads((folder / "evaluation.json").read_text())["settings"]["count"] == 3
+    assert evaluate(folder)[0] == before
     with pytest.raises(ConfigError, match="keeps what it was trained with"):
         evaluate(folder, ["method.vectors=1"])
+
+
+def test_evaluate_prints_a_line_for_each_concept(settings):
+    folder = invert(CONFIG, [*settings, "data.concepts=[yellow ring, purple star]"])
+    out = CliRunner().invoke(app, ["evaluate", str(folder)], catch_exceptions=False).stdout
+    assert out.count("\n| purple_star | od |") == out.count("\n| yellow_ring | od |") == 1
+
+
+def test_masks_of_a_reference_measure_those_that_szt_makes_and_change_nothing(tmp_path, settings):
+    made = ["defenses=[{name: szt, mask: box}]", f"run.dir={json.dumps(str(tmp_path / 'made'))}"]
+    plain, measured = invert(CONFIG, [*settings, *made]), invert(CONFIG, [*settings, *made[:1], "data.mask_reference=file"])
+    assert torch.equal(vectors(plain), vectors(measured))
+    (without,), (row,) = (json.loads((f / "results.json").read_text()) for f in (plain, measured))
+    assert without["mask_iou"] is None and row["mask_area"] == without["mask_area"] == pytest.approx((45 / 64) ** 2, abs=1e-4)
+    overlaps = []
+    for image in rendered_concepts(3, seed=1, kinds=[("yellow", "ring")])[0].images:
+        box = torch.zeros(1, 64, 64)
+        box[:, 9:54, 9:54] = 1  # round(0.7 * 64) pixels a side, in the middle
+        overlaps.append(float(torch.minimum(box, image.mask).sum() / torch.maximum(box, image.mask).sum()))
+    assert row["mask_iou"] == pytest.approx(sum(overlaps) / 3, abs=1e-4)
+    assert evaluate(measured)[0] == row
+
+
+def test_a_picture_left_out_is_not_learned_from_and_alone_compared_with(tmp_path, settings, caplog):
+    write_concepts(rendered_concepts(5, seed=1, kinds=[("yellow", "ring")]), tmp_path / "photos")
+    given = [s for s in settings if not s.startswith("data.count")] + [
+        f"data.train={json.dumps(str(tmp_path / 'photos'))}", "data.concepts=null", "data.left_out=2", "engine.max_steps=2",
+    ]  # fmt: skip
+    folder = invert(CONFIG, given)
+    (row,) = json.loads((folder / "results.json").read_text())
+    assert row["left_out"] == 2 and "feature_distance" not in row and -1 <= row["latent_cosine"] <= 1
+    run = read_invert(CONFIG, given)
+    whole = open_concepts(run, load_model(run.settings.model))
+    (rest,) = for_training(run, whole)
+    assert [i.stem for i in rest.images] == ["00", "01", "03", "04"]
+    assert torch.equal(references(run, whole[0]), whole[0].images[2].pixels[None].float() / 255)
+    with pytest.raises(DataError, match="picture 5 of .* cannot be left out"):
+        open_concepts(read_invert(CONFIG, [*given, "data.left_out=5"]), load_model(run.settings.model))
+
+
+def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_path, settings):
+    every = ["generate.every_steps=2", "engine.log_every_steps=1", "engine.max_steps=5"]
+    sheets = lambda folder: sorted(p.name for p in (folder / "validation").iterdir())
+    whole = sheets(invert(CONFIG, [*settings, *every]))
+    assert whole == ["step-000002.png", "step-000004.png"]
+    other = [s for s in settings if not s.startswith("run.dir")] + [f"run.dir={json.dumps(str(tmp_path / 'other'))}", *every]
+    invert(CONFIG, [*other, "engine.max_steps=3"])
+    assert sheets(invert(CONFIG, [*other, "engine.resume=auto"])) == whole
 
 
 @pytest.mark.parametrize(
@@ -95,6 +153,15 @@ def test_a_finished_run_is_evaluated_again_with_other_pictures(settings):
         (["data.poison={name: advdn}"], "Did you mean advdm"),
         (["model.pipeline=nowhere"], "vae/config.json is missing"),
         (["data.poison_masks=file"], "data.poison is null"),
+        (["data.mask_reference=file"], "szt makes no mask to compare"),
+        (["defenses=[{name: szt, mask: null}]", "data.mask_reference=file"], "szt makes no mask to compare"),
+        (["defenses=[{name: szt, mask: box}]", "data.masks=file"], "data.mask_reference: file instead"),
+        (
+            ["defenses=[{name: szt, mask: box}]", "data.mask_reference=file", "data.poison_masks=alpha", "data.poison=advdm"],
+            "one kind of mask",
+        ),
+        (["data.left_out=0"], "compared with fresh pictures"),
+        (["data=[1]"], "data: .*dictionary"),
         (["data.size=32"], "does nothing to rendered pictures"),
         (["generate.clean=photos"], "fresh clean pictures"),
         (["generate.switch=true"], "method.init is numbers"),

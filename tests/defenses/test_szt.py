@@ -148,6 +148,18 @@ def test_label_tells_what_is_left_of_it():
     assert label(background="swap") == "szt(jpeg25, t500, mask, on swap)"
 
 
+def test_settings_that_differ_are_called_differently():
+    label = lambda **settings: build(**settings).label
+    jpeg50 = {"name": "jpeg", "quality": 50}
+    readme = label(purifier=jpeg50, mask_dilate=2, mask_floor=0.3)
+    assert readme == "szt(jpeg50, t500, mask, mask_floor 0.3, mask_dilate 2)" != label(purifier=jpeg50)
+    assert label(t_sampler="soft") == "szt(jpeg25, t500, mask, t_sampler soft)"
+    assert label(loss_norm="batch") == "szt(jpeg25, t500, mask, loss_norm batch)"
+    assert label(purifier={"name": "jpeg", "quality": 25, "subsampling": "444"}) == "szt(jpeg25 subsampling 444, t500, mask)"
+    assert label(t_reference="median") == "szt" and "t_reference median" in label(t_min="auto", t_reference="median")
+    assert label(mask=None, mask_dilate=3) == "szt(jpeg25, t500)" and label(**OFF, mask_box=0.5) == "szt(off)"
+
+
 def test_before_without_wrap_is_refused():
     with pytest.raises(ConfigError, match="wrap"):
         build().before(photos())
@@ -302,3 +314,5 @@ def test_auto_on_a_tiny_pipeline_gives_a_timestep(model):
     rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 0.1
     small = photos(1).replace(x=photos(1).x[..., 16:48, 16:48], mask=photos(1).mask[..., 16:48, 16:48])
     assert 200 <= build(model, t_min="auto").resolve(small, rows, ["a photo of a <a>"]) <= 800
+    bounded = build(model, t_min="auto", t_max=300)
+    assert 60 <= bounded.resolve(small, rows, ["a photo of a <a>"]) <= 240 and bounded.t_range[1] == 300

@@ -42,7 +42,7 @@ def folder(tmp_path):
     folder.claim(RECORD, resume=False)
     folder.metrics.write_text('{"step": 1}\n')
     folder.add_result(ROW)
-    for sub in (folder.checkpoints, folder.export, folder.tensorboard):
+    for sub in (folder.checkpoints, folder.export, folder.tensorboard, folder.validation):
         sub.mkdir()
         (sub / "file").write_text("x")
     (folder.path / "notes.txt").write_text("mine")
@@ -53,7 +53,7 @@ def left(folder):
     return sorted(p.name for p in folder.path.iterdir())
 
 
-ALL = ["checkpoints", "config.yaml", "export", "metrics.jsonl", "notes.txt", "results.json", "tensorboard"]
+ALL = ["checkpoints", "config.yaml", "export", "metrics.jsonl", "notes.txt", "results.json", "tensorboard", "validation"]
 
 
 def test_settings_are_written_as_plain_yaml(tmp_path):
@@ -139,6 +139,18 @@ def test_setting_that_is_gone_is_a_change(folder):
     del record["data"]["train"]
     with pytest.raises(ConfigError, match=r"other settings: data\.train\."):
         folder.check(record, resume="auto")
+
+
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_setting_that_is_null_and_one_that_is_not_there_are_the_same(folder, resume):
+    """So that a setting which came with a later version, null by default, changes no older run, nor its going away."""
+    folder.results.unlink()
+    folder.check(changed(data__later=None), resume=resume)
+    record = changed()
+    del record["data"]["poison"]
+    folder.check(record, resume=resume)
+    with pytest.raises(ConfigError, match=r"other settings: data\.later\."):
+        folder.check(changed(data__later=False), resume=resume)
 
 
 def test_longer_run_may_go_on_and_says_so_but_not_start_anew(folder, caplog):

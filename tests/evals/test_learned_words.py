@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 from poisonshield.errors import ShapeError
-from poisonshield.evals.learned_words import vocabulary, word_report
+from poisonshield.evals.learned_words import vocabulary, word_distance, word_report
 
 
 def test_a_word_is_its_own_nearest_neighbour_and_the_others_come_by_cosine():
@@ -20,14 +20,12 @@ def test_a_word_is_its_own_nearest_neighbour_and_the_others_come_by_cosine():
     order = sorted(range(len(words)), key=lambda i: -cosines[i])[:3]
     assert told["nearest"][1] == [[words[i], pytest.approx(cosines[i])] for i in order]
     assert told["norm"][0] == pytest.approx(float(3 * ring.norm()), rel=1e-5)
-    assert told["cosine"] is None and told["l2"] is None
     json.dumps(told)
 
 
 def test_the_distance_to_the_clean_word_takes_all_vectors_together():
-    model = tiny_model()
     v, clean = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0))
-    told = word_report(v, model, clean=clean)
+    told = word_distance(v, clean)
     a, b = v.flatten().double(), clean.flatten().double()
     assert told["cosine"] == pytest.approx(float(a @ b / (a.norm() * b.norm())))
     assert told["l2"] == pytest.approx(float(((a - b) ** 2).sum().sqrt()))
@@ -54,4 +52,4 @@ def test_other_widths_are_refused():
     with pytest.raises(ShapeError, match=r"\[k, 16\]"):
         word_report(torch.rand(1, 8), model)
     with pytest.raises(ShapeError, match="equal shapes"):
-        word_report(torch.rand(1, 16), model, clean=torch.rand(2, 16))
+        word_distance(torch.rand(1, 16), torch.rand(2, 16))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from poisonshield.errors import DataError
-from poisonshield.evals.recovery import by_group, clean_cost, leave_one_out, mean_with_interval, recovery
+from poisonshield.evals.recovery import by_group, clean_cost, mean_with_interval, recovery
 
 
 def table(values):
@@ -74,10 +74,3 @@ def test_groups_are_split_and_the_ungrouped_stay_in_all():
     groups = {"c0": "id", "c1": "od", "c2": "id", "c3": None, "gone": "none of these"}
     split = by_group(CLEAN, groups)
     assert split == {"all": CLEAN, "id": {"c0": 0.9, "c2": 1.0}, "od": {"c1": 0.8}}
-
-
-def test_every_picture_is_left_out_once():
-    folds = leave_one_out(["a", "b", "c"])
-    assert folds == [(("b", "c"), "a"), (("a", "c"), "b"), (("a", "b"), "c")]
-    with pytest.raises(DataError, match="at least 2"):
-        leave_one_out(["a"])
