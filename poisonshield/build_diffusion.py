@@ -20,8 +20,8 @@ from poisonshield.build import DEFENSES, RunSection
 from poisonshield.config import Checker, Choice, Settings, Tree, dump, load_tree
 from poisonshield.data.concept_reader import load_concepts
 from poisonshield.data.concept_stream import ConceptStream
-from poisonshield.data.kept_stage import KeptStage
 from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.data.kept_stage import KeptStage
 from poisonshield.data.rendered import rendered_concepts
 from poisonshield.data.world import COLORS, HELD_OUT, SHAPES
 from poisonshield.defenses.base import Defense
@@ -91,9 +91,10 @@ class GenerateConfig(Settings):
     """Pictures made from what was learned, and the numbers read off them. All runs of one seed share their noise.
 
     recon, compose: prompts with {} for the concept. count: pictures of a prompt group and concept. every_steps: pictures
-    while training, at the next logged step, null for none. switch: below t_min, generate with the initial word. references: unseen pictures of a
-    rendered concept to compare with; a folder's own pictures otherwise. clean: folder of these before they were
-    poisoned, where the run did not poison them itself. features: folders of feature networks by name.
+    while training, at the next logged step; null for none. switch: below t_min, generate with the initial word.
+    references: unseen pictures of a rendered concept to compare with; a folder's own pictures otherwise. clean: folder
+    of these before they were poisoned, where the run did not poison them itself. features: folders of feature networks
+    by name.
     """
 
     recon: tuple[str, ...] = Field(("a photo of a {}",), min_length=1)

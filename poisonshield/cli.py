@@ -69,7 +69,7 @@ def evaluate(
         bool, typer.Option("--legacy", help="Sample as VESPR's authors do; the same as evaluate.legacy=true.")
     ] = False,
 ) -> None:
-    """Accuracy of a finished run on clean test images (head, k-NN, linear probe, under attack), and probes."""
+    """A finished run's numbers: a classifier's accuracy and probes on clean test images, or each learned word's pictures."""
     from poisonshield.commands.evaluate import evaluate as run
     from poisonshield.commands.evaluate import told
 
@@ -132,9 +132,7 @@ def protect(
     tile: Annotated[int, typer.Option(help="Larger sides are attacked in tiles of this side; 0 for never.")] = 512,
     micro_batch: Annotated[int, typer.Option(help="Pictures of one size that are computed together.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Also measure the objective before and after.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace pictures that were made otherwise.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that were made otherwise.")] = False,
 ) -> None:
     """Poison photographs against a diffusion model: PNG of the same size, budget checked on the file, manifest beside it."""
     from poisonshield.commands.protect import protect as run
@@ -237,6 +235,8 @@ def generate(
         guidance=guidance, seed=seed, switch=switch, switch_word=switch_word, size=size, dtype=dtype,
         overwrite=overwrite)  # fmt: skip
     print(out / "sheet.png")
+
+
 @app.command()
 def convert(
     embedding: Annotated[Path, typer.Argument(help="The file of a learned word: .safetensors, .pt or .bin.")],
@@ -251,8 +251,6 @@ def convert(
 
     learned = run(embedding, out, form=form, token=token)
     print(f"{out}  {learned.token}, {len(learned.vectors)} vectors of {learned.vectors.shape[1]}")
-
-
 
 
 @app.command()
