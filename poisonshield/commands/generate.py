@@ -6,6 +6,7 @@ for every word, so all words share its noise, and pictures of one number differ 
 
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,9 +149,9 @@ def spoken(
             text = prompt if word is None else prompt.replace("{}", word)
             below = None
             if switch is not None:
-                below = text
-                for known in sorted(words, key=len, reverse=True):
-                    below = below.replace(known, switch_word)
+                # In one pass, the longest first: a word may lie within another, or within what is spoken in its place.
+                known = "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True))
+                below = re.sub(known, lambda _: switch_word, text) if known else text
             rows.append(Spoken(prompt, text, below))
     return rows
 

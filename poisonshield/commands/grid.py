@@ -179,7 +179,9 @@ def table(cells: list[Cell]) -> str:
         lines.append([*place, *numbers, cost, f"{done} of {wanted}"])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     inverted = cells[0].inverts
-    more = inversion_tables.table([(labels, rows) for labels, rows, _, _ in places]) if inverted else _over_poisons(places)
+    more = (
+        inversion_tables.table([(labels, rows) for labels, rows, _, _ in places]) if inverted else _over_poisons(places)
+    )
     return f"{text}\n\n{more}" if more else text
 
 
@@ -236,7 +238,10 @@ def _rows(cells: list[Cell]) -> list[list[dict[str, Any]]]:
     found = [cell.rows() for cell in cells]
     if cells[0].inverts:
         inversion_tables.add_word_distances(
-            [inversion_tables.LearnedRun(c.labels, c.seed, rows, c.file_of) for c, rows in zip(cells, found, strict=True)]
+            [
+                inversion_tables.LearnedRun(c.labels, c.seed, rows, c.file_of)
+                for c, rows in zip(cells, found, strict=True)
+            ]
         )
     return found
 

@@ -26,7 +26,7 @@ from poisonshield.build_diffusion import (
 )
 from poisonshield.commands.forge_concepts import poisoned
 from poisonshield.commands.pictures import draw_sheet, write_pictures
-from poisonshield.commands.reading import mask_values, measure, pixels_of
+from poisonshield.commands.reading import mask_values, measure, pixels_of, references
 from poisonshield.data.concepts import Concept
 from poisonshield.defenses.base import Defense
 from poisonshield.engine.checkpoint import together, write_whole
@@ -53,6 +53,9 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
     refuse_missing(engine)
     model = load_model(run.settings.model)
     clean = open_concepts(run, model)
+    if run.settings.generate.clean is not None:
+        for concept in clean:
+            references(run, concept, alone=len(clean) == 1)  # what it lacks is told before training, not after
     with processes(engine, seed=run.seed) as device:
         model.to(device)
         method, defenses = build_inversion(run, model, [c.name for c in clean])

@@ -20,7 +20,7 @@ def write_pictures(folder: Path, pictures: Mapping[str, Mapping[str, Tensor]]) -
     for name, groups in pictures.items():
         for group, x in groups.items():
             for i, picture in enumerate(x):
-                path = folder / name.replace(" ", "_") / f"{group}-{i:03d}.png"
+                path = folder / name / f"{group}-{i:03d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 to_image(picture).save(path)
 
@@ -43,12 +43,11 @@ def draw_sheet(
     title: str | None = None,
 ) -> Path:
     """One PNG: a row for each name with its first pictures [3, H, W] in [0, 1], `inches` wide at 90 dots an inch."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     wide = min(columns, max(len(x) for x in rows.values()))
-    figure, axes = pyplot.subplots(
-        len(rows), wide, figsize=(wide * inches + 2.2, len(rows) * inches + 0.3), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(wide * inches + 2.2, len(rows) * inches + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), wide, squeeze=False)
     for line, (name, x) in zip(axes, rows.items(), strict=True):
         for i, axis in enumerate(line):
             axis.set_xticks([], [])
@@ -61,5 +60,4 @@ def draw_sheet(
         figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
-    pyplot.close(figure)
     return path

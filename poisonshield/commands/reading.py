@@ -49,7 +49,7 @@ def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: 
         color, _, shape = clean.name.partition("_")
         seen = judge.fidelity(x, color, shape)
         values = {"fidelity": seen["joint"], "shown": 100 * seen["share"]}
-    real = references(run, clean)
+    real = references(run, clean, alone=len(method.placeholders) == 1)
     if len(real) >= 4 and len(x) >= 2:
         values |= set_distances(x, real, judge=judge, model=model)
     if real.shape[1:] == x.shape[1:]:
@@ -102,25 +102,32 @@ def judge_of(pipeline: str) -> ConceptJudge | None:
     return ConceptJudge.load(path) if path.is_file() else None
 
 
-def references(run: InvertRun, concept: Concept) -> Tensor:
+def references(run: InvertRun, concept: Concept, *, alone: bool = True) -> Tensor:
     """Clean pictures [N, 3, H, W] to compare with: fresh ones of a rendered concept, else those of generate.clean or,
     without it, the concept's own; with data.left_out the one that was not learned from.
 
-    Raises DataError if generate.clean does not have the concept.
+    alone: whether it is the run's only concept, so that a single one in generate.clean is meant whatever its name.
+    Raises DataError if generate.clean does not have the concept, or the picture.
     """
     if run.settings.data.train == RENDERED:
         kind = tuple(concept.name.split("_"))
         made = [world.render(i, seed=_REFERENCE_SEED, only=[kind]).x for i in range(run.settings.generate.references)]
         return torch.stack(made)
-    if run.settings.generate.clean is not None:
+    left, where = run.settings.data.left_out, run.settings.generate.clean
+    stem = None if left is None else concept.leave_out(left)[1].stem
+    if where is not None:
         size = concept.images[0].pixels.shape[-1]
-        found = load_concepts(run.settings.generate.clean, size=size, crop=run.settings.data.crop)
-        if len(found) == 1 or concept.name in {c.name for c in found}:
-            concept = next((c for c in found if c.name == concept.name), found[0])
-        else:
-            raise DataError(f"generate.clean {run.settings.generate.clean} has no concept {concept.name}.")
-    left = run.settings.data.left_out
-    return pixels_of(concept) if left is None else concept.leave_out(left)[1].pixels[None].float() / 255
+        found = {c.name: c for c in load_concepts(where, size=size, crop=run.settings.data.crop)}
+        name = next(iter(found)) if alone and len(found) == 1 else concept.name
+        if name not in found:
+            raise DataError(f"generate.clean {where} has no concept {name}. It has: {', '.join(found)}.")
+        concept = found[name]
+    images = [image for image in concept.images if stem in (None, image.stem)]
+    if not images:
+        raise DataError(
+            f"generate.clean {where} has no picture {stem} of {concept.name}, which is left out of learning."
+        )
+    return torch.stack([image.pixels for image in images]).float() / 255
 
 
 def pixels_of(concept: Concept) -> Tensor:

@@ -99,6 +99,9 @@ def test_a_switch_at_the_top_lets_the_other_word_speak_alone(pipeline, words, tm
 def test_longer_words_are_replaced_before_shorter_ones_within_them():
     rows = spoken(["a {} beside <s>"], ["<s>", "<s>-b"], switch=5, switch_word="toy")
     assert [r.below for r in rows] == ["a toy beside toy", "a toy beside toy"]
+    (row,) = spoken(["a ringlet"], ["ringlet", "ring"], switch=5, switch_word="earring")
+    assert row.below == "a earring"
+    assert spoken(["a star"], [], switch=5, switch_word="toy")[0].below == "a star"
 
 
 def test_other_sizes_and_half_precision_work(pipeline, tmp_path):
