@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
+from poisonshield.commands import grid
 from poisonshield.commands.inversion_tables import LearnedRun, add_word_distances, concept_table, flat, readouts, table
+from poisonshield.engine.runfolder import RunFolder
 from poisonshield.models.embeddings import Learned, save_embedding
 
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "invert" / "rendered.yaml"
 CONCEPTS = {"cup": "id", "hat": "id", "fox": "od", "owl": "od"}
 
 
@@ -135,16 +138,11 @@ def test_words_are_compared_with_the_clean_run_of_their_seed(learned):
     assert all(told[n] == {"concept": "cup"} for n in ("clean", "other seed", "other shape", "no file", "other axis"))
 
 
-def test_a_grid_of_inversions_with_older_rows_and_records_is_read(tmp_path, monkeypatch):
+def test_a_grid_of_inversions_with_older_rows_and_records_is_read(tmp_path):
     """Runs that were finished before newer settings and readouts existed: their cells keep their numbers."""
-    import yaml
-
-    from poisonshield.commands import grid
-    from poisonshield.engine.runfolder import RunFolder
-
     path = tmp_path / "grid.yaml"
     path.write_text(
-        f"base: {Path(__file__).resolve().parents[2] / 'configs' / 'invert' / 'rendered.yaml'}\ndir: {tmp_path / 'runs'}\nseeds: [0, 1]\nblocks:\n"
+        f"base: {CONFIG}\ndir: {tmp_path / 'runs'}\nseeds: [0, 1]\nblocks:\n"
         "  - poison: {clean: {}, advdm: {data.poison: {name: advdm}}}\n    defense: {none: {}}\n    data.batch_size: [2]\n"
     )
     _, found = grid.read_grid(path)
@@ -163,9 +161,21 @@ def test_a_grid_of_inversions_with_older_rows_and_records_is_read(tmp_path, monk
     assert "od,0.8," in (tmp_path / "runs" / "results.csv").read_text()
 
 
-def test_folds_are_one_line_of_a_grid(tmp_path):
-    from poisonshield.commands import grid
-
-    run = SimpleNamespace(settings=None)
-    cell = grid.Cell({"poison": "clean", "data.left_out": "3"}, 0, (), None, run)
-    assert cell.place == {"poison": "clean"}
+def test_folds_are_one_line_of_a_grid_and_rows_of_their_own_in_its_file(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        f"base: {CONFIG}\ndir: {tmp_path / 'runs'}\nseeds: [0]\nsettings: {{data.train: photos, data.concepts: null}}\n"
+        "blocks:\n  - poison: {clean: {}, advdm: {data.poison: {name: advdm}}}\n    defense: {none: {}}\n"
+        "    data.left_out: [0, 1, 2]\n"
+    )
+    _, found = grid.read_grid(path)
+    for cell in found:
+        RunFolder(cell.folder.path).claim(cell.run.record, resume=False)
+        fold = cell.run.settings.data.left_out
+        row = {"concept": "cup", "group": None, "seed": 0, "left_out": fold, "latent_cosine": 0.1 * fold, "seconds": 3}
+        cell.folder.results.write_text(json.dumps([row | ({"latent_cosine": 0.0} if cell.labels["poison"] == "advdm" else {})]))
+    text = grid.table(found)
+    assert "| clean | none | - | - | - | - | 0.10 (0.00 to 0.20) | - | 3 | 3 of 3 |" in text
+    assert "By latent cosine" in text and "left_out" not in text
+    grid.write_tables(tmp_path / "runs", found)
+    assert (tmp_path / "runs" / "results.csv").read_text().count("\nclean,none,") == 3
