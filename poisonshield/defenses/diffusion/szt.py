@@ -201,6 +201,9 @@ class SZT(Defense):
         """The first timestep; for auto read off the gradients on these pictures, and kept.
 
         A poison does not survive two purifiers alike, so from where on their gradients agree, it no longer matters.
+        A hint at most: on `tiny`, five pictures under AdvDM (16 levels) gave 700, 700 and 800 from three starts of the
+        words (48 draws; with 16: 700 to 800, or the fallback), clean ones 750 and 700 from the first two (16 draws), and
+        after 50 steps of training all gave the fallback. It tells of purifiers and start more than of the poison.
         batch: pictures as they come, before `before`. rows [R, d]: where training starts; prompts: one per picture.
         """
         if self.config.t_min != "auto":
