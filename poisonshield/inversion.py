@@ -20,15 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.build_diffusion import (
-    InvertRun,
-    build_concept_stream,
-    build_inversion,
-    check_invert,
-    for_training,
-    kept_in,
-    resolve_floors,
-)
+from poisonshield.build_diffusion import build_concept_stream, build_inversion, for_training, kept_in, resolve_floors
 from poisonshield.config import Tree, load_tree
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.defenses.diffusion.szt import SZT
@@ -37,6 +29,7 @@ from poisonshield.engine.processes import processes
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.invert_config import InvertRun, check_invert
 from poisonshield.models.embeddings import Learned
 from poisonshield.models.latent_diffusion import LatentDiffusion
 from poisonshield.registry import suggest

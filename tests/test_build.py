@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from poisonshield.build import build_method, build_poison, build_stream, build_training_set, open_data, read_run
-from poisonshield.build_diffusion import read_invert
 from poisonshield.commands.grid import read_grid
 from poisonshield.commands.pipeline import read_pipeline
 from poisonshield.config import Choice
 from poisonshield.data import ResidentSource, ShardSet
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.invert_config import read_invert
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MINI = str(CONFIGS / "defend" / "vespr_cifar10_mini.yaml")

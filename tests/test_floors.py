@@ -15,13 +15,14 @@ FLOORS = {
     "losses": 2, "attacks": 2, "models": 2, "data": 2, "method": 2,
     "methods": 3, "defenses": 3, "poisons": 3, "evals": 3,
     "engine": 4,
-    "build": 5, "build_diffusion": 5, "inversion": 5, "commands": 5, "cli": 5,
+    "build": 5, "build_diffusion": 5, "invert_config": 5, "inversion": 5, "commands": 5, "cli": 5,
 }  # fmt: skip
 
 # Same floor, and still allowed: foundations that their whole floor stands on.
 BESIDE = {
     ("config", "errors"), ("config", "registry"), ("registry", "errors"),
-    ("batch", "ops"), ("losses", "method"), ("build", "commands"), ("commands", "build"), ("build_diffusion", "build"),
+    ("batch", "ops"), ("losses", "method"), ("build", "commands"), ("commands", "build"), ("invert_config", "build"),
+    ("build_diffusion", "invert_config"), ("inversion", "invert_config"), ("commands", "invert_config"),
     ("commands", "build_diffusion"), ("cli", "commands"), ("inversion", "build_diffusion"), ("commands", "inversion"),
 }  # fmt: skip
 

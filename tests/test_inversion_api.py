@@ -9,7 +9,6 @@ from runs import CONFIGS
 from safetensors.torch import load_file
 from tiny import tiny_folder, tiny_model
 
-from poisonshield.build_diffusion import read_invert
 from poisonshield.commands.invert import invert
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.rendered import rendered_concepts
@@ -24,6 +23,7 @@ from poisonshield.inversion import (
     train_textual_inversion,
     words,
 )
+from poisonshield.invert_config import read_invert
 from poisonshield.models.embeddings import Learned
 from poisonshield.models.latent_diffusion import LatentDiffusion
 

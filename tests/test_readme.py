@@ -15,11 +15,11 @@ import poisonshield.poisons
 import poisonshield.poisons.diffusion
 from poisonshield.batch import Batch
 from poisonshield.build import DEFENSES, METHODS, POISONS, read_run
-from poisonshield.build_diffusion import DIFFUSION_DEFENSES, DIFFUSION_POISONS, read_invert
 from poisonshield.cli import app
 from poisonshield.commands.train import resolved
 from poisonshield.data import world
 from poisonshield.defenses.diffusion.szt import GIVEN, MASKS, SZT
+from poisonshield.invert_config import DIFFUSION_DEFENSES, DIFFUSION_POISONS, read_invert
 from poisonshield.models.latent_diffusion import LatentDiffusion
 from poisonshield.poisons._measured import MeasuredBudget
 from poisonshield.poisons.diffusion._manifest import check_budget

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from poisonshield.build import OpenData, Run, TrainingSet, build_method, build_training_set, open_data, read_run
-from poisonshield.build_diffusion import is_invert
 from poisonshield.commands.plots import plot_probes
 from poisonshield.commands.probes import probes, scalars
 from poisonshield.commands.samples import LEGACY_ATTACKED, LEGACY_BANK, LEGACY_QUERIES, Samples
@@ -25,6 +24,7 @@ from poisonshield.evals.features import extract
 from poisonshield.evals.knn import knn
 from poisonshield.evals.linear import linear
 from poisonshield.evals.robust import robust
+from poisonshield.invert_config import is_invert
 from poisonshield.method import Method
 
 log = logging.getLogger(__name__)

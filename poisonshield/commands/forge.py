@@ -17,12 +17,12 @@ import torch
 from poisonshield import __version__
 from poisonshield.batch import Batch
 from poisonshield.build import Run, build_poison, open_train, read_run
-from poisonshield.build_diffusion import is_invert
 from poisonshield.data import ShardSet, read_batch
 from poisonshield.data.manifest import FILE_NAME
 from poisonshield.data.writer import ShardWriter
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import BudgetError, ConfigError
+from poisonshield.invert_config import is_invert
 from poisonshield.poisons._measured import MeasuredBudget
 from poisonshield.poisons._recipe import ENDING, save_recipe
 from poisonshield.poisons.base import Poison

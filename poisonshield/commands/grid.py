@@ -31,7 +31,6 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from poisonshield.build import Run, read_run
-from poisonshield.build_diffusion import InvertRun, is_invert, read_invert, token_of
 from poisonshield.commands import inversion_tables
 from poisonshield.commands.invert import embedding_file
 from poisonshield.commands.plots import READOUTS
@@ -40,6 +39,7 @@ from poisonshield.config import Checker, Settings, load_tree
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import ConfigError, PoisonShieldError
+from poisonshield.invert_config import InvertRun, is_invert, read_invert, token_of
 
 log = logging.getLogger(__name__)
 

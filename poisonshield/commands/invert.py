@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from poisonshield import collectives
 from poisonshield.build_diffusion import (
-    InvertRun,
     build_concept_stream,
     build_inversion,
     for_training,
     kept_in,
     load_model,
     open_concepts,
-    read_invert,
     resolve_floors,
 )
 from poisonshield.commands.forge_concepts import poisoned
@@ -34,6 +32,7 @@ from poisonshield.engine.processes import choose_device, processes, refuse_missi
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import CheckpointError, ConfigError
+from poisonshield.invert_config import InvertRun, read_invert
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.embeddings import Learned, load_embedding, save_embedding
 from poisonshield.models.sampler import latent_shape, sample, start_noise

@@ -18,7 +18,6 @@ from poisonshield.build import (
     read_run,
     spread_batch_norm,
 )
-from poisonshield.build_diffusion import is_invert, read_invert
 from poisonshield.commands.evaluate import fresh_method, readouts, write_results
 from poisonshield.commands.plots import plot_run
 from poisonshield.commands.probes import watch_pairs
@@ -26,6 +25,7 @@ from poisonshield.commands.samples import Samples
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
+from poisonshield.invert_config import is_invert, read_invert
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from poisonshield.build_diffusion import for_training, load_model, open_concepts, read_invert
+from poisonshield.build_diffusion import for_training, load_model, open_concepts
 from poisonshield.cli import app
 from poisonshield.commands import demo_szt
 from poisonshield.commands.evaluate import evaluate
@@ -19,6 +19,7 @@ from poisonshield.data.concept_writer import write_concepts
 from poisonshield.data.rendered import rendered_concepts
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.image_quality import brisque
+from poisonshield.invert_config import read_invert
 
 
 @pytest.fixture(scope="module")

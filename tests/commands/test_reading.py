@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from poisonshield.build_diffusion import read_invert
 from poisonshield.commands import reading
 from poisonshield.commands.pictures import write_pictures
 from poisonshield.commands.reading import mask_values, references
 from poisonshield.data.concept_writer import write_concepts
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.errors import DataError
+from poisonshield.invert_config import read_invert
 
 
 def concept(name, level, stems=("a", "b", "c")):
