@@ -61,7 +61,7 @@ class SZT(Defense):
         mask_resize: Literal["area", "nearest", "max"] = "area"
         mask_floor: float = Field(0.0, ge=0, le=1)
         mask_dilate: int = Field(1, ge=0)
-        mask_box: float = Field(0.7, gt=0, le=1)
+        mask_box: float = Field(0.75, gt=0, le=1)
         mask_word: str | None = Field(None, min_length=1)
         loss_norm: Literal["per_image", "batch", "plain"] = "per_image"
         background: Literal["keep", "mean", "noise", "swap"] = "keep"

@@ -32,7 +32,7 @@ class GrabCut(MaskProvider):
         around = rectangle(height, width, self.box)
         if around[2] >= width or around[3] >= height:
             raise ConfigError(
-                f"mask_box {self.box:g} leaves grabcut no ground around the rectangle. Give less, such as 0.7."
+                f"mask_box {self.box:g} leaves grabcut no ground around the rectangle. Give less, such as 0.75."
             )
         levels = (batch.x * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         masks = [self._cut(cv2, picture, around) for picture in levels]
