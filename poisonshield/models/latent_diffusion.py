@@ -130,11 +130,22 @@ class LatentDiffusion(nn.Module):
         return self.text_encoder.config.hidden_size
 
     def digest(self) -> str:
-        """A hash of all weights and of the schedule."""
+        """A hash of what decides the results: weights, settings of the networks and the schedule, and the vocabulary.
+
+        Neither learned words nor the place that the pipeline was read from count.
+        """
         out = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
             out.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        out.update(json.dumps(dict(self.scheduler.config), sort_keys=True, default=str).encode())
+        # Keys that begin with _ tell how a file was written and read; one is a list in the order of a set.
+        settings = [
+            {name: value for name, value in part.config.items() if not name.startswith("_")}
+            for part in (self.scheduler, self.vae, self.unet)
+        ]
+        text = self.text_encoder.config
+        words = sorted((i, word) for word, i in self.tokenizer.get_vocab().items() if i < self.vocabulary)
+        rest = [self.prediction_type, text.num_attention_heads, text.hidden_act, self.tokenizer.model_max_length, words]
+        out.update(json.dumps([settings, rest], sort_keys=True, default=str).encode())
         return out.hexdigest()
 
     # Pixels and latents
