@@ -5,6 +5,7 @@ What its settings are and how they are read: invert_config.py.
 
 import json
 import logging
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from poisonshield.data.world import COLORS, HELD_OUT, SHAPES
 from poisonshield.defenses.base import Defense
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.engine.checkpoint import together, write_whole
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import ConfigError
 from poisonshield.invert_config import RENDERED, InvertRun, ModelConfig, token_of
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
@@ -185,6 +188,30 @@ def build_concept_stream(
     if inexact:
         together(stream.prepare, what="preparing pictures", only_first=True, patient=True)
     return stream
+
+
+def build_trainer(
+    run: InvertRun,
+    method: TextualInversion,
+    defenses: list[Defense],
+    concepts: tuple[Concept, ...],
+    folder: RunFolder,
+    watch: Callable[[], Mapping[str, float | None]] | None = None,
+) -> Trainer:
+    """What trains the method on these concepts; floors are settled and pictures prepared when it is there."""
+    kept = kept_in(run, method.model, concepts, folder.path)
+    resolve_floors(defenses, concepts, method, kept)
+    return Trainer(
+        method,
+        build_concept_stream(run, concepts, method, defenses, kept),
+        run.settings.engine,
+        optimizer=run.settings.optimizer,
+        schedule=run.settings.schedule,
+        run_folder=folder,
+        seed=run.seed,
+        fixed_record=run.record,
+        watch=watch,
+    )
 
 
 def fingerprint(run: InvertRun, model: LatentDiffusion, concepts: tuple[Concept, ...]) -> str:

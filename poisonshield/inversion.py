@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.build_diffusion import build_concept_stream, build_inversion, for_training, kept_in, resolve_floors
+from poisonshield.build_diffusion import build_inversion, build_trainer, for_training
 from poisonshield.config import Tree, load_tree
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.engine.checkpoint import random_states, restore_random_states
 from poisonshield.engine.processes import processes
 from poisonshield.engine.runfolder import RunFolder
-from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.invert_config import InvertRun, check_invert
 from poisonshield.models.embeddings import Learned
@@ -111,22 +110,10 @@ def _trained(
     run: InvertRun, model: LatentDiffusion, concepts: tuple[Concept, ...], run_dir: str | Path | None
 ) -> dict[str, Learned]:
     """Training on this process, or on all that a launcher started; every rank gets all words."""
-    engine = run.settings.engine
-    with processes(engine, seed=run.seed) as device, _folder(run_dir) as folder:
+    with processes(run.settings.engine, seed=run.seed) as device, _folder(run_dir) as folder:
         _refuse_another_gpu(model.alphas_cumprod.device, device)
         method, defenses = build_inversion(run, model, [c.name for c in concepts])
-        kept = kept_in(run, model, concepts, folder)
-        resolve_floors(defenses, concepts, method, kept)
-        trainer = Trainer(
-            method,
-            build_concept_stream(run, concepts, method, defenses, kept),
-            engine,
-            optimizer=run.settings.optimizer,
-            schedule=run.settings.schedule,
-            run_folder=RunFolder(folder),
-            seed=run.seed,
-            fixed_record=run.record,
-        )
+        trainer = build_trainer(run, method, defenses, concepts, RunFolder(folder))
         trainer.fit()
         vectors = collectives.broadcast_object(trainer.state_dict().get("vectors"))
     method.vectors = nn.Parameter(vectors)

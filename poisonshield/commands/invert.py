@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from poisonshield import collectives
 from poisonshield.build_diffusion import (
-    build_concept_stream,
     build_inversion,
+    build_trainer,
     for_training,
-    kept_in,
     load_model,
     open_concepts,
-    resolve_floors,
 )
 from poisonshield.commands.forge_concepts import poisoned
 from poisonshield.commands.pictures import draw_sheet, write_pictures
@@ -59,23 +57,10 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
         model.to(device)
         method, defenses = build_inversion(run, model, [c.name for c in clean])
         concepts = for_training(run, poisoned(run, model, clean, folder.path))
-        kept = kept_in(run, model, concepts, folder.path)
-        resolve_floors(defenses, concepts, method, kept)
         log.info("%s: %s of %d concepts on %s, poison %s, defense %s", run.origin, run.method.name, len(concepts),
                  run.settings.model.pipeline, run.poison_label, run.defense_label)  # fmt: skip
         validation = Validation(run, method, folder, defenses)
-        trainer = Trainer(
-            method,
-            build_concept_stream(run, concepts, method, defenses, kept),
-            engine,
-            optimizer=run.settings.optimizer,
-            schedule=run.settings.schedule,
-            run_folder=folder,
-            seed=run.seed,
-            fixed_record=run.record,
-            watch=validation,
-        )
-        validation.trainer = trainer
+        trainer = validation.trainer = build_trainer(run, method, defenses, concepts, folder, watch=validation)
         done = trainer.fit()
         state = trainer.state_dict()
 

@@ -104,11 +104,11 @@ def test_masks_of_a_reference_measure_those_that_szt_makes_and_change_nothing(tm
     plain, measured = invert(CONFIG, [*settings, *made]), invert(CONFIG, [*settings, *made[:1], "data.mask_reference=file"])
     assert torch.equal(vectors(plain), vectors(measured))
     (without,), (row,) = (json.loads((f / "results.json").read_text()) for f in (plain, measured))
-    assert without["mask_iou"] is None and row["mask_area"] == without["mask_area"] == pytest.approx((45 / 64) ** 2, abs=1e-4)
+    assert without["mask_iou"] is None and row["mask_area"] == without["mask_area"] == pytest.approx((48 / 64) ** 2, abs=1e-4)
     overlaps = []
     for image in rendered_concepts(3, seed=1, kinds=[("yellow", "ring")])[0].images:
         box = torch.zeros(1, 64, 64)
-        box[:, 9:54, 9:54] = 1  # round(0.7 * 64) pixels a side, in the middle
+        box[:, 8:56, 8:56] = 1  # round(0.75 * 64) pixels a side, in the middle
         overlaps.append(float(torch.minimum(box, image.mask).sum() / torch.maximum(box, image.mask).sum()))
     assert row["mask_iou"] == pytest.approx(sum(overlaps) / 3, abs=1e-4)
     assert evaluate(measured)[0] == row
