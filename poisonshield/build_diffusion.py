@@ -85,12 +85,18 @@ def build_defenses(run: InvertRun) -> list[Defense]:
 
 
 def build_inversion(run: InvertRun, model: LatentDiffusion, names: list[str]) -> tuple[TextualInversion, list[Defense]]:
-    """The method with all defenses around it, and the defenses."""
+    """The method with all defenses around it, and the defenses. Raises ConfigError for placeholders of one plain name."""
     data = run.settings.data
+    tokens = {name: token_of(data, name) for name in names}
+    plain = [token.strip("<>") for token in tokens.values()]
+    if twice := next((name for name, p in zip(names, plain, strict=True) if plain.count(p) > 1), None):
+        raise ConfigError(
+            f"{tokens[twice]} and another placeholder differ by <> at most, and files go by the rest. Set data.tokens.{twice}."
+        )
     method = run.method.cls(
         run.method.config,
         model=model,
-        tokens={name: token_of(data, name) for name in names},
+        tokens=tokens,
         seed=run.seed,
         samples=data.batch_size,
     )

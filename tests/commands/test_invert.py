@@ -150,6 +150,7 @@ def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_pa
         (["defenses=[{name: szt, mask: null, t_min: 1500}]"], "t_min"),
         (["engine.precision=bf16", "engine.max_steps=2"], "model.dtype: bf16"),
         (["data.tokens={yellow_ring: ring}"], "vocabulary already"),
+        (["data.concepts=[yellow ring, red star]", "data.tokens={yellow_ring: <a>, red_star: a}"], "differ by <> at most"),
         (["data.concepts=[mauve ring]"], "not of the rendered world"),
         (["data.poison={name: advdn}"], "Did you mean advdm"),
         (["model.pipeline=nowhere"], "vae/config.json is missing"),
