@@ -18,6 +18,16 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and dist.py
 torch.set_num_threads(1)
 
+SLOW_TIMEOUT_S = 5400
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests get hours where others get the minutes of pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

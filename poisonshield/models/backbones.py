@@ -8,9 +8,10 @@ Every backbone is exported under timm's own parameter names: with its own stem, 
 """
 
 from itertools import groupby
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -103,7 +104,37 @@ def build_encoder(config: BackboneConfig) -> Encoder:
         raise ConfigError(f"model.name: {config.name!r} is not a timm model.{suggest(config.name, known)}")
     if config.stem == "cifar":
         _shrink_stem(backbone, config)
+    _take_strides_first(backbone)
     return Encoder(backbone, config)
+
+
+class StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution with a stride that drops the unread pixels itself: the same numbers, without a fault of oneDNN.
+
+    oneDNN 3.12 on a processor with AVX2 only corrupts memory in the backward pass of a strided 1x1 convolution of fewer
+    than 8 input channels in channels-last layout ("double free or corruption", in about every third run).
+    """
+
+    BELOW: ClassVar[int] = 8
+    """Input channels from which on oneDNN's own stride is sound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, D, ceil(H / stride), ceil(W / stride)]."""
+        down, across = self.stride
+        return F.conv2d(x[:, :, ::down, ::across], self.weight, self.bias, groups=self.groups)
+
+
+def _take_strides_first(backbone: nn.Module) -> None:
+    """Narrow strided 1x1 convolutions become StridedPointwise, with the same parameters under the same names."""
+    for parent in list(backbone.modules()):
+        for name, old in list(parent.named_children()):
+            if not isinstance(old, nn.Conv2d) or old.kernel_size != (1, 1) or old.padding != (0, 0):
+                continue
+            if max(old.stride) > 1 and old.in_channels < StridedPointwise.BELOW:
+                with torch.device("meta"):  # draws nothing: what is drawn after it stays what it was
+                    new = StridedPointwise(old.in_channels, old.out_channels, 1, old.stride, groups=old.groups)
+                new.weight, new.bias = old.weight, old.bias
+                setattr(parent, name, new)
 
 
 def _shrink_stem(backbone: nn.Module, config: BackboneConfig) -> None:

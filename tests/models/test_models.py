@@ -1,6 +1,9 @@
 """Encoders: shapes, stems, strict export names; normalisation; batch norm over ranks when alone."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -8,7 +11,7 @@ import torch
 from torch import nn
 
 from poisonshield.errors import BackendError, ConfigError
-from poisonshield.models.backbones import BackboneConfig, build_encoder
+from poisonshield.models.backbones import BackboneConfig, StridedPointwise, build_encoder
 from poisonshield.models.batchnorm import SyncedBatchNorm, synchronize
 from poisonshield.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
@@ -140,3 +143,51 @@ def test_views_together_keep_the_statistics_of_each_view(training):
 def test_stem_settings_without_that_stem_are_refused():
     with pytest.raises(ValueError, match="belong to stem: cifar"):
         BackboneConfig(stem="imagenet", stem_padding=2)
+
+
+def test_no_encoder_has_the_convolution_that_corrupts_memory_on_avx2():
+    """A strided 1x1 convolution of fewer than 8 input channels; see StridedPointwise."""
+    for config in (BackboneConfig(name="resnet_mini", widths=(4, 4, 4, 8)), BackboneConfig(name="resnet18")):
+        for module in build_encoder(config).modules():
+            if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.in_channels < 8:
+                assert max(module.stride) == 1
+
+
+@pytest.mark.parametrize("side", [7, 8])
+def test_a_stride_taken_first_gives_the_numbers_and_names_of_the_convolution_itself(side):
+    torch.manual_seed(0)
+    theirs = nn.Conv2d(4, 6, 1, 2, bias=False).double()
+    ours = StridedPointwise(4, 6, 1, 2, bias=False).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(2, 4, side, side, dtype=torch.float64)
+    y = ours(x)
+    assert y.shape == theirs(x).shape
+    torch.testing.assert_close(y, torch.einsum("oi,bihw->bohw", theirs.weight[:, :, 0, 0], x)[:, :, ::2, ::2])
+
+
+def test_narrow_encoders_draw_the_weights_that_timm_draws():
+    from timm.models.resnet import BasicBlock, ResNet
+
+    torch.manual_seed(3)
+    theirs = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(4, 4, 4, 8), stem_type="deep", stem_width=2)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    ours = build_encoder(BackboneConfig(name="resnet_mini", widths=(4, 4, 4, 8), stem="imagenet")).backbone
+    assert torch.equal(torch.rand(1), after)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_a_narrow_encoder_survives_the_instructions_of_avx2_alone():
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from poisonshield.models.backbones import BackboneConfig, build_encoder\n"
+        "encoder = build_encoder(BackboneConfig(name='resnet_mini', widths=(4, 4, 4, 8)))\n"
+        "encoder = encoder.to(memory_format=torch.channels_last)\n"
+        "for _ in range(20):\n"
+        "    x = torch.rand(64, 3, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()\n"
+        "    y = encoder(x); y.backward(torch.rand_like(y)); junk = [torch.rand(100) for _ in range(50)]\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "MALLOC_CHECK_": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
