@@ -36,7 +36,9 @@ _VARIANTS = 4  # backgrounds of a picture that come in turn, where a defense dra
 
 def load_model(settings: ModelConfig) -> LatentDiffusion:
     """The frozen pipeline that a run names."""
-    return LatentDiffusion.load(settings.pipeline, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype])
+    return LatentDiffusion.load(
+        settings.pipeline, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+    )
 
 
 def open_concepts(run: InvertRun, model: LatentDiffusion) -> tuple[Concept, ...]:

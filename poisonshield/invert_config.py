@@ -157,7 +157,9 @@ def check_invert(tree: Tree, origin: Path) -> InvertRun:
     """The same of settings that are read already."""
     checker = Checker(tree)
     settings = checker.settings(InvertConfig, (), tree.values, owner="a textual inversion")
-    method = checker.choice(Registry("poisonshield.methods.diffusion", kind="method"), ("method",), tree.values.get("method"))
+    method = checker.choice(
+        Registry("poisonshield.methods.diffusion", kind="method"), ("method",), tree.values.get("method")
+    )
     blocks = tree.values.get("defenses") or []
     if not isinstance(blocks, list):
         checker.problem(("defenses",), "defenses: a list is wanted, one `- name: ...` entry per defense (or []).")
@@ -185,7 +187,9 @@ def _pick_defense(checker: Checker, path: tuple, block: Any) -> Choice | None:
         return checker.choice(DIFFUSION_DEFENSES, path, block)
     choice = checker.choice(DEFENSES, path, block)
     if choice is not None and not choice.cls.purifier:
-        checker.problem(path, f"defenses[{path[1]}]: {name} defends the training of classifiers. Use a purifier, or szt.")
+        checker.problem(
+            path, f"defenses[{path[1]}]: {name} defends the training of classifiers. Use a purifier, or szt."
+        )
         return None
     return choice
 
@@ -209,9 +213,13 @@ def _check_pairs(checker: Checker, settings: InvertConfig, method: Choice, defen
             f"szt's mask to {', '.join(MASKS.names())}, or leave the reference out.",
         )
     if wants and settings.data.masks is None:
-        checker.problem(("data",), f"szt wants masks from {wants[0]}, and data.masks is null. Set data.masks: {wants[0]}.")
+        checker.problem(
+            ("data",), f"szt wants masks from {wants[0]}, and data.masks is null. Set data.masks: {wants[0]}."
+        )
     if wants and settings.data.masks not in (None, wants[0]):
-        checker.problem(("data", "masks"), f"data.masks is {settings.data.masks}, and szt wants {wants[0]}. Make them equal.")
+        checker.problem(
+            ("data", "masks"), f"data.masks is {settings.data.masks}, and szt wants {wants[0]}. Make them equal."
+        )
     if settings.engine.precision != "fp32":
         checker.problem(
             ("engine", "precision"),
@@ -239,13 +247,23 @@ def _check_data(checker: Checker, settings: InvertConfig, method: Choice) -> Non
         told = ", ".join(f"data.{name} is {kind}" for name, kind in kinds.items())
         checker.problem(("data", list(kinds)[-1]), f"{told}: pictures are read with one kind of mask. Make them equal.")
     if data.train == RENDERED:
-        for name, unused in (("size", data.size is not None), ("group", data.group != "all"), ("crop", data.crop != "center")):
+        for name, unused in (
+            ("size", data.size is not None),
+            ("group", data.group != "all"),
+            ("crop", data.crop != "center"),
+        ):
             if unused:
-                checker.problem(("data", name), f"data.{name} does nothing to rendered pictures, which are 64 px. Leave it out.")
+                checker.problem(
+                    ("data", name), f"data.{name} does nothing to rendered pictures, which are 64 px. Leave it out."
+                )
         if data.left_out is not None:
-            checker.problem(("data", "left_out"), "data.left_out: rendered concepts are compared with fresh pictures. Leave it out.")
+            checker.problem(
+                ("data", "left_out"), "data.left_out: rendered concepts are compared with fresh pictures. Leave it out."
+            )
         if generate.clean is not None:
-            checker.problem(("generate", "clean"), "generate.clean: rendered concepts have fresh clean pictures. Leave it out.")
+            checker.problem(
+                ("generate", "clean"), "generate.clean: rendered concepts have fresh clean pictures. Leave it out."
+            )
     inits = method.config.init.values() if isinstance(method.config.init, dict) else [method.config.init]
     if generate.switch and any(start_word(init) is None for init in inits):
         checker.problem(

@@ -115,7 +115,10 @@ def test_example_purifier_works_in_a_config_alone_and_within_szt(as_file):
     halved = as_file(block("defenses", "class Halved(Defense)"), "halved", poisonshield.defenses)
     config = ROOT / "configs/invert/szt_rendered.yaml"
     assert read_invert(config, [f"defenses=[{halved}]", "data.masks=null"]).defense_label == "halved"
-    assert read_invert(config, [f"defenses.0.purifier={halved}"]).defense_label == "szt(halved, t500, mask, mask_floor 0.3, mask_dilate 2)"
+    assert (
+        read_invert(config, [f"defenses.0.purifier={halved}"]).defense_label
+        == "szt(halved, t500, mask, mask_floor 0.3, mask_dilate 2)"
+    )
     cls, x = DEFENSES.get(halved), torch.rand(2, 3, 13, 22)
     out = cls(cls.Config(), num_classes=1, seed=0).before(Batch(("a", "b"), x)).x
     assert out.shape == x.shape and torch.equal((out * 255).round() / 255, out)

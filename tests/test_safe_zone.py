@@ -68,7 +68,9 @@ def test_the_safe_zone_brings_back_what_the_poison_takes(model, clean, poisoned)
     plain, harmed = fidelity(model, clean), fidelity(model, poisoned)
     saved, cost = fidelity(model, poisoned, SZT.Config(**PARTS)), fidelity(model, clean, SZT.Config(**PARTS))
     without_jpeg = fidelity(model, poisoned, SZT.Config(**PARTS | {"purifier": None}))
-    print(f"clean {plain:.3f}  poisoned {harmed:.3f}  SZT {saved:.3f}, without JPEG {without_jpeg:.3f}  on clean {cost:.3f}")
+    print(
+        f"clean {plain:.3f}  poisoned {harmed:.3f}  SZT {saved:.3f}, without JPEG {without_jpeg:.3f}  on clean {cost:.3f}"
+    )
     assert plain - harmed > 0.2
     assert saved - harmed > 0.1
     assert without_jpeg - harmed > (plain - harmed) / 2

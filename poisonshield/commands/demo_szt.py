@@ -81,7 +81,9 @@ def summary(rows: list[dict]) -> str:
     text = f"The poison takes the fidelity of the learned word from {clean:.2f} to {poisoned:.2f}."
     if clean - poisoned > 0.02:
         shares = [round(100 * (value - poisoned) / (clean - poisoned)) for value in (floor, szt)]
-        text += f" High timesteps alone bring back {shares[0]} % of what was lost, all of Safe-Zone Training {shares[1]} %."
+        text += (
+            f" High timesteps alone bring back {shares[0]} % of what was lost, all of Safe-Zone Training {shares[1]} %."
+        )
     return text
 
 

@@ -81,7 +81,9 @@ def evaluate_inversion(folder: RunFolder, overrides: tuple[str, ...] | list[str]
         raise CheckpointError(f"{folder.path} is not a finished run. Train it first, or go on with engine.resume=auto.")
     for text in overrides:
         if not text.startswith(("generate.", "engine.device")):
-            raise ConfigError(f"{text}: a finished run keeps what it was trained with. generate.* and engine.device may change.")
+            raise ConfigError(
+                f"{text}: a finished run keeps what it was trained with. generate.* and engine.device may change."
+            )
     run, old = read_invert(folder.config, overrides), json.loads(folder.results.read_text())
     model = load_model(run.settings.model).to(choose_device(run.settings.engine.device))
     clean = open_concepts(run, model)
@@ -89,9 +91,13 @@ def evaluate_inversion(folder: RunFolder, overrides: tuple[str, ...] | list[str]
     method, defenses = build_inversion(run, model, [c.name for c in concepts])
     with torch.no_grad():
         for name, placeholder in method.placeholders.items():
-            method.rows(name).copy_(load_embedding(embedding_file(folder, placeholder.token), placeholder.token).vectors)
+            method.rows(name).copy_(
+                load_embedding(embedding_file(folder, placeholder.token), placeholder.token).vectors
+            )
     method.to(model.alphas_cumprod.device)
-    finish(run, folder, method, defenses, clean=clean, trained_on=concepts, trained={row["concept"]: row for row in old})
+    finish(
+        run, folder, method, defenses, clean=clean, trained_on=concepts, trained={row["concept"]: row for row in old}
+    )
     return json.loads(folder.results.read_text())
 
 
@@ -178,7 +184,12 @@ def finish(
         t_min, steps, seconds = floor_of(defenses), done["steps"], round(done["seconds"], 1)
         compared = run.settings.data.mask_reference is not None
         trained = {
-            c.name: {"t_min": t_min, **mask_values(defenses, c.name, compared=compared), "steps": steps, "seconds": seconds}
+            c.name: {
+                "t_min": t_min,
+                **mask_values(defenses, c.name, compared=compared),
+                "steps": steps,
+                "seconds": seconds,
+            }
             for c in clean
         }
     pictures = {name: generate(run, method, name, t_min=trained[name]["t_min"]) for name in method.placeholders}

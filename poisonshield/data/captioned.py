@@ -48,7 +48,12 @@ class CaptionedStream:
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches were handed out, and of what."""
-        return {"position": self.position, "pictures": len(self.pixels), "batch_size": self.batch_size, "seed": self.seed}
+        return {
+            "position": self.position,
+            "pictures": len(self.pixels),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there at the next `iter()`. Raises CheckpointError if it was another set, batch or seed."""

@@ -78,7 +78,10 @@ def render(index: int, *, seed: int = 0, only: Sequence[tuple[str, str]] | None 
 
 def caption(picture: Picture, generator: torch.Generator) -> str:
     """A caption: half the time "a photo of a COLOUR SHAPE", otherwise one of the templates."""
-    plain, which = torch.rand((), generator=generator) < 0.5, int(torch.randint(len(TEMPLATES), (), generator=generator))
+    plain, which = (
+        torch.rand((), generator=generator) < 0.5,
+        int(torch.randint(len(TEMPLATES), (), generator=generator)),
+    )
     return (TEMPLATES[0] if plain else TEMPLATES[which]).format(picture.name)
 
 

@@ -77,17 +77,25 @@ def test_folds_of_one_place_count_each():
     fold = lambda at: [
         {"concept": "cup", "group": None, "seed": 0, "left_out": k, "fidelity": at + 0.01 * k} for k in range(5)
     ]
-    text = table([place("clean", "none", fold(0.8)), place("advdm", "none", fold(0.4)), place("advdm", "szt", fold(0.6))])
+    text = table(
+        [place("clean", "none", fold(0.8)), place("advdm", "none", fold(0.4)), place("advdm", "szt", fold(0.6))]
+    )
     assert cells(text, "szt") == ["-", "0.50 (0.50 to 0.50)"]
 
 
 def test_without_a_judge_the_effect_is_read_off_a_feature_network_and_else_off_latents():
-    scored = {"networks": {"dino_i": {"status": "ok", "value": 0.5, "network": "d"}, "clip_i": {"status": "unavailable"}}}
+    scored = {
+        "networks": {"dino_i": {"status": "ok", "value": 0.5, "network": "d"}, "clip_i": {"status": "unavailable"}}
+    }
     known = [flat(row) for row in rows(None, **scored)]
     assert known[0]["dino_i"] == 0.5 and "clip_i" not in known[0] and readouts(known)["dino_i"] == "dino i"
-    dino = [(labels, [r | {"fidelity": None, "dino_i": r["fidelity"], **scored} for r in found]) for labels, found in GRID]
+    dino = [
+        (labels, [r | {"fidelity": None, "dino_i": r["fidelity"], **scored} for r in found]) for labels, found in GRID
+    ]
     assert "By dino i" in table(dino) and cells(table(dino), "szt", "all")[1].startswith("0.50")
-    latent = [(labels, [{**r, "fidelity": None, "latent_cosine": r["fidelity"]} for r in found]) for labels, found in GRID]
+    latent = [
+        (labels, [{**r, "fidelity": None, "latent_cosine": r["fidelity"]} for r in found]) for labels, found in GRID
+    ]
     assert "By latent cosine" in table(latent)
 
 
@@ -152,7 +160,14 @@ def test_a_grid_of_inversions_with_older_rows_and_records_is_read(tmp_path):
         record = yaml.safe_load(folder.config.read_text())
         del record["data"]["mask_reference"], record["data"]["left_out"]
         folder.config.write_text(yaml.safe_dump(record))
-        row = {"concept": "yellow_ring", "group": "od", "poison": "p", "seed": cell.seed, "fidelity": 0.8 - 0.1 * i, "seconds": 3}
+        row = {
+            "concept": "yellow_ring",
+            "group": "od",
+            "poison": "p",
+            "seed": cell.seed,
+            "fidelity": 0.8 - 0.1 * i,
+            "seconds": 3,
+        }
         folder.results.write_text(json.dumps([row]))
     text = grid.run_grid(path, only_list=True)
     assert "| clean | none | 2 | 0.75 (0.70 to 0.80) |" in text and text.count("2 of 2") == 2
@@ -173,7 +188,9 @@ def test_folds_are_one_line_of_a_grid_and_rows_of_their_own_in_its_file(tmp_path
         RunFolder(cell.folder.path).claim(cell.run.record, resume=False)
         fold = cell.run.settings.data.left_out
         row = {"concept": "cup", "group": None, "seed": 0, "left_out": fold, "latent_cosine": 0.1 * fold, "seconds": 3}
-        cell.folder.results.write_text(json.dumps([row | ({"latent_cosine": 0.0} if cell.labels["poison"] == "advdm" else {})]))
+        cell.folder.results.write_text(
+            json.dumps([row | ({"latent_cosine": 0.0} if cell.labels["poison"] == "advdm" else {})])
+        )
     text = grid.table(found)
     assert "| clean | none | - | - | - | - | 0.10 (0.00 to 0.20) | - | 3 | 3 of 3 |" in text
     assert "By latent cosine" in text and "left_out" not in text

@@ -48,7 +48,13 @@ def vectors(folder):
 def test_a_run_leaves_embeddings_pictures_and_numbers(tmp_path, settings):
     folder = train(CONFIG, [*settings, *SZT, "generate.every_steps=2", "engine.log_every_steps=1"])
     row = json.loads((folder / "results.json").read_text())[0]
-    assert (row["concept"], row["defense"], row["poison"], row["steps"], row["t_min"]) == ("yellow_ring", "szt", "none", 4, 500)
+    assert (row["concept"], row["defense"], row["poison"], row["steps"], row["t_min"]) == (
+        "yellow_ring",
+        "szt",
+        "none",
+        4,
+        500,
+    )
     assert row["mask_area"] > 0 and row["mask_iou"] is None and row["round_trip_error"] > 0
     assert (row["brisque"] is None) == (brisque(torch.rand(1, 3, 64, 64))["status"] != "ok")
     assert vectors(folder).shape == (2, 16)
@@ -58,7 +64,10 @@ def test_a_run_leaves_embeddings_pictures_and_numbers(tmp_path, settings):
 
 def test_a_run_stopped_and_resumed_is_the_whole_run_to_the_bit(tmp_path, settings):
     whole = vectors(invert(CONFIG, [*settings, *SZT]))
-    other = [s for s in settings if not s.startswith("run.dir")] + [f"run.dir={json.dumps(str(tmp_path / 'other'))}", *SZT]
+    other = [s for s in settings if not s.startswith("run.dir")] + [
+        f"run.dir={json.dumps(str(tmp_path / 'other'))}",
+        *SZT,
+    ]
     invert(CONFIG, [*other, "engine.max_steps=2"])
     resumed = invert(CONFIG, [*other, "engine.resume=auto"])
     assert torch.equal(vectors(resumed), whole)
@@ -71,7 +80,10 @@ def test_several_concepts_train_together_and_each_has_its_file(settings):
 
 
 def test_the_poison_of_a_run_is_made_once_and_kept(tmp_path, settings):
-    poison = ["data.poison={name: advdm, eps_levels: 8, steps: 2}", f"data.poison_cache={json.dumps(str(tmp_path / 'cache'))}"]
+    poison = [
+        "data.poison={name: advdm, eps_levels: 8, steps: 2}",
+        f"data.poison_cache={json.dumps(str(tmp_path / 'cache'))}",
+    ]
     folder = invert(CONFIG, [*settings, *poison])
     made = list((tmp_path / "cache").glob("*/manifest.json"))
     assert len(made) == 1 and json.loads(made[0].read_text())
@@ -101,10 +113,15 @@ def test_evaluate_prints_a_line_for_each_concept(settings):
 
 def test_masks_of_a_reference_measure_those_that_szt_makes_and_change_nothing(tmp_path, settings):
     made = ["defenses=[{name: szt, mask: box}]", f"run.dir={json.dumps(str(tmp_path / 'made'))}"]
-    plain, measured = invert(CONFIG, [*settings, *made]), invert(CONFIG, [*settings, *made[:1], "data.mask_reference=file"])
+    plain, measured = (
+        invert(CONFIG, [*settings, *made]),
+        invert(CONFIG, [*settings, *made[:1], "data.mask_reference=file"]),
+    )
     assert torch.equal(vectors(plain), vectors(measured))
     (without,), (row,) = (json.loads((f / "results.json").read_text()) for f in (plain, measured))
-    assert without["mask_iou"] is None and row["mask_area"] == without["mask_area"] == pytest.approx((48 / 64) ** 2, abs=1e-4)
+    assert without["mask_iou"] is None and row["mask_area"] == without["mask_area"] == pytest.approx(
+        (48 / 64) ** 2, abs=1e-4
+    )
     overlaps = []
     for image in rendered_concepts(3, seed=1, kinds=[("yellow", "ring")])[0].images:
         box = torch.zeros(1, 64, 64)
@@ -136,7 +153,10 @@ def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_pa
     sheets = lambda folder: sorted(p.name for p in (folder / "validation").iterdir())
     whole = sheets(invert(CONFIG, [*settings, *every]))
     assert whole == ["step-000002.png", "step-000004.png"]
-    other = [s for s in settings if not s.startswith("run.dir")] + [f"run.dir={json.dumps(str(tmp_path / 'other'))}", *every]
+    other = [s for s in settings if not s.startswith("run.dir")] + [
+        f"run.dir={json.dumps(str(tmp_path / 'other'))}",
+        *every,
+    ]
     invert(CONFIG, [*other, "engine.max_steps=3"])
     assert sheets(invert(CONFIG, [*other, "engine.resume=auto"])) == whole
 
@@ -150,7 +170,10 @@ def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_pa
         (["defenses=[{name: szt, mask: null, t_min: 1500}]"], "t_min"),
         (["engine.precision=bf16", "engine.max_steps=2"], "model.dtype: bf16"),
         (["data.tokens={yellow_ring: ring}"], "vocabulary already"),
-        (["data.concepts=[yellow ring, red star]", "data.tokens={yellow_ring: <a>, red_star: a}"], "differ by <> at most"),
+        (
+            ["data.concepts=[yellow ring, red star]", "data.tokens={yellow_ring: <a>, red_star: a}"],
+            "differ by <> at most",
+        ),
         (["data.concepts=[mauve ring]"], "not of the rendered world"),
         (["data.poison={name: advdn}"], "Did you mean advdm"),
         (["model.pipeline=nowhere"], "vae/config.json is missing"),
@@ -159,7 +182,12 @@ def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_pa
         (["defenses=[{name: szt, mask: null}]", "data.mask_reference=file"], "szt makes no mask to compare"),
         (["defenses=[{name: szt, mask: box}]", "data.masks=file"], "data.mask_reference: file instead"),
         (
-            ["defenses=[{name: szt, mask: box}]", "data.mask_reference=file", "data.poison_masks=alpha", "data.poison=advdm"],
+            [
+                "defenses=[{name: szt, mask: box}]",
+                "data.mask_reference=file",
+                "data.poison_masks=alpha",
+                "data.poison=advdm",
+            ],
             "one kind of mask",
         ),
         (["data.left_out=0"], "compared with fresh pictures"),

@@ -155,7 +155,10 @@ def test_settings_that_differ_are_called_differently():
     assert readme == "szt(jpeg50, t500, mask, mask_floor 0.3, mask_dilate 2)" != label(purifier=jpeg50)
     assert label(t_sampler="soft") == "szt(jpeg25, t500, mask, t_sampler soft)"
     assert label(loss_norm="batch") == "szt(jpeg25, t500, mask, loss_norm batch)"
-    assert label(purifier={"name": "jpeg", "quality": 25, "subsampling": "444"}) == "szt(jpeg25 subsampling 444, t500, mask)"
+    assert (
+        label(purifier={"name": "jpeg", "quality": 25, "subsampling": "444"})
+        == "szt(jpeg25 subsampling 444, t500, mask)"
+    )
     assert label(t_reference="median") == "szt" and "t_reference median" in label(t_min="auto", t_reference="median")
     assert label(mask=None, mask_dilate=3) == "szt(jpeg25, t500)" and label(**OFF, mask_box=0.5) == "szt(off)"
 

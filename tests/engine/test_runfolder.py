@@ -53,7 +53,16 @@ def left(folder):
     return sorted(p.name for p in folder.path.iterdir())
 
 
-ALL = ["checkpoints", "config.yaml", "export", "metrics.jsonl", "notes.txt", "results.json", "tensorboard", "validation"]
+ALL = [
+    "checkpoints",
+    "config.yaml",
+    "export",
+    "metrics.jsonl",
+    "notes.txt",
+    "results.json",
+    "tensorboard",
+    "validation",
+]
 
 
 def test_settings_are_written_as_plain_yaml(tmp_path):

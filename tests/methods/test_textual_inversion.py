@@ -40,7 +40,9 @@ def hash_of(text):
 def inversion(names=("ring",), *, prediction="epsilon", seed=0, **config):
     model = tiny_model(prediction=prediction)
     tokens = {name: f"<{name}x>" for name in names}
-    return TextualInversion(TextualInversion.Config(**{"init": "star", **config}), model=model, tokens=tokens, seed=seed, samples=2)
+    return TextualInversion(
+        TextualInversion.Config(**{"init": "star", **config}), model=model, tokens=tokens, seed=seed, samples=2
+    )
 
 
 def trained(method, steps=5, names=("ring",), lr=2e-2, weight_decay=0.0, **batch):

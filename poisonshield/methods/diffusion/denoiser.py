@@ -36,7 +36,9 @@ class Denoiser(Method):
         self._frozen = (model, LatentCache(model))  # a tuple, so that no VAE weight enters the checkpoint
         self.unet, self.text_encoder = model.unet.requires_grad_(True), model.text_encoder.requires_grad_(True)
         # The rows of the pooled output's job are never used; they would be parameters without gradient.
-        self.averages = nn.ModuleDict({"unet": copy.deepcopy(self.unet), "text_encoder": copy.deepcopy(self.text_encoder)})
+        self.averages = nn.ModuleDict(
+            {"unet": copy.deepcopy(self.unet), "text_encoder": copy.deepcopy(self.text_encoder)}
+        )
         self.averages.requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 

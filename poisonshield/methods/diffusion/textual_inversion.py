@@ -165,7 +165,9 @@ class TextualInversion(Method):
         init = self.config.init
         if isinstance(init, dict):
             if name not in init:
-                raise ConfigError(f"method.init has no entry for concept {name!r}. It has: {', '.join(init) or 'none'}.")
+                raise ConfigError(
+                    f"method.init has no entry for concept {name!r}. It has: {', '.join(init) or 'none'}."
+                )
             init = init[name]
         k, width = self.config.vectors, self.model.width
         if init == "zeros":
@@ -177,7 +179,9 @@ class TextualInversion(Method):
             except ValueError:
                 scale = math.nan
             if not scale > 0:
-                raise ConfigError(f"method.init {init!r}: write normal:STD with a positive number, such as normal:0.02.")
+                raise ConfigError(
+                    f"method.init {init!r}: write normal:STD with a positive number, such as normal:0.02."
+                )
             return KeyedRandom(self.seed, sample_ids([name])).normal("init", k * width).view(k, width) * scale
         return self.model.word_vector(init).cpu().expand(k, width).clone()
 
