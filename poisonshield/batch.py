@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.random import KeyedRandom, sample_ids
 
 
 @dataclass(frozen=True)

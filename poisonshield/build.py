@@ -25,8 +25,8 @@ from poisonshield.evals.settings import EvaluateConfig
 from poisonshield.method import Method
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import synchronize
-from poisonshield.poisons._recipe import ENDING, load_recipe, read_recipe
 from poisonshield.poisons.base import Poison
+from poisonshield.poisons.release.recipe import ENDING, load_recipe, read_recipe
 from poisonshield.registry import Registry
 
 METHODS = Registry("poisonshield.methods", kind="method")

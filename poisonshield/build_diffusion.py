@@ -13,12 +13,10 @@ import torch
 
 from poisonshield import collectives
 from poisonshield.batch import Batch
-from poisonshield.data.concept_reader import load_concepts
-from poisonshield.data.concept_stream import ConceptStream
 from poisonshield.data.concepts import Concept, ConceptImage
-from poisonshield.data.kept_stage import KeptStage
-from poisonshield.data.rendered import rendered_concepts
-from poisonshield.data.world import COLORS, HELD_OUT, SHAPES
+from poisonshield.data.concepts.kept_stage import KeptStage
+from poisonshield.data.concepts.reader import load_concepts
+from poisonshield.data.concepts.stream import ConceptStream
 from poisonshield.defenses.base import Defense
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.engine.checkpoint import together, write_whole
@@ -27,7 +25,9 @@ from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import ConfigError
 from poisonshield.invert_config import RENDERED, InvertRun, ModelConfig, token_of
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.world import COLORS, HELD_OUT, SHAPES
+from poisonshield.world.rendered import rendered_concepts
 
 log = logging.getLogger(__name__)
 

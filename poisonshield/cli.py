@@ -367,7 +367,7 @@ def bench_ops(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
 ) -> None:
     """Differentiable JPEG, PGD step and diffusion loss beside kornia, torchattacks, diffusers, eager and torch.compile."""
-    from poisonshield.commands.bench import bench as run
+    from poisonshield.bench import bench as run
 
     run(op or [], out, plot, rounds, quick, threads)
 
@@ -381,7 +381,7 @@ def bench_vespr(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
 ) -> None:
     """One joint training step on the CPU beside the VESPR authors' way of taking it, checked to be the same step."""
-    from poisonshield.commands.bench.vespr import bench as run
+    from poisonshield.bench.vespr import bench as run
 
     run(out, rounds, quick, steps, threads)
 
@@ -395,7 +395,7 @@ def bench_invert(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")] = None,
 ) -> None:
     """A step of textual inversion with kept latents beside latents made anew, and of eight concepts beside one."""
-    from poisonshield.commands.bench.inversion import bench as run
+    from poisonshield.bench.inversion import bench as run
 
     run(out, rounds, quick, threads, pipeline)
 

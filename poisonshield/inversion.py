@@ -29,8 +29,8 @@ from poisonshield.engine.processes import processes
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.invert_config import InvertRun, check_invert
-from poisonshield.models.embeddings import Learned
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.embeddings import Learned
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.registry import suggest
 
 RECIPES = Path(str(resources.files("poisonshield"))) / "recipes"

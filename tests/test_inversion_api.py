@@ -11,7 +11,6 @@ from tiny import tiny_folder, tiny_model
 
 from poisonshield.commands.invert import invert
 from poisonshield.data.concepts import Concept, ConceptImage
-from poisonshield.data.rendered import rendered_concepts
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import CheckpointError, ConfigError, DataError
 from poisonshield.inversion import (
@@ -24,8 +23,9 @@ from poisonshield.inversion import (
     words,
 )
 from poisonshield.invert_config import read_invert
-from poisonshield.models.embeddings import Learned
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.embeddings import Learned
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.world.rendered import rendered_concepts
 
 NAMES = ("yellow_ring", "purple_star", "red_cross")
 SHORT = {"steps": 5, "batch": 2, "lr": 2e-2}

@@ -13,17 +13,17 @@ import poisonshield.defenses
 import poisonshield.defenses.diffusion.masks
 import poisonshield.poisons
 import poisonshield.poisons.diffusion
+from poisonshield import world
 from poisonshield.batch import Batch
 from poisonshield.build import DEFENSES, METHODS, POISONS, read_run
 from poisonshield.cli import app
 from poisonshield.commands.train import resolved
-from poisonshield.data import world
 from poisonshield.defenses.diffusion.szt import GIVEN, MASKS, SZT
 from poisonshield.invert_config import DIFFUSION_DEFENSES, DIFFUSION_POISONS, read_invert
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.poisons._measured import MeasuredBudget
-from poisonshield.poisons.diffusion._manifest import check_budget
-from poisonshield.poisons.diffusion._presets import PRESETS, SPELLINGS, resolve
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.poisons.diffusion.attack.manifest import check_budget
+from poisonshield.poisons.diffusion.attack.presets import PRESETS, SPELLINGS, resolve
+from poisonshield.poisons.release.measured import MeasuredBudget
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "poisonshield"
@@ -147,7 +147,7 @@ def test_example_of_textual_inversion_runs_in_short():
     for long, short in (
         ("steps=300", "steps=2"),
         ("seed=0))", "seed=0), steps=2)"),
-        ("[600])", "[600], probes=2, noises=1)"),
+        ("[600]", "[600], probes=2, noises=1"),
     ):
         assert code.count(long) == 1
         code = code.replace(long, short)

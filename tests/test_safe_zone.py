@@ -7,13 +7,13 @@ import torch
 
 from poisonshield.commands.reading import judge_of
 from poisonshield.data.concepts import Concept, ConceptImage
-from poisonshield.data.rendered import rendered_concepts
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.inversion import train_textual_inversion, words
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.models.sampler import latent_shape, sample, start_noise
-from poisonshield.models.timesteps import timestep_profile
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
+from poisonshield.models.diffusion.timesteps import timestep_profile
 from poisonshield.poisons.diffusion.advdm import AdvDM
+from poisonshield.world.rendered import rendered_concepts
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)

@@ -55,9 +55,9 @@ def tiny_model(*, prediction: str = "epsilon", seed: int = 0, size: int = 32, ch
     import tempfile
     from pathlib import Path
 
-    from poisonshield.data import world
-    from poisonshield.models import small_pipeline as small
-    from poisonshield.models.latent_diffusion import LatentDiffusion
+    from poisonshield import world
+    from poisonshield.models.diffusion.pipeline import LatentDiffusion
+    from poisonshield.world import small_pipeline as small
 
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def tiny_model(*, prediction: str = "epsilon", seed: int = 0, size: int = 32, ch
 
 def tiny_folder(folder, **settings):
     """`tiny_model` written to `folder` as a diffusers pipeline; the folder."""
-    from poisonshield.models import small_pipeline as small
+    from poisonshield.world import small_pipeline as small
 
     model = tiny_model(**settings)
     small.write_pipeline(

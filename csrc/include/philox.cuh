@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al. 2011) with the counters of poisonshield/ops/philox.py: key = seed, its low half xored with the
+// Philox4x32-10 (Salmon et al. 2011) with the counters of poisonshield/random.py: key = seed, its low half xored with the
 // upper half of the sample's id; counter = (element / 4, sample id, offset, stream). Compiles as plain C++ for tests too.
 #pragma once
 #include <stdint.h>

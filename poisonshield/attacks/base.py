@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from poisonshield.attacks.budgets import Budget
-from poisonshield.ops.philox import KeyedRandom
+from poisonshield.random import KeyedRandom
 
 Objective = Callable[..., Tensor]
 """Pixels [B, 3, H, W] in [0, 1] -> the loss of each sample, [B]; attacks ascend it. Some attacks also say which rows these are."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poisonshield.errors import BudgetError
 from poisonshield.ops import pgd_random_start_, pgd_step_
-from poisonshield.ops.philox import KeyedRandom, stream_of
+from poisonshield.random import KeyedRandom, stream_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poisonshield.attacks.base import Objective
 from poisonshield.attacks.budgets import Budget
-from poisonshield.ops.philox import KeyedRandom
+from poisonshield.random import KeyedRandom
 
 
 @dataclass(frozen=True)

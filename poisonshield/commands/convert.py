@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from poisonshield.errors import ConfigError
-from poisonshield.models.embeddings import Form, Learned, load_embedding, save_embedding
+from poisonshield.models.diffusion.embeddings import Form, Learned, load_embedding, save_embedding
 
 
 def convert(embedding: str | Path, out: str | Path, *, form: Form, token: str | None = None) -> Learned:

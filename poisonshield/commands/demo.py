@@ -17,14 +17,14 @@ import torch
 
 from poisonshield import __version__
 from poisonshield.build import build_poison, open_data, read_run
-from poisonshield.commands.plots import plot_comparison
 from poisonshield.commands.train import train
 from poisonshield.data import read_batch
+from poisonshield.reports.plots import plot_comparison
 
 log = logging.getLogger(__name__)
 
-CONFIG = resources.files("poisonshield.commands") / "templates" / "demo.yaml"
-TEMPLATE = resources.files("poisonshield.commands") / "templates" / "report.html"
+CONFIG = resources.files("poisonshield.reports") / "templates" / "demo.yaml"
+TEMPLATE = resources.files("poisonshield.reports") / "templates" / "report.html"
 
 SIMCLR = ("method.name=simclr", "method.hidden=256", "method.out=128")
 VESPR = ("defenses=[{name: vespr, eps: 8/255, step_size: 8/255, steps: 1}]",)

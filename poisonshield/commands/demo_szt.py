@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from poisonshield import __version__
-from poisonshield.commands.inversion_tables import draw_grid
 from poisonshield.commands.invert import invert
+from poisonshield.reports.inversion_tables import draw_grid
 
-CONFIG = resources.files("poisonshield.commands") / "templates" / "demo_szt.yaml"
-TEMPLATE = resources.files("poisonshield.commands") / "templates" / "report_szt.html"
+CONFIG = resources.files("poisonshield.reports") / "templates" / "demo_szt.yaml"
+TEMPLATE = resources.files("poisonshield.reports") / "templates" / "report_szt.html"
 
 POISON = "data.poison={name: advdm, eps_levels: 16, steps: 100}"
 FLOOR = "defenses=[{name: szt, purifier: null, mask: null, t_min: 500}]"

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from poisonshield.build import OpenData, Run, TrainingSet, build_method, build_training_set, open_data, read_run
-from poisonshield.commands.plots import plot_probes
 from poisonshield.commands.probes import probes, scalars
 from poisonshield.commands.samples import LEGACY_ATTACKED, LEGACY_BANK, LEGACY_QUERIES, Samples
 from poisonshield.engine.checkpoint import write_whole
@@ -26,6 +25,7 @@ from poisonshield.evals.linear import linear
 from poisonshield.evals.robust import robust
 from poisonshield.invert_config import is_invert
 from poisonshield.method import Method
+from poisonshield.reports.plots import plot_probes
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def evaluate(folder: str | Path, overrides: tuple[str, ...] | list[str] = ()) ->
 def told(values: dict[str, Any] | list[dict[str, Any]]) -> str:
     """What `evaluate` returned, for people: a number a line, or a table with a line for each concept."""
     if isinstance(values, list):
-        from poisonshield.commands.inversion_tables import concept_table
+        from poisonshield.reports.inversion_tables import concept_table
 
         return concept_table(values)
     shown = lambda name, value: "-" if value is None else f"{value:.4g}" if "." in name else f"{value:.2f}"

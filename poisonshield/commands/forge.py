@@ -23,9 +23,9 @@ from poisonshield.data.writer import ShardWriter
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import BudgetError, ConfigError
 from poisonshield.invert_config import is_invert
-from poisonshield.poisons._measured import MeasuredBudget
-from poisonshield.poisons._recipe import ENDING, save_recipe
 from poisonshield.poisons.base import Poison
+from poisonshield.poisons.release.measured import MeasuredBudget
+from poisonshield.poisons.release.recipe import ENDING, save_recipe
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from uuid import uuid4
 from torch import Tensor
 
 from poisonshield.build_diffusion import fingerprint, load_model, open_concepts
-from poisonshield.data.concept_reader import load_concepts
-from poisonshield.data.concept_writer import write_concepts
 from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.data.concepts.reader import load_concepts
+from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.engine.checkpoint import together, write_whole
 from poisonshield.errors import ConfigError
 from poisonshield.invert_config import InvertRun, read_invert
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.poisons.diffusion._manifest import manifest
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.poisons.diffusion.attack.manifest import manifest
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from poisonshield import __version__
-from poisonshield.commands.pictures import draw_sheet, to_image
 from poisonshield.engine.checkpoint import sha256, write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError
-from poisonshield.models.embeddings import load_embedding
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.models.sampler import latent_shape, sample, start_noise
+from poisonshield.models.diffusion.embeddings import load_embedding
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
+from poisonshield.reports.sheets import draw_sheet, to_image
 
 log = logging.getLogger(__name__)
 

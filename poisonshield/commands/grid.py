@@ -31,15 +31,15 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from poisonshield.build import Run, read_run
-from poisonshield.commands import inversion_tables
 from poisonshield.commands.invert import embedding_file
-from poisonshield.commands.plots import READOUTS
 from poisonshield.commands.train import train
 from poisonshield.config import Checker, Settings, load_tree
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import ConfigError, PoisonShieldError
 from poisonshield.invert_config import InvertRun, is_invert, read_invert, token_of
+from poisonshield.reports import inversion_tables
+from poisonshield.reports.plots import READOUTS
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,6 @@ from poisonshield.build_diffusion import (
     open_concepts,
 )
 from poisonshield.commands.forge_concepts import poisoned
-from poisonshield.commands.pictures import draw_sheet, write_pictures
 from poisonshield.commands.reading import mask_values, measure, pixels_of, references
 from poisonshield.data.concepts import Concept
 from poisonshield.defenses.base import Defense
@@ -32,8 +31,9 @@ from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import CheckpointError, ConfigError
 from poisonshield.invert_config import InvertRun, read_invert
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
-from poisonshield.models.embeddings import Learned, load_embedding, save_embedding
-from poisonshield.models.sampler import latent_shape, sample, start_noise
+from poisonshield.models.diffusion.embeddings import Learned, load_embedding, save_embedding
+from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
+from poisonshield.reports.sheets import draw_sheet, write_pictures
 
 log = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.commands.pictures import draw_sheet
 from poisonshield.commands.protect import FORMATS, Photo, read_photo
 from poisonshield.data.masks import is_mask_folder, stem_of_mask
-from poisonshield.defenses.diffusion._purifiers import build_purifier, purifier_block
 from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
 from poisonshield.defenses.diffusion.szt import MASKS, SZT
+from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.reports.sheets import draw_sheet
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from poisonshield import collectives
+from poisonshield import collectives, world
 from poisonshield.build import RunSection
-from poisonshield.commands.pictures import draw_sheet
 from poisonshield.commands.reading import JUDGE
 from poisonshield.config import Checker, Settings, load_tree
-from poisonshield.data import world
-from poisonshield.data.captioned import CaptionedStream, rendered
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.processes import processes
 from poisonshield.engine.runfolder import RunFolder
@@ -27,12 +24,14 @@ from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.engine.trainer import Trainer
 from poisonshield.method import Method
-from poisonshield.methods.diffusion.autoencoder import Autoencoder
-from poisonshield.methods.diffusion.denoiser import Denoiser
-from poisonshield.models import small_pipeline as small
-from poisonshield.models.judge_training import train_judge
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.models.sampler import latent_shape, sample, start_noise
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
+from poisonshield.reports.sheets import draw_sheet
+from poisonshield.world import small_pipeline as small
+from poisonshield.world.autoencoder import Autoencoder
+from poisonshield.world.captioned import CaptionedStream, rendered
+from poisonshield.world.denoiser import Denoiser
+from poisonshield.world.judge_training import train_judge
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +47,20 @@ class Stage(Settings):
 
 
 class VAEStage(Stage, small.VAEConfig):
-    """kl_weight: see methods/diffusion/autoencoder.py."""
+    """kl_weight: see world/autoencoder.py."""
 
     kl_weight: float = Field(1e-5, ge=0)
 
 
 class UNetStage(Stage, small.UNetConfig):
-    """caption_dropout, ema: see methods/diffusion/denoiser.py."""
+    """caption_dropout, ema: see world/denoiser.py."""
 
     caption_dropout: float = Field(0.1, ge=0, le=1)
     ema: float = Field(0.999, ge=0, lt=1)
 
 
 class JudgeStage(Settings):
-    """steps: of the judge's training, see models/judge_training.py."""
+    """steps: of the judge's training, see world/judge_training.py."""
 
     steps: int = Field(4000, ge=1)
 

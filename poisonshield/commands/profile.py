@@ -12,11 +12,11 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.commands.sensitivity import add_learned, filled, load_pictures, matching
-from poisonshield.defenses.diffusion._purifiers import build_purifier, purifier_block
+from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.models.timesteps import Profile, choose_t_min, timestep_profile
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.timesteps import Profile, choose_t_min, timestep_profile
 
 
 def profile(
@@ -37,7 +37,7 @@ def profile(
     min_pressure: float = 0.02,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """The record of profile.json: every measure of models/timesteps.py by bin, and with a reference the chosen t_min.
+    """The record of profile.json: every measure of models/diffusion/timesteps.py by bin, and with a reference the chosen t_min.
 
     pipeline: a diffusers folder, or tiny. images: picture files or a folder of them. reference: the same ones clean, by
     file name; or jpeg:QUALITY, for who has no clean ones: the pictures compressed. masks: a folder of masks by file

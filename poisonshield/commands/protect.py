@@ -26,9 +26,9 @@ from torch import Tensor
 from poisonshield.data.masks import read_mask, too_deep
 from poisonshield.engine.checkpoint import flush, write_whole
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.poisons.diffusion._manifest import manifest
-from poisonshield.poisons.diffusion._presets import resolve
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.poisons.diffusion.attack.manifest import manifest
+from poisonshield.poisons.diffusion.attack.presets import resolve
 from poisonshield.poisons.diffusion.base import DiffusionPoison
 from poisonshield.poisons.diffusion.fsmg import FSMG
 
@@ -87,7 +87,7 @@ def protect(
 ) -> list[Path]:
     """The PNG files written, one for each of `images` (files, or folders of them), in their order.
 
-    out: a folder, or for one picture a name that ends in .png. method and preset as in poisons/diffusion/_presets.py,
+    out: a folder, or for one picture a name that ends in .png. method and preset as in poisons/diffusion/attack/presets.py,
     "advdm" if neither is given; eps_levels, steps, prompt and settings ("key=value") override the preset's. mask: a
     file, or a folder with a mask of each stem. target: a picture to pull towards. reference, class_images: for methods
     that train a surrogate. tile: larger sides are attacked in tiles, 0 never. measure: also write the objective before

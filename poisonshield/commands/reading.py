@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.data import world
-from poisonshield.data.concept_reader import load_concepts
+from poisonshield import world
 from poisonshield.data.concepts import Concept
+from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.defenses.base import Defense
 from poisonshield.errors import DataError
-from poisonshield.evals.generation import latent_cosine, network_scores, round_trip_error, set_distances
-from poisonshield.evals.image_quality import brisque, high_frequency
-from poisonshield.evals.learned_words import word_report
+from poisonshield.evals.diffusion.generation import latent_cosine, network_scores, round_trip_error, set_distances
+from poisonshield.evals.diffusion.image_quality import brisque, high_frequency
+from poisonshield.evals.diffusion.learned_words import word_report
 from poisonshield.invert_config import RENDERED, InvertRun, start_word
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
-from poisonshield.models.judge import ConceptJudge
-from poisonshield.models.latent_diffusion import TINY
+from poisonshield.models.diffusion.pipeline import TINY
+from poisonshield.world.judge import ConceptJudge
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.commands.maps import NORMS, Norm, draw_maps, draw_totals
-from poisonshield.data.concept_reader import load_concepts
+from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.masks import stem_of_mask
 from poisonshield.data.tree import IMAGE_ENDINGS
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.embeddings import load_embedding
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.models.sensitivity import Mode, Sensitivity, semantic_sensitivity
+from poisonshield.models.diffusion.embeddings import load_embedding
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.sensitivity import Mode, Sensitivity, semantic_sensitivity
+from poisonshield.reports.maps import NORMS, Norm, draw_maps, draw_totals
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from poisonshield.build import (
     spread_batch_norm,
 )
 from poisonshield.commands.evaluate import fresh_method, readouts, write_results
-from poisonshield.commands.plots import plot_run
 from poisonshield.commands.probes import watch_pairs
 from poisonshield.commands.samples import Samples
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
 from poisonshield.invert_config import is_invert, read_invert
+from poisonshield.reports.plots import plot_run
 
 log = logging.getLogger(__name__)
 

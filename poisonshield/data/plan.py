@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.errors import ConfigError
-from poisonshield.ops.philox import philox_words, stream_of
+from poisonshield.random import philox_words, stream_of
 
 
 def near_equal(total: int, parts: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from poisonshield.data.index import Index
 from poisonshield.data.manifest import Manifest
 from poisonshield.data.verify import refuse_missing, stamp_of, unpack, verified_index
 from poisonshield.errors import DataError
-from poisonshield.ops.philox import sample_ids
+from poisonshield.random import sample_ids
 
 log = logging.getLogger(__name__)
 

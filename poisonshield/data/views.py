@@ -15,7 +15,7 @@ from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.data import augment
 from poisonshield.errors import ConfigError
-from poisonshield.ops.philox import KeyedRandom
+from poisonshield.random import KeyedRandom
 
 _RATIO = (3 / 4, 4 / 3)
 

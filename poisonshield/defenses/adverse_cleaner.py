@@ -14,8 +14,8 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
-from poisonshield.defenses._levels import levels, pixels
 from poisonshield.defenses.base import Defense
+from poisonshield.defenses.purify.levels import levels, pixels
 from poisonshield.errors import ShapeError
 
 

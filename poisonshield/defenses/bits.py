@@ -10,8 +10,8 @@ from pydantic import Field
 
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
-from poisonshield.defenses._levels import levels, pixels
 from poisonshield.defenses.base import Defense
+from poisonshield.defenses.purify.levels import levels, pixels
 
 
 class Bits(Defense):

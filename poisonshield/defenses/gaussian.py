@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
-from poisonshield.defenses._levels import pixels
 from poisonshield.defenses.base import Defense
+from poisonshield.defenses.purify.levels import pixels
 from poisonshield.errors import ShapeError
 
 

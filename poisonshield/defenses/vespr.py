@@ -30,8 +30,8 @@ from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import Method
 from poisonshield.models.normalize import IMAGENET_STD
-from poisonshield.ops.philox import KeyedRandom
 from poisonshield.ops.precision import at_least_float32
+from poisonshield.random import KeyedRandom
 
 _SCALE = {"fp16": 1024.0}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

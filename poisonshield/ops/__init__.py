@@ -12,7 +12,7 @@ from poisonshield.ops.dispatch import info, stats, use_backend
 from poisonshield.ops.jpeg import jpeg, jpeg_coefficients, jpeg_tables
 from poisonshield.ops.jpeg.module import JPEG
 from poisonshield.ops.pgd import pgd_random_start_, pgd_step_
-from poisonshield.ops.philox import philox_uniform
+from poisonshield.random import philox_uniform
 
 __all__ = [
     "JPEG",

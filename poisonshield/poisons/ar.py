@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from poisonshield.batch import Batch
 from poisonshield.config import Number, Settings
 from poisonshield.errors import ConfigError
-from poisonshield.ops.philox import philox_normal, stream_of
 from poisonshield.poisons.base import Poison
+from poisonshield.random import philox_normal, stream_of
 
 CHUNK_VALUES = 2**21  # values of one slab of the recurrence: 8 MB stay near the cache
 CANDIDATES = 8192  # processes tried at once; about 1 in 80 is stable

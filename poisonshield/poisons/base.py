@@ -11,7 +11,7 @@ from torch import Tensor
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.errors import DataError, PoisonShieldError, ShapeError
 from poisonshield.method import Method
-from poisonshield.ops.philox import KeyedRandom, philox_words, sample_ids, stream_of
+from poisonshield.random import KeyedRandom, philox_words, sample_ids, stream_of
 
 Norm = Literal["linf", "l2", "l0"]
 

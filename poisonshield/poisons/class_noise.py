@@ -12,8 +12,8 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
-from poisonshield.ops.philox import philox_uniform, stream_of
 from poisonshield.poisons.base import Poison
+from poisonshield.random import philox_uniform, stream_of
 
 
 class ClassNoise(Poison):

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
-from poisonshield.ops.philox import philox_uniform, stream_of
 from poisonshield.poisons.base import Poison
+from poisonshield.random import philox_uniform, stream_of
 
 STEP = 1 / 1024  # resolution of the filter taps
 

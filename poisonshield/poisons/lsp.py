@@ -14,9 +14,8 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
-from poisonshield.ops.philox import philox_uniform, stream_of
-from poisonshield.poisons._signs import distinct_signs
 from poisonshield.poisons.base import Poison
+from poisonshield.random import distinct_signs, philox_uniform, stream_of
 
 SEPARATION = 10.0  # distance of a class from the origin, along each of the d directions
 

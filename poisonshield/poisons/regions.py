@@ -13,8 +13,8 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
-from poisonshield.poisons._signs import distinct_signs
 from poisonshield.poisons.base import Poison
+from poisonshield.random import distinct_signs
 
 
 def _square(count: int) -> int:

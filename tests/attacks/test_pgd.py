@@ -8,7 +8,7 @@ from torch import nn
 
 from poisonshield.attacks import L1, L2, PGD, Linf, budget, frozen_stats
 from poisonshield.errors import BudgetError
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.random import KeyedRandom, sample_ids
 
 
 def rng(size, seed=0):

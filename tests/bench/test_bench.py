@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from poisonshield.bench import benchmarks, harness
+from poisonshield.bench.harness import Case, Provider, WrongResult, measure
 from poisonshield.cli import app
-from poisonshield.commands.bench import benchmarks, harness
-from poisonshield.commands.bench.harness import Case, Provider, WrongResult, measure
 from poisonshield.errors import ConfigError, DataError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_folder
 
-from poisonshield.commands.bench import benchmarks, inversion
-from poisonshield.commands.bench.harness import WrongResult
+from poisonshield.bench import benchmarks, inversion
+from poisonshield.bench.harness import WrongResult
 from poisonshield.errors import ConfigError
 
 CPU = torch.device("cpu")

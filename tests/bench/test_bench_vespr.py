@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from poisonshield.bench import vespr
+from poisonshield.bench.harness import WrongResult
 from poisonshield.cli import app
-from poisonshield.commands.bench import vespr
-from poisonshield.commands.bench.harness import WrongResult
 from poisonshield.errors import ConfigError
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="refused where a GPU is visible")

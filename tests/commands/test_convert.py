@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from poisonshield.cli import app
 from poisonshield.commands.convert import convert
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.embeddings import Learned, load_embedding, save_embedding
+from poisonshield.models.diffusion.embeddings import Learned, load_embedding, save_embedding
 
 FORMS = {"diffusers": ".safetensors", "a1111": ".pt", "kohya": ".safetensors"}
 

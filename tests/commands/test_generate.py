@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from poisonshield import world
 from poisonshield.commands.generate import generate, spoken
-from poisonshield.data import world
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models import small_pipeline as small
-from poisonshield.models.embeddings import Learned, save_embedding
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.models.sampler import sample, start_noise
+from poisonshield.models.diffusion.embeddings import Learned, save_embedding
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.sampler import sample, start_noise
+from poisonshield.world import small_pipeline as small
 
 FAST = {"count": 2, "steps": 3, "guidance": 3.0}
 

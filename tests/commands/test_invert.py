@@ -15,11 +15,11 @@ from poisonshield.commands.evaluate import evaluate
 from poisonshield.commands.invert import invert
 from poisonshield.commands.reading import references
 from poisonshield.commands.train import train
-from poisonshield.data.concept_writer import write_concepts
-from poisonshield.data.rendered import rendered_concepts
+from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.image_quality import brisque
+from poisonshield.evals.diffusion.image_quality import brisque
 from poisonshield.invert_config import read_invert
+from poisonshield.world.rendered import rendered_concepts
 
 
 @pytest.fixture(scope="module")

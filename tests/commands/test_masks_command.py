@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from poisonshield.batch import Batch
 from poisonshield.cli import app
 from poisonshield.commands.masks import CONCEPTS, masks, shown, told
-from poisonshield.data.concept_reader import load_concepts
+from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.defenses.diffusion.masks.attention import Attention
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 QUICK = {"purifier": None, "size": 32}
 

@@ -2,8 +2,8 @@
 
 from runs import CONFIGS
 
+from poisonshield import world
 from poisonshield.commands.pipeline import _untrained, read_pipeline
-from poisonshield.data import world
 
 
 def test_a_rank_builds_its_tokenizer_where_no_other_one_writes(tmp_path, monkeypatch):

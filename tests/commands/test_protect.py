@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from poisonshield import world
 from poisonshield.commands import protect as command
 from poisonshield.commands.protect import STATE, TINY_NOTE, manifest_of, protect
-from poisonshield.data import world
 from poisonshield.errors import BudgetError, ConfigError, DataError
-from poisonshield.models import small_pipeline as small
+from poisonshield.world import small_pipeline as small
 
 
 def write(path, size=(40, 28), *, mode="RGB", seed=0, **how):
@@ -191,7 +191,7 @@ def test_a_stopped_command_goes_on_and_a_finished_one_is_left_alone(pipeline, tm
     how = {"method": "advdm", "steps": 30, "model": pipeline}
     whole = protect([tmp_path / "in"], tmp_path / "whole", **how)
     out, steps = tmp_path / "out", []
-    from poisonshield.poisons.diffusion._canvas import Canvas
+    from poisonshield.poisons.diffusion.attack.canvas import Canvas
 
     real = Canvas.advance
 
@@ -281,7 +281,7 @@ def test_the_objective_is_measured_when_asked(pipeline, tmp_path):
 
 
 def test_the_shipped_pipeline_says_that_it_protects_nothing(pipeline, tmp_path, monkeypatch, capsys):
-    from poisonshield.models import latent_diffusion
+    from poisonshield.models.diffusion import pipeline as latent_diffusion
 
     monkeypatch.setattr(latent_diffusion, "TINY", pipeline)
     protect([write(tmp_path / "a.png")], tmp_path / "out", method="vae", steps=1)

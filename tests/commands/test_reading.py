@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from poisonshield.commands import reading
-from poisonshield.commands.pictures import write_pictures
 from poisonshield.commands.reading import mask_values, references
-from poisonshield.data.concept_writer import write_concepts
 from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.errors import DataError
 from poisonshield.invert_config import read_invert
+from poisonshield.reports.sheets import write_pictures
 
 
 def concept(name, level, stems=("a", "b", "c")):

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from tiny import tiny_model
 
-from poisonshield.commands.maps import draw_totals, scaled
+from poisonshield import world
 from poisonshield.commands.profile import profile
 from poisonshield.commands.sensitivity import load_pictures, sensitivity
-from poisonshield.data import world
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.embeddings import Learned, save_embedding
-from poisonshield.models.sensitivity import Sensitivity, semantic_sensitivity
-from poisonshield.models.small_pipeline import build_tokenizer, write_pipeline
+from poisonshield.models.diffusion.embeddings import Learned, save_embedding
+from poisonshield.models.diffusion.sensitivity import Sensitivity, semantic_sensitivity
+from poisonshield.reports.maps import draw_totals, scaled
+from poisonshield.world.small_pipeline import build_tokenizer, write_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_maps_of_clean_and_poisoned_pictures_become_files_and_numbers(made, tmp_
         with Image.open(tmp_path / name) as drawn:
             assert min(drawn.size) > 200
     # The numbers are those of the function, under the noise of the file's name.
-    from poisonshield.models.latent_diffusion import LatentDiffusion
+    from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
     model = LatentDiffusion.load(made / "pipeline")
     model.add_placeholder("<sks>")

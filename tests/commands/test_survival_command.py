@@ -10,12 +10,12 @@ from PIL import Image, ImageFilter
 from tiny import tiny_folder, tiny_model
 from typer.testing import CliRunner
 
+from poisonshield import world
 from poisonshield.cli import app
 from poisonshield.commands.survival import STANDARD, WITH_MODEL, chosen, survival, told
-from poisonshield.data import world
-from poisonshield.defenses.diffusion._purifiers import purifier_block, spelled
+from poisonshield.defenses.purify.named import purifier_block, spelled
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.survival import FORMAT, Report
+from poisonshield.evals.diffusion.survival import FORMAT, Report
 
 
 def write(folder, pictures):

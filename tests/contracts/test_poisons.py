@@ -5,7 +5,7 @@ import torch
 
 from poisonshield.batch import Batch
 from poisonshield.errors import DataError, ShapeError
-from poisonshield.ops.philox import sample_ids
+from poisonshield.random import sample_ids
 from poisonshield.registry import Registry
 
 POISONS = Registry("poisonshield.poisons", kind="poison")
@@ -105,7 +105,7 @@ def test_ratio_poisons_exactly_the_asked_share_and_leaves_the_rest(make):
 
 
 def test_recipe_gives_the_same_pixels(make, tmp_path):
-    from poisonshield.poisons._recipe import load_recipe, save_recipe
+    from poisonshield.poisons.release.recipe import load_recipe, save_recipe
 
     poison, names = make(), tuple("abcd")
     path = save_recipe(poison, tmp_path / "p.poison.safetensors", classes=names, data="0" * 64)

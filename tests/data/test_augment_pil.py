@@ -17,7 +17,7 @@ from scipy.stats import ks_2samp
 from poisonshield.batch import Batch
 from poisonshield.data import augment
 from poisonshield.data.views import ViewsConfig, center_crop, crop_flip, ssl
-from poisonshield.ops.philox import KeyedRandom, philox_uniform
+from poisonshield.random import KeyedRandom, philox_uniform
 
 LEVEL = 1 / 255
 DRAWS = 4000

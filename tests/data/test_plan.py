@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from poisonshield.data.plan import Plan, near_equal
 from poisonshield.errors import ConfigError
-from poisonshield.ops.philox import sample_ids
+from poisonshield.random import sample_ids
 
 
 def make_plan(shards, batch_size, **changes):

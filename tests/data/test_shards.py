@@ -16,7 +16,7 @@ from PIL import Image
 
 from poisonshield.data import ShardSet, open_dataset
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.ops.philox import sample_ids
+from poisonshield.random import sample_ids
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from poisonshield.batch import Batch
 from poisonshield.data import augment
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.errors import ConfigError
-from poisonshield.ops.philox import philox_uniform
+from poisonshield.random import philox_uniform
 
 
 def images(count=6, height=40, width=30):

@@ -7,12 +7,12 @@ import torch
 from tiny import tiny_model
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.diffusion._regeneration import padded
+from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.defenses.diffusion.sdedit import SDEdit
 from poisonshield.defenses.diffusion.vae_roundtrip import VAERoundtrip
 from poisonshield.errors import ConfigError
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.random import KeyedRandom, sample_ids
 from poisonshield.registry import Registry
 
 NAMES = ["sdedit", "vae_roundtrip"]
@@ -138,8 +138,8 @@ def test_seed_and_strength_matter_and_impossible_ways_are_refused(model):
 
 
 def test_pipeline_is_loaded_from_its_folder_when_the_first_picture_comes(model, tmp_path):
-    from poisonshield.data import world
-    from poisonshield.models.small_pipeline import build_tokenizer, write_pipeline
+    from poisonshield import world
+    from poisonshield.world.small_pipeline import build_tokenizer, write_pipeline
 
     missing = VAERoundtrip(VAERoundtrip.Config(pipeline=str(tmp_path / "none")), num_classes=1, seed=0)
     with pytest.raises(ConfigError, match="no Stable Diffusion folder"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from poisonshield import world
 from poisonshield.batch import Batch
-from poisonshield.data import world
 from poisonshield.defenses.diffusion.szt import MASKS, SZT
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
@@ -296,7 +296,7 @@ def test_fixed_t_min_resolves_to_itself(model):
 
 
 def test_auto_compares_two_purifiers_under_the_mask(model, monkeypatch):
-    from poisonshield.models import timesteps
+    from poisonshield.models.diffusion import timesteps
 
     seen = {}
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from poisonshield import world
 from poisonshield.batch import Batch
-from poisonshield.data import world
 from poisonshield.defenses.diffusion.masks import attention, ssm
-from poisonshield.defenses.diffusion.masks._otsu import cut, otsu
 from poisonshield.defenses.diffusion.masks.attention import Attention, spoken, word_attention
 from poisonshield.defenses.diffusion.masks.box import Box, rectangle
 from poisonshield.defenses.diffusion.masks.grabcut import GrabCut
+from poisonshield.defenses.diffusion.masks.parts.otsu import cut, otsu
 from poisonshield.defenses.diffusion.masks.ssm import SSM
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.sensitivity import semantic_sensitivity
+from poisonshield.models.diffusion.sensitivity import semantic_sensitivity
 
 
 @pytest.fixture(scope="module")

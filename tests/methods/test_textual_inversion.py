@@ -8,9 +8,9 @@ from torch import nn
 from poisonshield.batch import Batch
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
-from poisonshield.methods.diffusion._timesteps import draw_timesteps
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.models.diffusion.timestep_sampler import draw_timesteps
+from poisonshield.random import KeyedRandom, sample_ids
 
 NAMES = ("ring", "star", "cross")
 

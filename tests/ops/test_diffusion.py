@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from poisonshield.errors import ShapeError
 from poisonshield.ops import masked_diffusion_loss, q_sample
-from poisonshield.ops.philox import philox_normal
+from poisonshield.random import philox_normal
 
 T = 50
 ALPHAS = torch.linspace(0.999, 0.01, T, dtype=torch.float64)

@@ -71,8 +71,8 @@ def test_kernels_use_registers_alone(library):
 
 
 def test_the_shared_generator_is_the_same_in_cpp(tmp_path):
-    """csrc/include/philox.cuh compiled as plain C++ draws what ops/philox.py draws."""
-    from poisonshield.ops.philox import philox_uniform, philox_words
+    """csrc/include/philox.cuh compiled as plain C++ draws what random.py draws."""
+    from poisonshield.random import philox_uniform, philox_words
 
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:

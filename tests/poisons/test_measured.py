@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from poisonshield.errors import BudgetError
-from poisonshield.poisons._measured import MeasuredBudget
 from poisonshield.poisons.class_noise import ClassNoise
 from poisonshield.poisons.lsp import LSP
 from poisonshield.poisons.one_pixel import OnePixel
 from poisonshield.poisons.regions import Regions
+from poisonshield.poisons.release.measured import MeasuredBudget
 
 KINDS = [pytest.param(c, id=c.name) for c in (LSP, Regions, ClassNoise, OnePixel)]
 

@@ -15,7 +15,7 @@ from poisonshield.data.manifest import FILE_NAME, Manifest
 from poisonshield.data.tars import read_tar
 from poisonshield.data.writer import ShardWriter
 from poisonshield.errors import DataError
-from poisonshield.ops.philox import philox_words, sample_ids, stream_of
+from poisonshield.random import philox_words, sample_ids, stream_of
 
 COUNTS = {"train": 5000, "test": 1000}
 PROVENANCE = (

@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from poisonshield.config import Number, Settings
-from poisonshield.defenses.diffusion._regeneration import Regeneration
+from poisonshield.defenses.diffusion.purify.regeneration import Regeneration
 from poisonshield.errors import ConfigError
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.models.sampler import ddim
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.sampler import ddim
+from poisonshield.random import KeyedRandom, sample_ids
 
 
 class SDEdit(Regeneration):

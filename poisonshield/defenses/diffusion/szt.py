@@ -17,13 +17,13 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.defenses.base import Defense
-from poisonshield.defenses.diffusion._background import with_background
-from poisonshield.defenses.diffusion._purifiers import build_purifier, purifier_block
 from poisonshield.defenses.diffusion.masks.base import looks_wrong
+from poisonshield.defenses.diffusion.purify.background import with_background
+from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
 from poisonshield.method import Method
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.registry import Registry, suggest
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class SZT(Defense):
         """
         if self.config.t_min != "auto":
             return self.t_range[0]
-        from poisonshield.models.timesteps import choose_t_min, timestep_profile
+        from poisonshield.models.diffusion.timesteps import choose_t_min, timestep_profile
 
         if self.model is None:
             raise ConfigError("szt does not know the pipeline yet. Call wrap(method) of this object before resolve.")

@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from poisonshield.config import Settings
-from poisonshield.defenses.diffusion._regeneration import Regeneration
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.defenses.diffusion.purify.regeneration import Regeneration
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 
 class VAERoundtrip(Regeneration):

@@ -20,10 +20,10 @@ from poisonshield.config import Settings
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone, latent_mask, zone_loss
 from poisonshield.method import Method
-from poisonshield.methods.diffusion._timesteps import draw_timesteps
-from poisonshield.models.latent_diffusion import LatentDiffusion, Placeholder
-from poisonshield.models.latents import LatentCache
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.models.diffusion.latents import LatentCache
+from poisonshield.models.diffusion.pipeline import LatentDiffusion, Placeholder
+from poisonshield.models.diffusion.timestep_sampler import draw_timesteps
+from poisonshield.random import KeyedRandom, sample_ids
 
 log = logging.getLogger(__name__)
 

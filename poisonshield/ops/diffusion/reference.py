@@ -8,7 +8,7 @@ other rows. Sources: Ho et al. 2020 (noising, epsilon), Salimans and Ho 2022 (v)
 import torch
 from torch import Tensor
 
-from poisonshield.ops.philox import philox_normal
+from poisonshield.random import philox_normal
 
 
 def q_sample(

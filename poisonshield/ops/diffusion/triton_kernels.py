@@ -27,7 +27,7 @@ _KINDS = {"epsilon": _EPSILON, "v": _V, "sample": _SAMPLE}
 
 @triton.jit
 def uniform(seed, offset, stream, b, element):
-    """The word of `element` in the stream of sample b, as a float in [0, 1): see ops/philox.py."""
+    """The word of `element` in the stream of sample b, as a float in [0, 1): see random.py."""
     block = (element // 4).to(tl.uint32)
     zero = block * 0
     w0, w1, w2, w3 = tl.philox(

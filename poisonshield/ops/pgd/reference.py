@@ -8,7 +8,7 @@ multiply-add would skip; the random start has one, (2u - 1) * eps, which kernels
 import torch
 from torch import Tensor
 
-from poisonshield.ops.philox import philox_normal, philox_uniform
+from poisonshield.random import philox_normal, philox_uniform
 
 
 def pgd_step_(

@@ -14,9 +14,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from poisonshield.poisons.diffusion._canvas import Canvas
-from poisonshield.poisons.diffusion._engine import Counter, enter, record
-from poisonshield.poisons.diffusion._work import Work
+from poisonshield.poisons.diffusion.attack.canvas import Canvas
+from poisonshield.poisons.diffusion.attack.engine import Counter, enter, record
+from poisonshield.poisons.diffusion.attack.work import Work
 from poisonshield.poisons.diffusion.fsmg import FSMG
 
 _STATE = "\0alternating"

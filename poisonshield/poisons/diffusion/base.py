@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from poisonshield.errors import ConfigError
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.ops.philox import KeyedRandom
-from poisonshield.poisons.diffusion._eot import Transform
-from poisonshield.poisons.diffusion._gradients import Change, pixel_gradient, squared_error
-from poisonshield.poisons.diffusion._plan import Box
-from poisonshield.poisons.diffusion._settings import AttackConfig, check_budget, check_changes, check_timesteps
-from poisonshield.poisons.diffusion._state import Store, identity
-from poisonshield.poisons.diffusion._work import Progress, Work
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.poisons.diffusion.attack.eot import Transform
+from poisonshield.poisons.diffusion.attack.gradients import Change, pixel_gradient, squared_error
+from poisonshield.poisons.diffusion.attack.plan import Box
+from poisonshield.poisons.diffusion.attack.settings import AttackConfig, check_budget, check_changes, check_timesteps
+from poisonshield.poisons.diffusion.attack.state import Store, identity
+from poisonshield.poisons.diffusion.attack.work import Progress, Work
+from poisonshield.random import KeyedRandom
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class DiffusionPoison(ABC):
         The loss varies more with the timestep than with a perturbation; the same (t, noise, posterior noise) for both
         pictures takes that out. clean: the sources, where the objective knows them; `images` themselves by default.
         """
-        from poisonshield.poisons.diffusion._crn import mean_objective
+        from poisonshield.poisons.diffusion.attack.crn import mean_objective
 
         return mean_objective(self, images, clean or images, masks, draws=draws, micro_batch=micro_batch)
 
@@ -173,7 +173,7 @@ class DiffusionPoison(ABC):
 
     def loop(self, work: Work) -> Iterator[tuple[str, Tensor]]:
         """What `run` gives: each picture by itself. Poisons whose pictures meet in a surrogate write another."""
-        from poisonshield.poisons.diffusion._engine import attack
+        from poisonshield.poisons.diffusion.attack.engine import attack
 
         return attack(self, work)
 

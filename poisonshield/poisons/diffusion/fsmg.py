@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor
 
 from poisonshield.errors import ConfigError
-from poisonshield.poisons.diffusion._canvas import Canvas
-from poisonshield.poisons.diffusion._engine import attack, groups
-from poisonshield.poisons.diffusion._state import identity
-from poisonshield.poisons.diffusion._surrogate import Surrogate, SurrogateConfig
-from poisonshield.poisons.diffusion._work import Work, check_images
 from poisonshield.poisons.diffusion.advdm import AdvDM
+from poisonshield.poisons.diffusion.attack.canvas import Canvas
+from poisonshield.poisons.diffusion.attack.engine import attack, groups
+from poisonshield.poisons.diffusion.attack.state import identity
+from poisonshield.poisons.diffusion.attack.surrogate import Surrogate, SurrogateConfig
+from poisonshield.poisons.diffusion.attack.work import Work, check_images
 
 _STATE = "\0surrogate"
 

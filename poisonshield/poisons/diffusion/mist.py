@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from poisonshield.poisons.diffusion._gradients import gradient_of
-from poisonshield.poisons.diffusion._target import target_latents
+from poisonshield.poisons.diffusion.attack.gradients import gradient_of
+from poisonshield.poisons.diffusion.attack.target import target_latents
 from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from poisonshield.errors import ConfigError
-from poisonshield.poisons.diffusion._gradients import gradient_of
-from poisonshield.poisons.diffusion._target import target_picture
+from poisonshield.poisons.diffusion.attack.gradients import gradient_of
+from poisonshield.poisons.diffusion.attack.target import target_picture
 from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from poisonshield.poisons.diffusion._gradients import gradient_of
+from poisonshield.poisons.diffusion.attack.gradients import gradient_of
 from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
 
 

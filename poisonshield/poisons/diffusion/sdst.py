@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from poisonshield.poisons.diffusion._target import target_latents
+from poisonshield.poisons.diffusion.attack.target import target_latents
 from poisonshield.poisons.diffusion.base import View
 from poisonshield.poisons.diffusion.sds import SDS
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from poisonshield.data import world
+from poisonshield import world
 from poisonshield.registry import Registry
 
 POISONS = Registry("poisonshield.poisons.diffusion", kind="diffusion poison")

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from poisons.diffusion.photos import make, picture, pictures
 
-from poisonshield.ops.philox import KeyedRandom
-from poisonshield.poisons.diffusion._band import cosines, low_pass, share_within
-from poisonshield.poisons.diffusion._canvas import Canvas
-from poisonshield.poisons.diffusion._eot import Transform
+from poisonshield.poisons.diffusion.attack.band import cosines, low_pass, share_within
+from poisonshield.poisons.diffusion.attack.canvas import Canvas
+from poisonshield.poisons.diffusion.attack.eot import Transform
+from poisonshield.random import KeyedRandom
 
 IDS = torch.arange(2)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from poisons.diffusion.photos import POISONS, make, picture, pictures
 
 from poisonshield.errors import CheckpointError, DataError
-from poisonshield.poisons.diffusion._manifest import manifest
+from poisonshield.poisons.diffusion.attack.manifest import manifest
 
 SETS = {
     "mist-sem": ("mist", {"mode": "sem"}),

@@ -8,9 +8,9 @@ from poisons.diffusion.photos import POISONS, make, picture, pictures, settle
 from tiny import tiny_model
 
 from poisonshield.errors import ConfigError
-from poisonshield.ops.philox import KeyedRandom
-from poisonshield.poisons.diffusion._canvas import Canvas
-from poisonshield.poisons.diffusion._gradients import gradient_of, pixel_gradient
+from poisonshield.poisons.diffusion.attack.canvas import Canvas
+from poisonshield.poisons.diffusion.attack.gradients import gradient_of, pixel_gradient
+from poisonshield.random import KeyedRandom
 
 
 def first_view(poison, images, *, step=0):
@@ -135,7 +135,7 @@ def test_photoguard_to_zero_goes_as_far_as_the_budget_lets_it(model, steps, step
 
 
 def test_a_given_target_is_covered_not_squeezed(model):
-    from poisonshield.poisons.diffusion._target import covering, pattern
+    from poisonshield.poisons.diffusion.attack.target import covering, pattern
 
     wide = torch.zeros(3, 20, 60, dtype=torch.uint8)
     wide[:, :, 20:40] = 255  # a white square in the middle

@@ -6,8 +6,8 @@ from poisons.diffusion.photos import make, picture, pictures
 from tiny import tiny_model
 
 from poisonshield.errors import BudgetError, ConfigError, DataError, PoisonShieldError, ShapeError
-from poisonshield.ops.philox import KeyedRandom
-from poisonshield.poisons.diffusion._canvas import Canvas
+from poisonshield.poisons.diffusion.attack.canvas import Canvas
+from poisonshield.random import KeyedRandom
 
 
 def test_any_size_is_attacked_in_every_part(model):

@@ -3,7 +3,7 @@
 import pytest
 
 from poisonshield.errors import ConfigError
-from poisonshield.poisons.diffusion._presets import PRESETS, SPELLINGS, known_methods, levels, resolve
+from poisonshield.poisons.diffusion.attack.presets import PRESETS, SPELLINGS, known_methods, levels, resolve
 
 
 @pytest.mark.parametrize(

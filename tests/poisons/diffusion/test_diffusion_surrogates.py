@@ -8,7 +8,7 @@ from poisons.diffusion.photos import make, picture, pictures
 from tiny import tiny_model
 
 from poisonshield.errors import ConfigError
-from poisonshield.poisons.diffusion._surrogate import TOKEN
+from poisonshield.poisons.diffusion.attack.surrogate import TOKEN
 
 REFERENCE = {f"r{i}": picture(20 + i) for i in range(2)}
 
@@ -95,15 +95,15 @@ def test_the_surrogates_loss_falls_in_training_and_rises_under_attack(fitted):
 def test_aspl_alternates_as_published(model):
     poison = make("aspl", model, steps=6, pgd_steps=2, inner_steps=3, lr=1e-3)
     events, images = [], pictures(1)
-    from poisonshield.poisons.diffusion import _canvas, _surrogate
+    from poisonshield.poisons.diffusion.attack import canvas, surrogate
 
-    train, restore, advance = _surrogate.Surrogate.train, _surrogate.Surrogate.restore, _canvas.Canvas.advance
+    train, restore, advance = surrogate.Surrogate.train, surrogate.Surrogate.restore, canvas.Canvas.advance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            _surrogate.Surrogate, "train", lambda s, c, n, **k: (events.append((k["phase"], n)), train(s, c, n, **k))
+            surrogate.Surrogate, "train", lambda s, c, n, **k: (events.append((k["phase"], n)), train(s, c, n, **k))
         )
-        patch.setattr(_surrogate.Surrogate, "restore", lambda s, v: (events.append("back"), restore(s, v)))
-        patch.setattr(_canvas.Canvas, "advance", lambda s, n: (events.append("pixels"), advance(s, n)))
+        patch.setattr(surrogate.Surrogate, "restore", lambda s, v: (events.append("back"), restore(s, v)))
+        patch.setattr(canvas.Canvas, "advance", lambda s, n: (events.append("pixels"), advance(s, n)))
         poison.perturb(images)
     assert events == [("before", 0)] + [("clean", 3), "pixels", "pixels", "back", ("poisoned", 3)] * 3
 
@@ -175,7 +175,7 @@ def test_a_defended_surrogate_sees_what_the_defense_leaves(model):
 
 
 def test_a_word_trained_under_the_defense_is_attacked_under_it(fitted):
-    from poisonshield.poisons.diffusion._presets import resolve
+    from poisonshield.poisons.diffusion.attack.presets import resolve
 
     cls, config = resolve("adaptive-szt-ti", None, {"steps": 6, "pgd_steps": 3, "eps_levels": 8, "step_levels": 2})
     assert config.lr is None and config.inner == "ti" and config.defended

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.diffusion._regeneration import padded
-from poisonshield.defenses.diffusion.masks._otsu import cut
 from poisonshield.defenses.diffusion.masks.base import MaskProvider
+from poisonshield.defenses.diffusion.masks.parts.otsu import cut
+from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.errors import ConfigError
-from poisonshield.models.latent_diffusion import LatentDiffusion
-from poisonshield.ops.philox import KeyedRandom, sample_ids
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.random import KeyedRandom, sample_ids
 
 PREFIX = "a photo of a"
 TIMES = (0.3, 0.4, 0.5, 0.6, 0.7)

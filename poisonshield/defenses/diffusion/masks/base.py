@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 _SMALL, _LARGE = 0.02, 0.90
 

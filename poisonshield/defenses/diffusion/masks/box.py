@@ -7,7 +7,7 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.defenses.diffusion.masks.base import MaskProvider
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 
 class Box(MaskProvider):

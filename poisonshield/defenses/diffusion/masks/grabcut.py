@@ -13,7 +13,7 @@ from poisonshield.batch import Batch
 from poisonshield.defenses.diffusion.masks.base import MaskProvider
 from poisonshield.defenses.diffusion.masks.box import rectangle
 from poisonshield.errors import ConfigError
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 _ROUNDS = 5
 

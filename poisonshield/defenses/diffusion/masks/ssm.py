@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.diffusion._regeneration import padded
-from poisonshield.defenses.diffusion.masks._otsu import cut
 from poisonshield.defenses.diffusion.masks.base import MaskProvider
+from poisonshield.defenses.diffusion.masks.parts.otsu import cut
+from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.errors import ConfigError
-from poisonshield.models.latent_diffusion import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 TIMES = (0.3, 0.5, 0.7)
 """Timesteps, as shares of all."""
@@ -31,7 +31,7 @@ class SSM(MaskProvider):
     @torch.no_grad()
     def __call__(self, batch: Batch, model: LatentDiffusion, words: Sequence[str]) -> Tensor:
         """Masks [B, 1, H, W]. Each timestep's map counts alike. Raises ConfigError for a model without placeholder."""
-        from poisonshield.models.sensitivity import semantic_sensitivity
+        from poisonshield.models.diffusion.sensitivity import semantic_sensitivity
 
         if not model.placeholders:
             raise ConfigError(f"mask ssm needs a learned word, and {model.name} has none yet. Wrap the method first.")

@@ -1,0 +1,245 @@
+"""`poisonshield bench vespr`: one joint training step of ours beside the same step as the VESPR authors' code takes it.
+
+Theirs is re-enacted here from its description, in plain PyTorch: the attack forwards every view through encoder,
+projector and classifier, ascends 0 * L_SSL + 1 * mean CE, and back-propagates it into all parameters at each step, only
+to zero those gradients afterwards. Not re-enacted: their normalised pixel space, their loader over tensors inside the
+attack, half precision and communication, so that what is left is the arithmetic that can be avoided. Both share the
+network, the loss code, the batch and the clamp to [0, 1]; before any timing both must reach the same pixels.
+On the CPU: a machine with a visible GPU is refused, since the harness would time that.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from poisonshield.batch import Batch
+from poisonshield.bench.harness import Case, Provider, Row, WrongResult, measure
+from poisonshield.bench.record import append
+from poisonshield.defenses.vespr import VESPR, VESPRMethod
+from poisonshield.errors import ConfigError
+from poisonshield.methods.simclr import SimCLR
+from poisonshield.models.backbones import BackboneConfig, build_encoder
+
+OURS, CHANNELS_LAST, THEIRS = "ours", "ours, channels-last", "reference's step"
+HEADS = ((2048, 2048), (256, 128))  # the authors' projector, and that of the configs for cifar10-mini
+SEED, CLASSES = 5, 10
+GRADIENT_TOLERANCE = 1e-5
+
+
+def example(quick: bool, steps: int, heads: tuple[int, int] = HEADS[0]) -> tuple[VESPRMethod, Batch]:
+    """VESPR around SimCLR on resnet_mini, and random pixels: 64 of 32x32, or 6 of 16x16 on a thinner network.
+
+    heads: the projector's hidden and output widths; 32 and 16 where it is to be quick.
+    """
+    torch.manual_seed(0)
+    widths, size, side = ((8, 8, 16, 16), 6, 16) if quick else ((16, 32, 64, 128), 64, 32)
+    encoder = build_encoder(BackboneConfig(name="resnet_mini", widths=widths))
+    hidden, width = (32, 16) if quick else heads
+    defense = VESPR(VESPR.Config(steps=steps), num_classes=CLASSES, seed=SEED)
+    ssl = SimCLR(SimCLR.Config(hidden=hidden, out=width), encoder=encoder, num_classes=CLASSES)
+    model = defense.wrap(ssl).train()
+    views = tuple(torch.rand(size, 3, side, side) for _ in range(2))
+    return model, Batch(tuple(f"k{i}" for i in range(size)), views=views, y=torch.arange(size) % CLASSES)
+
+
+def our_step(model: VESPRMethod, optimizer: Optimizer, batch: Batch) -> None:
+    """One step as the trainer takes it."""
+    loss = model(batch).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def reference_loss(model: VESPRMethod, views: list[Tensor], batch: Batch, *, ssl: float, ce: float) -> Tensor:
+    """Views one by one through encoder, classifier and projector; ssl * L_SSL + ce * mean CE."""
+    features = tuple(model.encoder(v) for v in views)
+    scores = [model.head(h) for h in features]
+    agreement = model.method.loss(features, batch.replace(views=tuple(views))).loss
+    return ssl * agreement + ce * torch.stack([F.cross_entropy(s, batch.y) for s in scores]).mean()
+
+
+def reference_attack(model: VESPRMethod, batch: Batch, noise: dict[int, Tensor] | None = None) -> list[Tensor]:
+    """The views after PGD on the flagged ones, at the full cost. noise: each flagged view's start, else drawn here."""
+    eps, step_size, flagged = model.config.eps, model.config.step_size, model.config.attack_views
+    if noise is None:
+        noise = {i: (2 * torch.rand_like(batch.views[i]) - 1) * eps for i in flagged}
+    views = list(batch.views)
+    for i in flagged:
+        views[i] = (batch.views[i] + noise[i].clamp(-eps, eps)).clamp(0, 1)
+    model.eval()
+    for _ in range(model.config.steps):
+        leaves = [v.detach().clone().requires_grad_(i in flagged) for i, v in enumerate(views)]
+        model.zero_grad()
+        reference_loss(model, leaves, batch, ssl=0.0, ce=1.0).backward()
+        for i in flagged:
+            moved = views[i] + step_size * leaves[i].grad.sign()
+            views[i] = moved.clamp(batch.views[i] - eps, batch.views[i] + eps).clamp(0, 1)
+    model.zero_grad()
+    model.train()
+    return views
+
+
+def reference_step(
+    model: VESPRMethod, optimizer: Optimizer, batch: Batch, noise: dict[int, Tensor] | None = None
+) -> None:
+    """Attack, then one step of SGD on both losses."""
+    views = reference_attack(model, batch, noise)
+    loss = reference_loss(model, views, batch, ssl=model.config.ssl_weight, ce=model.config.ce_weight)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the two steps are apart, given the same noise: adversarial pixels that differ, worst gradient element."""
+
+    differing: int
+    gradient: float
+    moved: float
+
+
+def compare(model: VESPRMethod, batch: Batch) -> Agreement:
+    """Both steps on copies of the model. moved: mean distance of the attacked pixels from the clean ones."""
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    noise = {i: our_noise(model, batch, i) for i in model.config.attack_views}
+    mine = [ours.attacked(v, i, batch) for i, v in enumerate(batch.views)]
+    other = reference_attack(theirs, batch, noise)
+    differing = sum(int((a != b).sum()) for a, b in zip(mine, other, strict=True))
+    moved = max(float((a - b).abs().mean()) for a, b in zip(mine, batch.views, strict=True))
+    our_step(ours, sgd(ours), batch)
+    reference_step(theirs, sgd(theirs), batch, noise)
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    return Agreement(differing, max(float((a.grad - b.grad).abs().max()) for a, b in pairs), moved)
+
+
+def our_noise(model: VESPRMethod, batch: Batch, view: int) -> Tensor:
+    """The random start that our attack draws for a view."""
+    x = batch.views[view]
+    u = batch.random(model.seed).within(f"view{view}").uniform("pgd/start/0", x[0].numel())
+    return (2 * u.view(x.shape) - 1) * model.config.eps
+
+
+def sgd(model: VESPRMethod) -> SGD:
+    """The optimiser of both."""
+    return SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of convolutions and matrix products, forward and backward, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def cost(model: VESPRMethod, batch: Batch) -> dict[str, tuple[int, int]]:
+    """FLOPs of (attack, whole step) for each of the two."""
+
+    other = copy.deepcopy(model)
+    optimizer = sgd(other)
+    # The counter's module hooks refuse a leaf under torch.autograd.grad, so the encoder is given a view of it.
+    other.logits = lambda x: other.head(other.encoder(x.view_as(x)))
+
+    def attack() -> list[Tensor]:
+        return [other.attacked(v, i, batch) for i, v in enumerate(batch.views)]
+
+    mine = (flops(attack), flops(lambda: our_step(other, optimizer, batch)))
+    return {
+        OURS: mine,
+        CHANNELS_LAST: mine,
+        THEIRS: (
+            flops(lambda: reference_attack(other, batch)),
+            flops(lambda: reference_step(other, optimizer, batch)),
+        ),
+    }
+
+
+def case(model: VESPRMethod, batch: Batch) -> Case:
+    """Both steps, each on a model of its own. Raises WrongResult from the check if they do not agree."""
+
+    def check() -> str:
+        found = compare(model, batch)
+        if found.differing or found.gradient > GRADIENT_TOLERANCE:
+            raise WrongResult(
+                f"{found.differing} attacked pixels differ, and gradients by up to {found.gradient:.2g} "
+                f"(at most {GRADIENT_TOLERANCE:g} allowed): the two steps are not the same."
+            )
+        return f"0 pixels differ, gradients by {found.gradient:.1g}"
+
+    def check_layout() -> str:
+        """Sums in another order may flip the sign of a gradient that is nearly zero."""
+        other, same = in_channels_last(model, batch)
+        flipped = float(
+            (other.attacked(same.views[0], 0, same) != model.attacked(batch.views[0], 0, batch)).float().mean()
+        )
+        if flipped > 1e-3:
+            raise WrongResult(f"{flipped:.1%} of the attacked pixels differ in channels-last memory; 0.1 % may.")
+        return f"{flipped:.1%} of the pixels differ"
+
+    def provider(name: str, step: Callable[..., None], found: Callable[[], str]) -> Provider:
+        mine, given = in_channels_last(model, batch) if name == CHANNELS_LAST else (copy.deepcopy(model), batch)
+        optimizer = sgd(mine)
+        return Provider(name, lambda: step(mine, optimizer, given), found)
+
+    kinds = ((OURS, our_step, check), (CHANNELS_LAST, our_step, check_layout), (THEIRS, reference_step, check))
+    name = f"vespr joint step, {model.config.steps} attack steps, projector {model.method.config.hidden}-{model.method.config.out}"
+    return Case(name, tuple(batch.views[0].shape), 0, THEIRS, [provider(*kind) for kind in kinds])
+
+
+def in_channels_last(model: VESPRMethod, batch: Batch) -> tuple[VESPRMethod, Batch]:
+    """Copies as the trainer makes them with engine.channels_last, which the shipped configs set."""
+    views = tuple(v.contiguous(memory_format=torch.channels_last) for v in batch.views)
+    return copy.deepcopy(model).to(memory_format=torch.channels_last), batch.replace(views=views)
+
+
+def bench(out: Path | None, rounds: int, quick: bool, steps: int, threads: int | None) -> list[Row]:
+    """Check, time and count both steps, print a table, append rows to a CSV.
+
+    Raises ConfigError where a GPU is visible, WrongResult if the two are not the same step.
+    """
+    if torch.cuda.is_available():
+        raise ConfigError("bench vespr is for the CPU. Run it with CUDA_VISIBLE_DEVICES set to nothing.")
+    if threads:
+        torch.set_num_threads(threads)
+    every = []
+    for heads in HEADS[:1] if quick else HEADS:
+        model, batch = example(quick, steps, heads)
+        counted = cost(model, batch)
+        it = case(model, batch)
+        # No traffic is claimed, so no bandwidth of a copy is measured.
+        rows = [
+            replace(r, gb_per_s=None, copy_pct=None, note=f"{counted[r.provider][1] / 1e9:.3f} GFLOP; {r.note}")
+            for r in measure(it, rounds=rounds, copy=1.0)
+        ]
+        show(it, rows, counted)
+        every += rows
+    if out is not None:
+        append(out, every)
+    return every
+
+
+def show(it: Case, rows: list[Row], counted: dict[str, tuple[int, int]]) -> None:
+    """Times with their spread, and FLOPs, each with the ratios of theirs to ours."""
+    ours, last, theirs = (next(r for r in rows if r.provider == name) for name in (OURS, CHANNELS_LAST, THEIRS))
+    where = f"{ours.device}, {ours.threads} threads, torch {ours.torch}"
+    table = Table(title=f"{it.name}, {ours.shape}, {it.dtype}, {where}", title_justify="left")
+    for column in ("", "p20 ms", "p50 ms", "p80 ms", "attack GFLOP", "step GFLOP", "extra MiB", "ops", "note"):
+        table.add_column(column, justify="left" if column in ("", "note") else "right")
+    for r in rows:
+        attack, step = (f"{n / 1e9:.3f}" for n in counted[r.provider])
+        times = (f"{v:.1f}" for v in (r.p20_ms, r.p50_ms, r.p80_ms))
+        table.add_row(r.provider, *times, attack, step, f"{r.extra_mib:.0f}", str(r.launches), r.note.split("; ")[1])
+    attack, step = (f"{b / a:.2f}" for a, b in zip(counted[OURS], counted[THEIRS], strict=True))
+    for name, mine in ((OURS, ours), (CHANNELS_LAST, last)):
+        pairs = ((theirs.p20_ms, mine.p20_ms), (theirs.p50_ms, mine.p50_ms), (theirs.p80_ms, mine.p80_ms))
+        table.add_row("ratio", *(f"{a / b:.2f}" for a, b in pairs), attack, step, "", "", f"theirs / {name}")
+    Console(width=160).print(table)

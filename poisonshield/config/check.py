@@ -1,0 +1,111 @@
+"""Parts of a tree against Settings classes: pydantic's complaints become one worded ConfigError that lists them all."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from poisonshield.config.tree import Tree
+from poisonshield.config.types import FRACTION
+from poisonshield.errors import ConfigError
+from poisonshield.registry import Registry, suggest
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A block with a `name:`: the class that the name picks, and its checked Config."""
+
+    name: str
+    cls: type
+    config: Any
+
+
+class Checker:
+    """Checks parts of a tree against Settings classes and collects every problem before raising once."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.problems = tree, []
+
+    def settings(self, schema: type[BaseModel], path: tuple, values: Any, *, owner: str) -> Any:
+        """The schema filled with values, or None with the problems noted. owner is the name used in messages."""
+        try:
+            return schema.model_validate(values if values is not None else {})
+        except ValidationError as err:
+            for item in err.errors():
+                self._note(schema, path, item, owner)
+            return None
+
+    def choice(self, registry: Registry, path: tuple, values: Any) -> Choice | None:
+        """The class and Config of a block with `name:`, or None with the problems noted."""
+        label = _dotted(path)
+        if isinstance(values, str):
+            values = {"name": values}
+        if not isinstance(values, dict) or "name" not in values:
+            self.problem(path, f"{label} needs `name:`, one of {', '.join(registry.names())}.")
+            return None
+        try:
+            cls = registry.get(values["name"])
+        except ConfigError as err:
+            self.problem((*path, "name"), f"{label}.name: {err}")
+            return None
+        rest = {k: v for k, v in values.items() if k != "name"}
+        config = self.settings(cls.Config, path, rest, owner=values["name"])
+        return None if config is None else Choice(values["name"], cls, config)
+
+    def problem(self, path: tuple, text: str) -> None:
+        """Note a problem at a path."""
+        self.problems.append(f"{self.tree.where(path)}: {text}")
+
+    def finish(self) -> None:
+        """Raise ConfigError with all problems, if any."""
+        if self.problems:
+            raise ConfigError("\n".join(dict.fromkeys(self.problems)))
+
+    def _note(self, schema: type[BaseModel], base: tuple, item: dict[str, Any], owner: str) -> None:
+        path = (*base, *item["loc"])
+        label = _dotted(path)
+        if item["type"] == "extra_forbidden":
+            fields, name = _fields_at(schema, item["loc"][:-1]), owner
+            inner = _dotted((*base, *item["loc"][:-1]))
+            if len(item["loc"]) > 1:
+                name = inner
+            text = f"{label} is not a setting of {name}.{suggest(str(item['loc'][-1]), fields)}  Settings: {', '.join(sorted(fields))}"
+        elif item["type"] == "missing":
+            text = f"{label} is missing; {owner} needs it."
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = (
+                ""
+                if isinstance(item["input"], (dict, list)) or str(item["input"]) in message
+                else f" (given: {item['input']!r})"
+            )
+            text = f"{label}: {message}{given}" if label else f"{message}"
+        self.problem(path, text)
+
+
+def _fields_at(schema: Any, loc: tuple) -> list[str]:
+    for part in loc:
+        schema = schema.model_fields[part].annotation if part in getattr(schema, "model_fields", {}) else schema
+    return list(getattr(schema, "model_fields", {}))
+
+
+def _dotted(path: tuple) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
+    return text
+
+
+def dump(resolved: Any, written: Any) -> Any:
+    """Checked values with defaults, as plain data; fractions stay as they were written."""
+    if isinstance(resolved, BaseModel):
+        resolved = resolved.model_dump(mode="json")
+    if isinstance(written, str) and FRACTION.fullmatch(written):
+        return written
+    if isinstance(resolved, dict):
+        source = written if isinstance(written, dict) else {}
+        return {k: dump(v, source.get(k)) for k, v in resolved.items()}
+    if isinstance(resolved, (list, tuple)):
+        source = written if isinstance(written, list) and len(written) == len(resolved) else [None] * len(resolved)
+        return [dump(v, w) for v, w in zip(resolved, source, strict=True)]
+    return resolved

@@ -1,0 +1,144 @@
+"""YAML -> one merged tree that remembers where each key came from.
+
+One file is one experiment: `extends:` names a parent, `key.path=value` overrides. This module knows no concrete class.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poisonshield.errors import ConfigError
+
+
+@dataclass
+class Tree:
+    """Plain nested dicts and lists, and where each path came from: ("defenses", 0, "eps") -> "file.yaml:18"."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    marks: dict[tuple, str] = field(default_factory=dict)
+
+    def where(self, path: tuple) -> str:
+        """The file and line of a path; if it has none, of the first thing within it, else of its nearest ancestor."""
+        if path not in self.marks:
+            path = next((p for p in self.marks if path and p[: len(path)] == path), path)
+        while path and path not in self.marks:
+            path = path[:-1]
+        return self.marks.get(path, "config")
+
+
+def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
+    """The merged tree of a YAML file, its `extends:` parents and `key.path=value` overrides.
+
+    Dicts merge, anything else replaces. A changed `name:` starts its block afresh, since the other settings of the
+    block belonged to the old name. Raises ConfigError for missing files, bad YAML and impossible overrides.
+    """
+    tree = _load_file(Path(path), ())
+    for text in _names_first(overrides):
+        _override(tree, text)
+    return tree
+
+
+def _names_first(overrides: Iterable[str]) -> list[str]:
+    """The overrides in their order, but `block.name=` before the block's other settings, which it would discard."""
+    ordered: list[str] = []
+    for text in overrides:
+        block, dot, last = text.partition("=")[0].rpartition(".")
+        at = len(ordered)
+        if dot and last == "name":
+            at = next((i for i, earlier in enumerate(ordered) if earlier.startswith(f"{block}.")), at)
+        ordered.insert(at, text)
+    return ordered
+
+
+def _load_file(path: Path, seen: tuple[Path, ...]) -> Tree:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `extends:` leads back to the same file. Remove one of the two lines.")
+    if not path.is_file():
+        asked = f" (named by `extends:` in {seen[-1]})" if seen else ""
+        raise ConfigError(f"{path} does not exist{asked}. Give the path of a YAML file, for example from configs/.")
+    try:
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        tree = Tree()
+        tree.values = _plain(node, (), str(path), tree.marks) if node is not None else {}
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{path} is not valid YAML: {err}") from err
+    if not isinstance(tree.values, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`, not a {type(tree.values).__name__}.")
+    parent = tree.values.pop("extends", None)
+    if parent is None:
+        return tree
+    base = _load_file(Path(os.path.normpath(path.parent / parent)), (*seen, path.resolve()))
+    base.values = _merge(base, tree, base.values, tree.values, ())
+    return base
+
+
+def _plain(node: yaml.Node, path: tuple, file: str, marks: dict[tuple, str]) -> Any:
+    marks[path] = f"{file}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if key in out:
+                raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: {key} stands twice in one block. Keep one.")
+            out[key] = _plain(value_node, (*path, key), file, marks)
+            marks[(*path, key)] = f"{file}:{key_node.start_mark.line + 1}"
+        return out
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*path, i), file, marks) for i, item in enumerate(node.value)]
+    return yaml.SafeLoader("").construct_object(node)
+
+
+def _forget(marks: dict[tuple, str], path: tuple) -> None:
+    for known in [p for p in marks if p[: len(path)] == path]:
+        del marks[known]
+
+
+def _merge(into: Tree, child: Tree, old: Any, new: Any, path: tuple) -> Any:
+    renamed = isinstance(old, dict) and isinstance(new, dict) and "name" in new and new["name"] != old.get("name")
+    if isinstance(old, dict) and isinstance(new, dict) and not renamed:
+        out = dict(old)
+        for key, value in new.items():
+            out[key] = _merge(into, child, old.get(key), value, (*path, key))
+        return out
+    _forget(into.marks, path)
+    into.marks.update({p: m for p, m in child.marks.items() if p[: len(path)] == path})
+    return new
+
+
+def _override(tree: Tree, text: str) -> None:
+    key, sep, raw = text.partition("=")
+    if not sep or not key:
+        raise ConfigError(
+            f"{text!r} is not an override. Write key.path=value, for example seed=1 or defenses.0.eps=4/255."
+        )
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{text!r}: the value is not valid YAML: {err}") from err
+    parts = tuple(int(p) if p.isdigit() else p for p in key.split("."))
+    here: Any = tree.values
+    for i, part in enumerate(parts):
+        at = ".".join(str(p) for p in parts[: i + 1])
+        last = i == len(parts) - 1
+        if isinstance(here, list):
+            if not isinstance(part, int) or part >= len(here):
+                raise ConfigError(f"{text!r}: {at} does not exist; the list has {len(here)} entries, counted from 0.")
+        elif isinstance(here, dict):
+            part = str(part)
+            if not last and not isinstance(here.get(part), (dict, list)):
+                here[part] = {}
+        else:
+            raise ConfigError(f"{text!r}: {at} lies inside a plain value.")
+        if last:
+            if part == "name" and here.get("name") not in (None, value):
+                here.clear()
+                _forget(tree.marks, parts[:-1])
+            _forget(tree.marks, parts)
+            here[part] = value
+            tree.marks[parts] = f"command line: {text}"
+        else:
+            here = here[part]

@@ -1,0 +1,1 @@
+"""What mask providers share."""

@@ -1,0 +1,1 @@
+"""What purifiers and backgrounds for diffusion models share."""

@@ -1,0 +1,1 @@
+"""What purifiers share: levels of 8 bits, and purifiers by name."""

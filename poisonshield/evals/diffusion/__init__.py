@@ -1,0 +1,1 @@
+"""What is measured of learned words and of poisoned pictures."""

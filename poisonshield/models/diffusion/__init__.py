@@ -1,0 +1,1 @@
+"""The frozen pipeline of latent diffusion, and what is read off it."""

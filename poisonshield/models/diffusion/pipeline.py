@@ -1,0 +1,293 @@
+"""A frozen latent diffusion model, read from a diffusers Stable Diffusion folder: the one door to diffusers.
+
+Pixels are [0, 1] here as everywhere; the VAE's own [-1, 1] stays inside. Learned token vectors are never written into the
+text encoder: they are given to `text`, and a hook lays them over the embedding's output, so gradients reach them alone.
+Nothing is fetched: a folder that lacks a part is refused by name. `tiny` is the pipeline that ships with the package.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poisonshield.errors import ConfigError, ShapeError
+from poisonshield.models.diffusion.files import check_folder, reading, refuse_missing
+from poisonshield.ops.diffusion import q_sample
+
+TINY = Path(str(resources.files("poisonshield.models.diffusion"))) / "tiny"
+"""The shipped pipeline: a rendered world of shapes and colours at 64 pixels."""
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """A word of `count` learned vectors. In prompts it is written `token`; the tokenizer sees token, token_1, ..."""
+
+    token: str
+    first: int
+    count: int
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the tokenizer knows, one word per vector; the names that diffusers gives them too."""
+        return (self.token, *(f"{self.token}_{i}" for i in range(1, self.count)))
+
+
+class LatentDiffusion(nn.Module):
+    """VAE, U-Net, text encoder, tokenizer and noise schedule of one folder; no weight of it requires gradients.
+
+    prediction_type: "epsilon" or "v". alphas_cumprod [T] float32. factor: pixels per latent cell.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: object,
+        scheduler: object,
+        *,
+        name: str = "given",
+    ) -> None:
+        super().__init__()
+        self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
+        self.tokenizer, self.scheduler, self.name = tokenizer, scheduler, name
+        prediction = scheduler.config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ConfigError(f"pipeline {name} predicts {prediction!r}; epsilon and v_prediction are supported.")
+        self.prediction_type = "v" if prediction == "v_prediction" else "epsilon"
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float().clone(), persistent=False)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.placeholders: dict[str, Placeholder] = {}
+        self.vocabulary = text_encoder.get_input_embeddings().num_embeddings
+        # (rows, ids) of the running call of `text`; in a list, since a parameter set as an attribute would be registered.
+        self._call: list[Tensor | None] = [None, None]
+        embedding = text_encoder.get_input_embeddings()
+        embedding.register_forward_pre_hook(self._hide_learned)
+        embedding.register_forward_hook(self._show_learned)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> "LatentDiffusion":
+        """The pipeline of a diffusers folder, or of "tiny", the one that ships with the package. Weights in `dtype`.
+
+        Raises ConfigError naming the part that the folder lacks, DataError naming a file that is missing, damaged or a
+        pointer of Git LFS. Never touches the network.
+        """
+        path = TINY if str(folder) == "tiny" else Path(folder)
+        check_folder(path)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+        def read(kind: Any, part: str, **how: Any) -> Any:
+            with reading(path / part):
+                made = kind.from_pretrained(path / part, local_files_only=True, **how)
+                if "output_loading_info" not in how:
+                    return made
+                refuse_missing(path / part, made[1]["missing_keys"])
+                return made[0]
+
+        network = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
+        return cls(
+            read(AutoencoderKL, "vae", **network),
+            read(UNet2DConditionModel, "unet", **network),
+            read(CLIPTextModel, "text_encoder", dtype=dtype, output_loading_info=True),
+            read(CLIPTokenizer, "tokenizer"),
+            read(DDPMScheduler, "scheduler"),
+            name=str(folder),
+        )
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks' weights. Latents, noise and losses are float32 (float64 where the networks are)."""
+        return self.unet.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        """C of latents [B, C, h, w]."""
+        return self.vae.config.latent_channels
+
+    @property
+    def width(self) -> int:
+        """The size of one token vector."""
+        return self.text_encoder.config.hidden_size
+
+    def digest(self) -> str:
+        """A hash of what decides the results: weights, settings of the networks and the schedule, and the vocabulary.
+
+        Neither learned words nor the place that the pipeline was read from count.
+        """
+        out = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            out.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # Keys that begin with _ tell how a file was written and read; one is a list in the order of a set.
+        settings = [
+            {name: value for name, value in part.config.items() if not name.startswith("_")}
+            for part in (self.scheduler, self.vae, self.unet)
+        ]
+        text = self.text_encoder.config
+        words = sorted((i, word) for word, i in self.tokenizer.get_vocab().items() if i < self.vocabulary)
+        rest = [self.prediction_type, text.num_attention_heads, text.hidden_act, self.tokenizer.model_max_length, words]
+        out.update(json.dumps([settings, rest], sort_keys=True, default=str).encode())
+        return out.hexdigest()
+
+    # Pixels and latents
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, std) of the VAE's posterior of x [B, 3, H, W] in [0, 1], each [B, C, h, w], unscaled. Differentiable.
+
+        Raises ShapeError unless H and W are multiples of `factor`.
+        """
+        if x.dim() != 4 or x.shape[1] != 3 or any(s % self.factor for s in x.shape[2:]):
+            raise ShapeError(
+                f"pixels have shape {tuple(x.shape)}; [B, 3, H, W] with H and W multiples of {self.factor} are wanted."
+            )
+        posterior = self.vae.encode(x.to(self.dtype) * 2 - 1).latent_dist
+        return self._full(posterior.mean), self._full(posterior.std)
+
+    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents z [B, C, h, w] of x [B, 3, H, W] in [0, 1]: the posterior's mean, or with `noise` its sample."""
+        mean, std = self.posterior(x)
+        return self.scale(mean if noise is None else mean + std * noise)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """The VAE's latents as the U-Net wants them."""
+        return (z - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of scaled latents, not clipped. Differentiable."""
+        z = z / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+        return self._full(self.vae.decode(z.to(self.dtype)).sample) / 2 + 0.5
+
+    # Text
+
+    def add_placeholder(self, token: str, count: int = 1) -> Placeholder:
+        """Makes `token` a word of `count` vectors, given to `text` as rows. The first one's rows come first, and so on.
+
+        Raises ConfigError if the vocabulary knows the word, or the tokenizer would take it apart.
+        """
+        known = self.tokenizer.get_vocab()
+        if token != token.lower() or token.split() != [token]:
+            raise ConfigError(f"placeholder {token!r} must be lower case and without spaces, such as <sks>.")
+        first = self.vocabulary + sum(p.count for p in self.placeholders.values())
+        placeholder = Placeholder(token, first, count)
+        for word in placeholder.words:
+            if word in known or f"{word}</w>" in known:
+                raise ConfigError(
+                    f"placeholder {word!r} is a word of the vocabulary already. Choose another, such as <sks>."
+                )
+        self.tokenizer.add_tokens(list(placeholder.words))
+        ids = [self.tokenizer.convert_tokens_to_ids(w) for w in placeholder.words]
+        if ids != list(range(first, first + count)):
+            raise ConfigError(
+                f"the tokenizer of {self.name} gives {token!r} the ids {ids}, and its text encoder has {self.vocabulary} "
+                f"rows, so {first} was wanted. The two do not belong together."
+            )
+        self.placeholders[token] = placeholder
+        return placeholder
+
+    def word_vector(self, word: str) -> Tensor:
+        """The row [d] of a word, float32. Raises ConfigError if the tokenizer takes it apart."""
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] >= self.vocabulary:
+            raise ConfigError(
+                f"{word!r} is {len(ids)} tokens; a word of one token is wanted, to start from its vector."
+            )
+        return self.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().clone()
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L], padded. Raises ConfigError if a placeholder falls off the end."""
+        texts = list(prompts)
+        if self.placeholders:
+            longest_first = sorted(self.placeholders, key=len, reverse=True)
+            pattern = re.compile("|".join(map(re.escape, longest_first)))
+            texts = [pattern.sub(lambda m: " ".join(self.placeholders[m[0]].words), prompt) for prompt in prompts]
+        length = self.tokenizer.model_max_length
+        made = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids = made.input_ids
+        for prompt, row in zip(prompts, ids, strict=True):
+            for token in pattern.findall(prompt) if self.placeholders else ():
+                last = self.placeholders[token].first + self.placeholders[token].count - 1
+                if int((row == last).sum()) == 0:
+                    raise ConfigError(f"{prompt!r} is longer than {length} tokens, and {token} falls off its end.")
+        return ids.to(self.alphas_cumprod.device)
+
+    def text(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The context [B, L, d_c] of ids [B, L]. rows [R, d]: the vectors of all placeholders; gradients reach them."""
+        if rows is None and bool((ids >= self.vocabulary).any()):
+            raise ConfigError("a prompt holds a placeholder, and no vectors were given for it.")
+        with self._learned(rows):
+            return self.text_encoder(ids).last_hidden_state
+
+    def prompts(self, prompts: Sequence[str], rows: Tensor | None = None) -> Tensor:
+        """The context [B, L, d_c] of texts."""
+        return self.text(self.tokens(prompts), rows)
+
+    # Noise and prediction
+
+    def noised(self, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """z_t [B, C, h, w] of latents z, timesteps t int64 [B] and noise. Differentiable in z."""
+        return q_sample(z, t, self.alphas_cumprod.to(z.dtype), noise=noise, return_noise=False)[0]
+
+    def predict(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """What the U-Net says of z_t: the noise, or the velocity where prediction_type is "v"."""
+        return self._full(self.unet(z_t.to(self.dtype), t, encoder_hidden_states=context.to(self.dtype)).sample)
+
+    def target(self, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What `predict` should say."""
+        if self.prediction_type == "epsilon":
+            return noise
+        a = self.alphas_cumprod.to(z.dtype)[t].view(-1, 1, 1, 1)
+        return a.sqrt() * noise - (1 - a).sqrt() * z
+
+    def epsilon(self, pred: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction means."""
+        if self.prediction_type == "epsilon":
+            return pred
+        a = self.alphas_cumprod.to(pred.dtype)[t].view(-1, 1, 1, 1)
+        return a.sqrt() * pred + (1 - a).sqrt() * z_t
+
+    def snr(self) -> Tensor:
+        """The signal-to-noise ratio of every timestep, float64 [T]."""
+        a = self.alphas_cumprod.double()
+        return a / (1 - a)
+
+    def _full(self, x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
+
+    @contextmanager
+    def _learned(self, rows: Tensor | None) -> Iterator[None]:
+        self._call[0] = rows
+        try:
+            yield
+        finally:
+            self._call[:] = [None, None]
+
+    def _hide_learned(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._call[1] = args[0]
+        return (args[0].clamp(max=self.vocabulary - 1), *args[1:])
+
+    def _show_learned(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        rows, ids = self._call
+        if rows is None:
+            return out
+        learned = ids >= self.vocabulary
+        rows = rows[(ids - self.vocabulary).clamp(min=0)].to(out.dtype)
+        return torch.where(learned[..., None], rows, out)

@@ -1,0 +1,1 @@
+"""The attack that every diffusion poison shares: pictures, tiles, draws, steps and states."""

@@ -1,0 +1,198 @@
+"""Some pictures of one size under attack: the sources, the perturbation, and the step that moves it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from poisonshield.errors import DataError, PoisonShieldError
+from poisonshield.losses.zone import Zone, latent_mask
+from poisonshield.ops.pgd import pgd_random_start_, pgd_step_
+from poisonshield.poisons.diffusion.attack.band import low_pass, shorten_blocks
+from poisonshield.poisons.diffusion.attack.plan import Box, Plan, fold, plan_of, reflect
+from poisonshield.poisons.diffusion.base import DiffusionPoison, View
+from poisonshield.random import KeyedRandom, sample_ids, stream_of
+
+
+class Canvas:
+    """x0 and delta float32 [B, 3, H, W] in levels, and how many steps were made."""
+
+    def __init__(
+        self,
+        poison: DiffusionPoison,
+        images: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None,
+        *,
+        clean: Mapping[str, Tensor] | None = None,
+        tiled: bool = True,
+    ) -> None:
+        config, model = poison.config, poison.model
+        self.poison, self.keys, self.device = poison, tuple(images), model.alphas_cumprod.device
+        self.ids = sample_ids(self.keys).to(self.device)
+        self.x0 = torch.stack([*images.values()]).to(self.device).float()  # [B, 3, H, W]
+        self.delta, self.momentum = torch.zeros_like(self.x0), torch.zeros_like(self.x0) if config.momentum else None
+        self.step = 0
+        downs = 2 ** (len(model.unet.config.block_out_channels) - 1)
+        self.plan: Plan = plan_of(
+            tuple(self.x0.shape[2:]),
+            multiple=model.factor * downs,
+            tile=config.tile if tiled else None,
+            overlap=config.overlap,
+        )
+        self.pixel_mask, self.cell_mask = self._masks(masks)
+        sources = self.x0 if clean is None else torch.stack([clean[k] for k in self.keys]).to(self.device).float()
+        padded, tiles = reflect(sources / 255, self.plan.padded), range(len(self.plan.boxes))
+        self.memos: list[Mapping[str, Tensor]] = [{} for _ in tiles]
+        with torch.no_grad():
+            self.memos = [poison.prepare(self.view(i, KeyedRandom(poison.seed, self.ids), padded)) for i in tiles]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """delta becomes what the attack starts from: nothing, or uniform noise in the budget."""
+        config, chosen = self.poison.config, self.poison.config.random_start
+        if chosen if chosen is not None else self.poison.noise_start:
+            pgd_random_start_(
+                self.delta,
+                torch.zeros_like(self.delta),
+                eps=self._radius(config.eps_levels),
+                norm=config.norm,
+                seed=self.poison.seed,
+                sample_ids=self.ids,
+                stream=stream_of("diffusion poison start"),
+                clip=(-255.0, 255.0),
+                mask=self.pixel_mask,
+            )
+            self._settle()
+
+    @torch.no_grad()
+    def advance(self, total: int) -> None:
+        """One step of `total`, the last of which is the smallest if steps shrink."""
+        config = self.poison.config
+        grad = self.gradient()
+        if not bool(torch.isfinite(grad).all()):
+            raise PoisonShieldError(
+                f"poison {self.poison.name}: the gradient is not finite at step {self.step} ({', '.join(self.keys)}).\n"
+                "  Load the networks in float32 or bfloat16; float16 overflows in some VAEs."
+            )
+        if self.momentum is not None:
+            size = grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+            grad = self.momentum.mul_(config.momentum).add_(grad / size)
+        if config.band:
+            grad = low_pass(grad, config.band)
+        share = 1 - (1 - config.final_step) * self.step / total
+        pgd_step_(
+            self.delta,
+            grad,
+            torch.zeros_like(self.delta),
+            step=self._radius(config.step_levels * share),
+            eps=self._radius(config.eps_levels),
+            norm=config.norm,
+            clip=(-255.0, 255.0),
+            mask=self.pixel_mask,
+        )
+        self._settle()
+        self.step += 1
+
+    def gradient(self) -> Tensor:
+        """The mean over this step's draws and the sum over tiles, float32 [B, 3, H, W]."""
+        config = self.poison.config
+        padded = self.padded()
+        total = torch.zeros_like(padded)
+        for draw in range(config.draws):
+            random = KeyedRandom(self.poison.seed, self.ids, self.step, f"draw {draw}")
+            for i, box in enumerate(self.plan.boxes):
+                box.of(total).add_(self.poison.gradient(self.view(i, random, padded)).to(total.dtype))
+        return fold(total, self.plan.size)
+
+    def padded(self, *, clean: bool = False) -> Tensor:
+        """x0 + delta (clean: x0), [B, 3, H', W'] in [0, 1] at the padded size, not rounded to levels."""
+        return reflect((self.x0 if clean else self.x0 + self.delta) / 255, self.plan.padded)
+
+    @torch.no_grad()
+    def released(self) -> dict[str, Tensor]:
+        """uint8 [3, H, W] on the CPU by key: delta rounded to whole levels within the budget."""
+        config = self.poison.config
+        if config.norm == "linf":
+            whole = self.delta.round().clamp_(-math.floor(config.eps_levels), math.floor(config.eps_levels))
+        else:
+            whole = torch.stack([_whole_within(d, config.eps_levels) for d in self.delta])
+        pixels = (self.x0 + whole).clamp_(0, 255).to(torch.uint8).cpu()
+        return dict(zip(self.keys, pixels, strict=True))
+
+    def view(
+        self,
+        tile: int,
+        random: KeyedRandom,
+        padded: Tensor,
+        *,
+        rows: Sequence[int] | None = None,
+        keys: Sequence[str] = (),
+    ) -> View:
+        """Tile `tile` of padded pixels [B, 3, H', W'] with those numbers; of these rows, under these keys, if given."""
+        box = self.plan.boxes[tile]
+        mask, area = self._weights(box)
+        whole = View(
+            self.keys, box.of(padded).contiguous(), random.within(f"tile {tile}"), random, box, self.plan.padded,
+            mask, area, self.memos[tile],
+        )  # fmt: skip
+        if rows is None:
+            return whole
+        rows = list(rows)
+        return replace(
+            whole,
+            keys=tuple(keys),
+            x=whole.x[rows],
+            mask=None if mask is None else mask[rows],
+            area=None if area is None else area[rows],
+            memo={name: value[rows] for name, value in whole.memo.items()},
+        )
+
+    def _weights(self, box: Box) -> tuple[Tensor | None, Tensor | None]:
+        if self.cell_mask is None:
+            return None, None
+        return box.of(self.cell_mask, per=self.poison.model.factor), self.cell_mask.flatten(1).sum(1)
+
+    def _settle(self) -> None:
+        """delta back into band and into the range of pixels."""
+        config = self.poison.config
+        if config.band:
+            self.delta = low_pass(self.delta, config.band)
+            if config.norm == "linf":
+                self.delta = shorten_blocks(self.delta, config.eps_levels)
+            if self.pixel_mask is not None:
+                self.delta = self.delta.where(self.pixel_mask != 0, 0.0)
+        self.delta = torch.minimum(torch.maximum(self.delta, -self.x0), 255 - self.x0)
+
+    def _radius(self, levels: float) -> float:
+        """Levels as the norm counts them: l2 radii are those of a root mean square."""
+        return levels if self.poison.config.norm == "linf" else levels * math.sqrt(self.x0[0].numel())
+
+    def _masks(self, masks: Mapping[str, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+        """[B, 1, H, W] for pixels and [B, 1, h, w] for latents, each None where no mask acts."""
+        if masks is None:
+            return None, None
+        use, model = self.poison.config.mask, self.poison.model
+        mask = torch.stack([masks[k] for k in self.keys]).to(self.device).float()
+        for key, row in zip(self.keys, mask, strict=True):
+            if not bool((row > 0).any()):
+                what = "no loss would count" if use == "loss" else "nothing of it could be changed"
+                raise DataError(f"the mask of {key} is empty, so {what}.")
+        cells = None
+        if use != "pixels":
+            size = tuple(side // model.factor for side in self.plan.padded)
+            cells = latent_mask(reflect(mask, self.plan.padded), size, Zone())
+        return (mask if use != "loss" else None), cells
+
+
+def _whole_within(delta: Tensor, eps: float) -> Tensor:
+    """delta [3, H, W] shortened until, rounded to whole levels, its root mean square is at most eps."""
+    rms = lambda d: float(d.double().square().mean().sqrt())
+    if rms(delta.round()) <= eps:
+        return delta.round()
+    low, high = 0.0, 1.0
+    for _ in range(30):  # rounded sizes grow with the factor, so halving finds the largest that fits
+        middle = (low + high) / 2
+        low, high = (middle, high) if rms((delta * middle).round()) <= eps else (low, middle)
+    return (delta * low).round()

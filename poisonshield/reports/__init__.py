@@ -1,0 +1,1 @@
+"""Drawing and tables of results, without a display and without a command."""

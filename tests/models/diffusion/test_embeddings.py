@@ -1,0 +1,194 @@
+"""Learned words as files: read back equal, read by diffusers, and nothing in a file is ever executed."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+
+from poisonshield.errors import ConfigError, DataError, ShapeError
+from poisonshield.models.diffusion.embeddings import Learned, load_embedding, save_embedding
+from poisonshield.world.small_pipeline import write_pipeline
+
+FILES = {"diffusers": "w.safetensors", "a1111": "w.pt", "kohya": "w.safetensors"}
+
+
+def learned(k=2, width=16, token="<sks>"):
+    return Learned(token, torch.randn(k, width, generator=torch.Generator().manual_seed(k)))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A function that reads a random pipeline from a folder, as others would: without our hooks on its text encoder."""
+    from diffusers import StableDiffusionPipeline
+
+    model, folder = tiny_model(), tmp_path_factory.mktemp("pipeline")
+    parts = {k: getattr(model, k) for k in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
+    write_pipeline(folder, **parts)
+    return lambda: StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def encoded(pipe, prompt):
+    with torch.no_grad():
+        return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+
+@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_each_form_reads_back_equal(tmp_path, form, k):
+    word = learned(k)
+    save_embedding(word, tmp_path / FILES[form], form)
+    back = load_embedding(tmp_path / FILES[form], width=16)
+    assert back.token == "<sks>"
+    assert back.vectors.dtype == torch.float32
+    assert torch.equal(back.vectors, word.vectors)
+    assert load_embedding(tmp_path / FILES[form], token="<other>").token == "<other>"
+    assert [p.name for p in tmp_path.iterdir()] == [FILES[form]]
+
+
+def test_the_files_have_the_layouts_that_others_expect(tmp_path):
+    for form, name in {"diffusers": "d.safetensors", "a1111": "a.pt", "kohya": "k.safetensors"}.items():
+        save_embedding(learned(2), tmp_path / name, form)
+    assert {k: tuple(v.shape) for k, v in load_file(tmp_path / "d.safetensors").items()} == {"<sks>": (2, 16)}
+    assert {k: tuple(v.shape) for k, v in load_file(tmp_path / "k.safetensors").items()} == {"emb_params": (2, 16)}
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert torch.equal(content["string_to_param"]["*"], learned(2).vectors)
+    assert content["string_to_token"] == {"*": 265} and content["name"] == "<sks>" and content["step"] == 0
+    save_embedding(learned(1), tmp_path / "d.safetensors")
+    assert load_file(tmp_path / "d.safetensors")["<sks>"].shape == (16,)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "a1111"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_diffusers_loads_the_file_offline_and_the_prompt_changes(tmp_path, pipeline, form, k):
+    word = learned(k)
+    save_embedding(word, tmp_path / FILES[form], form)
+    pipe = pipeline()
+    other = encoded(pipe, "a photo of a ring")
+    pipe.load_textual_inversion(tmp_path, weight_name=FILES[form], local_files_only=True)
+    changed = encoded(pipe, "a photo of a <sks>")
+    assert not torch.allclose(other, changed, atol=1e-3)
+    # the same context as our own pipeline gives for these rows
+    model = tiny_model()
+    model.add_placeholder("<sks>", k)
+    torch.testing.assert_close(changed, model.prompts(["a photo of a <sks>"], word.vectors), rtol=0, atol=1e-6)
+
+
+def test_the_generated_picture_changes_too(tmp_path, pipeline):
+    save_embedding(Learned("<sks>", 5 * learned(1).vectors), tmp_path / "w.safetensors")
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_textual_inversion(tmp_path, weight_name="w.safetensors", local_files_only=True)
+    draw = lambda prompt: (
+        pipe(
+            prompt,
+            num_inference_steps=2,
+            output_type="pt",
+            height=32,
+            width=32,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+    )
+    assert (draw("a photo of a <sks>") - draw("a photo of a ring")).abs().max() > 1e-6
+
+
+def test_older_diffusers_bin_files_and_half_precision_are_read(tmp_path):
+    torch.save({"<cat-toy>": torch.ones(16, dtype=torch.float16)}, tmp_path / "learned_embeds.bin")
+    back = load_embedding(tmp_path / "learned_embeds.bin")
+    assert back.token == "<cat-toy>" and torch.equal(back.vectors, torch.ones(1, 16))
+
+
+def test_a_kohya_file_of_others_is_called_by_its_name(tmp_path):
+    save_file({"emb_params": torch.ones(2, 16)}, tmp_path / "mycat.safetensors")
+    assert load_embedding(tmp_path / "mycat.safetensors").token == "mycat"
+
+
+class Payload:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("by_torch", [True, False], ids=["torch.save", "plain pickle"])
+def test_a_pickle_payload_is_refused_in_words_and_never_executed(tmp_path, by_torch):
+    mark, file = tmp_path / "executed", tmp_path / "evil.pt"
+    content = {"string_to_param": {"*": torch.zeros(1, 16)}, "name": Payload(mark)}
+    if by_torch:
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(DataError, match="evil.pt was not read.*can run code") as caught:
+        load_embedding(file)
+    assert not mark.exists()
+    assert ".safetensors" in str(caught.value)
+    # the payload is real: the unrestricted loader would have run it
+    if by_torch:
+        torch.load(file, weights_only=False)
+        assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ({"<s>": torch.zeros(1, 2, 16)}, "shape \\[1, 2, 16\\]"),
+        ({"<s>": torch.zeros(0, 16)}, "shape \\[0, 16\\]"),
+        ({"<s>": torch.zeros(16, dtype=torch.int64)}, "floats is wanted"),
+        ({"<s>": "words"}, "str"),
+        ({"<s>": torch.full((16,), float("nan"))}, "not finite"),
+        ({"clip_g": torch.zeros(1, 16), "clip_l": torch.zeros(1, 16)}, "2 entries.*two text encoders"),
+        ({"string_to_param": {}}, "one tensor"),
+        ([torch.zeros(16)], "holds a list"),
+        ({}, "0 entries"),
+    ],
+)
+def test_what_is_no_embedding_is_refused_by_file_name(tmp_path, content, told):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(DataError, match=f"(?s)odd.pt.*{told}"):
+        load_embedding(tmp_path / "odd.pt")
+
+
+def test_another_width_is_refused(tmp_path):
+    save_embedding(learned(1, 16), tmp_path / "w.safetensors")
+    with pytest.raises(DataError, match="16 wide and 768"):
+        load_embedding(tmp_path / "w.safetensors", width=768)
+
+
+def test_of_several_words_the_one_asked_for_is_taken(tmp_path):
+    save_file({"<a>": torch.zeros(16), "<b>": torch.ones(16)}, tmp_path / "two.safetensors")
+    assert torch.equal(load_embedding(tmp_path / "two.safetensors", "<b>").vectors, torch.ones(1, 16))
+    with pytest.raises(DataError, match="'<a>', '<b>'"):
+        load_embedding(tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_damaged_and_missing_files_are_refused(tmp_path, name):
+    with pytest.raises(DataError, match="does not exist"):
+        load_embedding(tmp_path / name)
+    save_embedding(learned(), tmp_path / name, "a1111" if name.endswith("pt") else "diffusers")
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=name):
+        load_embedding(tmp_path / name)
+
+
+def test_wrong_forms_endings_and_shapes_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="no form"):
+        save_embedding(learned(), tmp_path / "w.safetensors", "onnx")
+    with pytest.raises(ConfigError, match="ends in .pt"):
+        save_embedding(learned(), tmp_path / "w.bin", "a1111")
+    with pytest.raises(ShapeError, match="\\[k, d\\]"):
+        Learned("<s>", torch.zeros(16))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    save_embedding(learned(1), tmp_path / "w.safetensors")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_embedding(learned(3), tmp_path / "w.safetensors")
+    assert len(load_embedding(tmp_path / "w.safetensors").vectors) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
