@@ -1,11 +1,13 @@
 """Config files: merging, overrides, and every complaint with its file, line and way out."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import pytest
+from pydantic import Field
 
-from poisonshield.config import Checker, Number, Pixels, Settings, dump, load_tree
+from poisonshield.config import Checker, Choice, From, Number, Pixels, Settings, Tree, dump, load_tree
 from poisonshield.errors import ConfigError
+from poisonshield.registry import Registry
 
 
 class Inner(Settings):
@@ -145,3 +147,36 @@ def test_choice_picks_the_class_and_checks_its_settings(tmp_path):
     assert "a.yaml:3: defenses[0].step is not a setting of vespr. Did you mean steps?" in checker.problems[0]
     assert "a.yaml:4: defenses[1].name: 'vesper' is not a defense. Did you mean vespr?" in checker.problems[1]
     assert "defenses[2] needs `name:`" in checker.problems[2]
+
+
+class Holder(Settings):
+    """A Config with a setting that picks a class."""
+
+    poison: Annotated[Choice, From(Registry("poisonshield.poisons", kind="poison"))] = Field(
+        "lsp", validate_default=True
+    )
+
+
+def test_a_setting_may_pick_a_class_by_name_or_by_block_and_is_written_down_whole():
+    assert Holder().poison.name == "lsp"
+    holder = Holder.model_validate({"poison": {"name": "regions", "eps": "4/255"}})
+    assert holder.poison.cls.name == "regions" and holder.poison.config.eps == 4 / 255
+    written = dump(holder, {"poison": {"name": "regions", "eps": "4/255"}})
+    assert written["poison"]["name"] == "regions" and written["poison"]["eps"] == "4/255"
+    assert Holder.model_validate(written).poison == holder.poison
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("regoins", "Did you mean regions"),
+        ({"name": "regions", "epz": 1}, "epz is not a setting of regions.*Did you mean eps"),
+        (3, "a block with `name:`"),
+    ],
+)
+def test_a_picked_class_is_refused_in_words(value, told):
+    tree = Tree({"poison": value}, {("poison",): "a.yaml:7"})
+    checker = Checker(tree)
+    assert checker.settings(Holder, (), tree.values, owner="a holder") is None
+    with pytest.raises(ConfigError, match=rf"a.yaml:7: poison: .*{told}"):
+        checker.finish()

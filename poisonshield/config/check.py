@@ -1,9 +1,11 @@
 """Parts of a tree against Settings classes: pydantic's complaints become one worded ConfigError that lists them all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from poisonshield.config.tree import Tree
 from poisonshield.config.types import FRACTION
@@ -18,6 +20,52 @@ class Choice:
     name: str
     cls: type
     config: Any
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """The block with every setting, as plain data."""
+        return {"name": self.name, **self.config.model_dump(mode="json")}
+
+
+class From:
+    """The type of a setting that picks one of a registry: `attack: Annotated[Choice, From(ATTACKS)] = Field("pgd", ...)`.
+
+    Takes a name, or a block with `name:` and settings of the class that it picks; gives a Choice. In records it is the
+    block with every setting.
+    """
+
+    def __init__(self, *registries: Registry) -> None:
+        self.registries = registries
+
+    def __call__(self, value: Any) -> Choice:
+        """The Choice. Raises ConfigError with every problem, and the nearest name."""
+        if isinstance(value, Choice):
+            return value
+        block = {"name": value} if isinstance(value, str) else value
+        if not isinstance(block, dict) or not isinstance(block.get("name"), str):
+            known = ", ".join(name for registry in self.registries for name in registry.names())
+            raise ConfigError(f"a name, or a block with `name:`, is wanted; names are {known}")
+        cls, checker = pick(self.registries, block["name"]), Checker(Tree())
+        rest = {key: setting for key, setting in block.items() if key != "name"}
+        config = checker.settings(cls.Config, (), rest, owner=block["name"])
+        if config is None:
+            raise ConfigError("; ".join(problem.removeprefix("config: ") for problem in checker.problems))
+        return Choice(block["name"], cls, config)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """How pydantic checks such a setting and writes it down."""
+        return core_schema.no_info_plain_validator_function(
+            self, serialization=core_schema.plain_serializer_function_ser_schema(lambda choice: choice.block)
+        )
+
+
+def pick(registries: Sequence[Registry], name: str) -> Any:
+    """The class of this name from the first registry that has it. Raises ConfigError with the nearest of all names."""
+    for registry in registries:
+        if name in registry.names():
+            return registry.get(name)
+    known = sorted(known for registry in registries for known in registry.names())
+    raise ConfigError(f"{name!r} is not a {registries[0].kind}.{suggest(name, known)}  Known: {', '.join(known)}")
 
 
 class Checker:
