@@ -180,3 +180,17 @@ def test_a_picked_class_is_refused_in_words(value, told):
     assert checker.settings(Holder, (), tree.values, owner="a holder") is None
     with pytest.raises(ConfigError, match=rf"a.yaml:7: poison: .*{told}"):
         checker.finish()
+
+
+class Newer(Settings):
+    """A Config whose setting had another name."""
+
+    renamed: ClassVar[dict[str, str]] = {"alpha": "attack.step_size"}
+    step_size: int = 1
+
+
+def test_a_setting_of_an_earlier_version_is_told_its_new_name():
+    checker = Checker(Tree({"alpha": 2}, {("alpha",): "old.yaml:3"}))
+    assert checker.settings(Newer, ("defenses", 0), {"alpha": 2}, owner="vespr") is None
+    with pytest.raises(ConfigError, match=r"defenses\[0\].alpha is called defenses\[0\].attack.step_size now"):
+        checker.finish()

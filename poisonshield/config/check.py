@@ -117,6 +117,12 @@ class Checker:
             inner = _dotted((*base, *item["loc"][:-1]))
             if len(item["loc"]) > 1:
                 name = inner
+            renamed = _renamed_at(schema, item["loc"][:-1]).get(str(item["loc"][-1]))
+            if renamed is not None:
+                self.problem(
+                    path, f"{label} is called {f'{inner}.' if inner else ''}{renamed} now. Write that instead."
+                )
+                return
             text = f"{label} is not a setting of {name}.{suggest(str(item['loc'][-1]), fields)}  Settings: {', '.join(sorted(fields))}"
         elif item["type"] == "missing":
             text = f"{label} is missing; {owner} needs it."
@@ -131,10 +137,18 @@ class Checker:
         self.problem(path, text)
 
 
-def _fields_at(schema: Any, loc: tuple) -> list[str]:
+def _schema_at(schema: Any, loc: tuple) -> Any:
     for part in loc:
         schema = schema.model_fields[part].annotation if part in getattr(schema, "model_fields", {}) else schema
-    return list(getattr(schema, "model_fields", {}))
+    return schema
+
+
+def _fields_at(schema: Any, loc: tuple) -> list[str]:
+    return list(getattr(_schema_at(schema, loc), "model_fields", {}))
+
+
+def _renamed_at(schema: Any, loc: tuple) -> dict[str, str]:
+    return getattr(_schema_at(schema, loc), "renamed", {})
 
 
 def _dotted(path: tuple) -> str:

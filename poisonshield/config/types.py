@@ -1,7 +1,7 @@
 """Types of settings: fractions such as 8/255, distances between pixels, and the parent of every Config."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
@@ -33,6 +33,10 @@ Pixels = Annotated[float, BeforeValidator(_fraction), AfterValidator(_pixel_rang
 
 
 class Settings(BaseModel):
-    """Parent of every Config: unknown keys are refused and nothing changes after construction."""
+    """Parent of every Config: unknown keys are refused and nothing changes after construction.
+
+    renamed: settings of earlier versions and what they are called now, so that whoever writes one is told.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[dict[str, str]] = {}
