@@ -16,13 +16,13 @@ from poisonshield.batch import Batch
 from poisonshield.config import Checker, Choice, Settings, dump, load_tree
 from poisonshield.data import ResidentSource, ShardSet, ShardStream, Source, evaluate_batches, open_dataset
 from poisonshield.data.views import Views, ViewsConfig
-from poisonshield.defenses.base import Defense
+from poisonshield.defenses.base import Context, Defense
 from poisonshield.engine.optim import OptimConfig, parameter_groups
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.settings import EvaluateConfig
-from poisonshield.method import Method
+from poisonshield.method import Method, SSLMethod
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import synchronize
 from poisonshield.poisons.base import Poison
@@ -115,7 +115,7 @@ class Run:
     @property
     def defense_label(self) -> str:
         """How result tables call the defenses together."""
-        return "+".join(d.cls(d.config, num_classes=1, seed=0).label for d in self.defenses) or "none"
+        return "+".join(d.cls(d.config).label for d in self.defenses) or "none"
 
 
 def read_run(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Run:
@@ -177,7 +177,7 @@ def _check_pairs(checker: Checker, settings: RunConfig, method: Choice, defenses
             return
         for i, choice in enumerate(defenses):
             try:
-                defense = choice.cls(choice.config, num_classes=2, seed=0)
+                defense = choice.cls(choice.config, Context(num_classes=2))
                 if settings.engine.zero_stage == 3 and not defense.ranks_stay_in_step:
                     raise ConfigError(
                         f"with engine.zero_stage: 3 every forward pass gathers weights, and these settings of {choice.name} let "
@@ -304,7 +304,7 @@ def build_training_set(run: Run, data: OpenData) -> TrainingSet:
 
 def build_defenses(run: Run, num_classes: int) -> list[Defense]:
     """The defenses in the order of the config."""
-    return [d.cls(d.config, num_classes=num_classes, seed=run.seed) for d in run.defenses]
+    return [d.cls(d.config, Context(run.seed, num_classes)) for d in run.defenses]
 
 
 def build_method(run: Run, num_classes: int, *, initialize: bool = True) -> Method:
@@ -323,7 +323,7 @@ def build_method(run: Run, num_classes: int, *, initialize: bool = True) -> Meth
     return method
 
 
-def _viewing(method: Method, settings: RunConfig) -> Method:
+def _viewing(method: SSLMethod, settings: RunConfig) -> SSLMethod:
     """The method with as many large views as the run asks for. Raises ConfigError for fewer than it needs."""
     count = settings.views.count
     if count is not None and count < method.num_views:

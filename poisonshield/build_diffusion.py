@@ -17,8 +17,7 @@ from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.kept_stage import KeptStage
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.stream import ConceptStream
-from poisonshield.defenses.base import Defense
-from poisonshield.defenses.diffusion.szt import SZT
+from poisonshield.defenses.base import Context, Defense
 from poisonshield.engine.checkpoint import together, write_whole
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
@@ -81,9 +80,10 @@ def _kind(name: str) -> tuple[str, str]:
     return color, shape
 
 
-def build_defenses(run: InvertRun) -> list[Defense]:
+def build_defenses(run: InvertRun, method: TextualInversion) -> list[Defense]:
     """The defenses in the order of the config."""
-    return [d.cls(d.config, num_classes=1, seed=run.seed) for d in run.defenses]
+    context = Context(run.seed, model=method.model, words=method.start_words())
+    return [d.cls(d.config, context) for d in run.defenses]
 
 
 def build_inversion(run: InvertRun, model: LatentDiffusion, names: list[str]) -> tuple[TextualInversion, list[Defense]]:
@@ -102,7 +102,7 @@ def build_inversion(run: InvertRun, model: LatentDiffusion, names: list[str]) ->
         seed=run.seed,
         samples=data.batch_size,
     )
-    defenses = build_defenses(run)
+    defenses = build_defenses(run, method)
     for defense in defenses:
         method = defense.wrap(method)
     return method, defenses
@@ -114,10 +114,10 @@ def resolve_floors(
     """Lets a szt that chooses its timestep floor itself look at the pictures, every concept's together, as the defenses
     before it leave them. Rank 0 looks; the answer is kept in the folder `kept`, so that a restart has the same."""
     for place, defense in enumerate(defenses):
-        if getattr(defense.config, "t_min", None) == "auto":
+        if defense.surveys:
             look = lambda place=place, defense=defense: _floor(defenses[:place], defense, concepts, method, kept)
-            defense.resolved = together(look, what="choosing t_min", only_first=True, patient=True)
-            log.info("t_min     %d, chosen by szt", defense.resolved)
+            defense.settle(together(look, what="choosing t_min", only_first=True, patient=True))
+            log.info("t_min     %d, chosen by %s", defense.t_range[0], defense.name)
 
 
 def _floor(
@@ -129,7 +129,7 @@ def _floor(
         for defense in before:
             batch = defense.before(batch)
         prompts = [f"a photo of a {method.placeholders[concepts[y].name].token}" for y in batch.y.tolist()]
-        found = szt.resolve(batch, method.vectors.detach(), prompts)
+        found = szt.survey(batch, method.vectors.detach(), prompts)
         kept.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(found))
     return json.loads(file.read_text())
@@ -167,7 +167,7 @@ def build_concept_stream(
     kept: a folder for pictures that networks purified or masked. Rank 0 makes them there; the others and restarts read.
     """
     data = run.settings.data
-    fresh = any(getattr(d.config, "background", "keep") in ("noise", "swap") for d in run.defenses)
+    fresh = any(d.redraws for d in defenses)
 
     def stage(batch: Batch) -> Batch:
         for defense in defenses:
@@ -176,8 +176,7 @@ def build_concept_stream(
 
     def seen(given: Batch, made: Batch) -> None:
         for defense in defenses:
-            if isinstance(defense, SZT) and made.mask is not None:
-                defense.note(made, made.mask, given.mask)
+            defense.note(given, made)
 
     inexact = kept is not None and not all(d.exact for d in defenses)
     stream = ConceptStream(

@@ -150,7 +150,7 @@ def masks(
     photos: Annotated[Path, typer.Argument(help="A folder of photos, or a folder with one of each concept.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for masks.png, and for photos with their masks.")],
     mask: Annotated[str, typer.Option(help="grabcut, box, attention or ssm.")] = "grabcut",
-    box: Annotated[
+    side: Annotated[
         float | None, typer.Option(help="Side of the centred rectangle of box and grabcut, a share of the photo's.")
     ] = None,
     model: Annotated[
@@ -170,7 +170,7 @@ def masks(
     from poisonshield.commands.masks import masks as run
     from poisonshield.commands.masks import told
 
-    given = {} if box is None else {"box": box}
+    given = {} if side is None else {"side": side}
     found = run(photos, out, mask=mask, model=model, words=word or [], size=size, seed=seed, overwrite=overwrite,
                 purifier=None if purifier == "none" else purifier, **given)  # fmt: skip
     print("\n".join(told(found)))

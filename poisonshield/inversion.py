@@ -144,7 +144,7 @@ def preset_run(
     values["engine"] |= {"device": model.alphas_cumprod.device.type, "resume": "auto"}
     if szt is not None:
         values["defenses"] = [{"name": SZT.name, **szt.model_dump(mode="json")}]
-        values["data"]["masks"] = szt.mask if szt.mask in ("file", "alpha") else None
+        values["data"]["masks"] = SZT(szt).wants_masks
     for section, key, value in (("engine", "max_steps", steps), ("data", "batch_size", batch), ("optimizer", "lr", lr)):
         if value is not None:
             values[section][key] = value

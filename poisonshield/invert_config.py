@@ -14,11 +14,11 @@ from pydantic import Field, field_validator
 
 from poisonshield.build import DEFENSES, RunSection
 from poisonshield.config import Checker, Choice, Settings, Tree, dump, load_tree
-from poisonshield.defenses.diffusion.szt import MASKS, SZT
+from poisonshield.defenses.diffusion.szt import MASKS
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
-from poisonshield.methods.diffusion.textual_inversion import TextualInversion
+from poisonshield.methods.diffusion.textual_inversion import TextualInversion, start_word
 from poisonshield.registry import Registry
 
 DIFFUSION_DEFENSES = Registry("poisonshield.defenses.diffusion", kind="defense")
@@ -139,7 +139,7 @@ class InvertRun:
     @property
     def defense_label(self) -> str:
         """How result tables call the defenses together."""
-        return "+".join(d.cls(d.config, num_classes=1, seed=0).label for d in self.defenses) or "none"
+        return "+".join(d.cls(d.config).label for d in self.defenses) or "none"
 
 
 def is_invert(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> bool:
@@ -195,10 +195,11 @@ def _pick_defense(checker: Checker, path: tuple, block: Any) -> Choice | None:
 
 
 def _check_pairs(checker: Checker, settings: InvertConfig, method: Choice, defenses: tuple[Choice, ...]) -> None:
-    zones = [d for d in defenses if d.cls is SZT]
-    wants = [d.config.mask for d in zones if d.config.mask in ("file", "alpha")]
-    if len(zones) > 1:
-        checker.problem(("defenses",), "defenses: szt stands there twice. Keep one.")
+    built = [d.cls(d.config) for d in defenses]
+    wants = [d.wants_masks for d in built if d.wants_masks]
+    names = [d.name for d in built if d.once]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        checker.problem(("defenses",), f"defenses: {twice} stands there twice. Keep one.")
     if settings.data.masks is not None and not wants:
         checker.problem(
             ("data", "masks"),
@@ -206,7 +207,7 @@ def _check_pairs(checker: Checker, settings: InvertConfig, method: Choice, defen
             f"{settings.data.masks}, or set data.masks: null. To compare masks that szt makes with them, set "
             f"data.mask_reference: {settings.data.masks} instead.",
         )
-    if settings.data.mask_reference is not None and not any(d.config.mask in MASKS.names() for d in zones):
+    if settings.data.mask_reference is not None and not any(d.makes_masks for d in built):
         checker.problem(
             ("data", "mask_reference"),
             f"data.mask_reference: {settings.data.mask_reference} is given, and szt makes no mask to compare with it. Set "
@@ -270,11 +271,6 @@ def _check_data(checker: Checker, settings: InvertConfig, method: Choice) -> Non
             ("generate", "switch"),
             "generate.switch speaks the word that learning started from, and method.init is numbers. Give a word.",
         )
-
-
-def start_word(init: str) -> str | None:
-    """The word that an entry of method.init names; None for zeros and normal:STD."""
-    return None if init == "zeros" or init.startswith("normal:") else init
 
 
 def _record(choice: Choice, block: Any) -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""The Method contract: one training step as one nn.Module, so that any distributed wrapper sees a plain module."""
+"""The Method contract: one training step as one nn.Module, so that any distributed wrapper sees a plain module.
+
+`Method` is what the engine trains. Two kinds add what a defense may stand on: `SSLMethod` trains an encoder of pictures,
+`DiffusionMethod` learns words for a frozen diffusion pipeline. Whoever needs to know what a method can do reads it off
+these contracts; nobody asks for its class.
+"""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -6,20 +11,44 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
+from poisonshield.losses.zone import Zone
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 
 class Method(nn.Module):
-    """A way to train an encoder: `forward(batch) -> StepOutput` is one step's loss.
+    """`forward(batch) -> StepOutput` is one step's loss.
 
-    The step has two halves so that a defense can stand between them (VESPR reads the same features as the SSL loss):
-    `features` runs the encoder once per view, `loss` does the rest. All state lives in parameters and buffers,
-    so a checkpoint of the module is complete.
-
-    views: how many views a step wants, and which augmentation suits it (a name in data/views.py).
+    All state lives in parameters and buffers, so a checkpoint of the module is complete. trains_words: whether it is a
+    DiffusionMethod.
     """
 
-    num_views: ClassVar[int] = 1
-    default_views: ClassVar[str] = "crop_flip"
+    name: ClassVar[str]
+    trains_words: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> StepOutput:
+        """The loss of one step."""
+
+    def initialize(self) -> None:
+        """Called once on the method of a new run, and not where weights are loaded: take weights from other files."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done, in (0, 1]."""
+
+
+class SSLMethod(Method):
+    """A way to train an encoder of pictures, with or without labels.
+
+    The step has two halves so that a defense can stand between them (VESPR reads the same features as the SSL loss):
+    `features` runs the encoder once per view, `loss` does the rest.
+
+    num_views, default_views: how many views a step wants, and which augmentation suits it (a name in data/views.py).
+    has_classifier: whether `logits` gives class scores.
+    """
+
+    num_views: int = 1
+    default_views: str = "crop_flip"
+    has_classifier: bool = False
     encoder: nn.Module
 
     def forward(self, batch: Batch) -> StepOutput:
@@ -39,8 +68,26 @@ class Method(nn.Module):
         """Class scores [B, K] of x [B, 3, H, W] in [0, 1], or None for a method without a classifier."""
         return None
 
-    def initialize(self) -> None:
-        """Called once on the method of a new run, and not where weights are loaded: take weights from other files."""
+    def projection(self) -> nn.Module | None:
+        """What turns features into the z that the loss compares, or None for a method without it."""
+        return self._modules.get("projector")
 
-    def after_step(self, progress: float) -> None:
-        """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done, in (0, 1]."""
+
+class DiffusionMethod(Method):
+    """A way to learn words for a frozen diffusion pipeline.
+
+    zone, t_sampler: where the loss counts and how timesteps are drawn; a defense sets them.
+    """
+
+    trains_words = True
+    zone: Zone | None = None
+    t_sampler: str = "uniform"
+
+    @property
+    @abstractmethod
+    def model(self) -> LatentDiffusion:
+        """The frozen pipeline."""
+
+    @abstractmethod
+    def start_words(self) -> tuple[str | None, ...]:
+        """The word that each concept's learning starts from, in order; None where it starts from numbers."""

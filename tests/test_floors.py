@@ -22,7 +22,7 @@ FLOORS = {
 # Same floor, and still allowed: foundations that their whole floor stands on.
 BESIDE = {
     ("config", "errors"), ("config", "registry"), ("registry", "errors"),
-    ("batch", "random"), ("ops", "random"), ("losses", "method"), ("world", "methods"), ("invert_config", "build"),
+    ("batch", "random"), ("ops", "random"), ("method", "losses"), ("method", "models"), ("world", "methods"), ("invert_config", "build"),
     ("build_diffusion", "invert_config"), ("inversion", "invert_config"), ("inversion", "build_diffusion"),
     ("cli", "commands"), ("cli", "bench"), ("bench", "commands"), ("reports", "build"), ("reports", "invert_config"),
 }  # fmt: skip

@@ -120,7 +120,7 @@ def test_example_purifier_works_in_a_config_alone_and_within_szt(as_file):
         == "szt(halved, t500, mask, mask_floor 0.3, mask_dilate 2)"
     )
     cls, x = DEFENSES.get(halved), torch.rand(2, 3, 13, 22)
-    out = cls(cls.Config(), num_classes=1, seed=0).before(Batch(("a", "b"), x)).x
+    out = cls(cls.Config()).before(Batch(("a", "b"), x)).x
     assert out.shape == x.shape and torch.equal((out * 255).round() / 255, out)
     assert out.std() < 0.8 * x.std()
 
@@ -129,7 +129,7 @@ def test_example_mask_is_found_and_marks_what_is_bright(as_file):
     bright = as_file(block("defenses", "class Bright(MaskProvider)"), "bright", poisonshield.defenses.diffusion.masks)
     x = torch.full((1, 3, 16, 16), 0.2)
     x[:, :, 4:9, 5:12] = 0.7
-    mask = MASKS.get(bright)(seed=0, box=0.7)(Batch(("a",), x), None, None)
+    mask = MASKS.get(bright)()(Batch(("a",), x), None, None)
     assert torch.equal(mask, (x[:, :1] > 0.5).float())
 
 

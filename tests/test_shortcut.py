@@ -9,6 +9,7 @@ import torch
 from tiny import TinyEncoder
 
 from poisonshield.batch import Batch
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.methods.simclr import SimCLR
 from poisonshield.methods.supervised import Supervised
@@ -38,7 +39,7 @@ def build(kind, seed):
     ssl = SimCLR(SimCLR.Config(hidden=32, out=16), encoder=TinyEncoder(), num_classes=CLASSES)
     views = {"ssl+ce": "none", "vespr": 0}[kind]
     settings = VESPR.Config(eps=8 / 255, step_size=8 / 255, steps=1, attack_views=views)
-    return VESPR(settings, num_classes=CLASSES, seed=seed).wrap(ssl)
+    return VESPR(settings, Context(seed, CLASSES)).wrap(ssl)
 
 
 def accuracy(kind, seed, *, poisoned=True):

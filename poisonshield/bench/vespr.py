@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from poisonshield.batch import Batch
 from poisonshield.bench.harness import Case, Provider, Row, WrongResult, measure
 from poisonshield.bench.record import append
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR, VESPRMethod
 from poisonshield.errors import ConfigError
 from poisonshield.methods.simclr import SimCLR
@@ -44,7 +45,7 @@ def example(quick: bool, steps: int, heads: tuple[int, int] = HEADS[0]) -> tuple
     widths, size, side = ((8, 8, 16, 16), 6, 16) if quick else ((16, 32, 64, 128), 64, 32)
     encoder = build_encoder(BackboneConfig(name="resnet_mini", widths=widths))
     hidden, width = (32, 16) if quick else heads
-    defense = VESPR(VESPR.Config(steps=steps), num_classes=CLASSES, seed=SEED)
+    defense = VESPR(VESPR.Config(steps=steps), Context(SEED, CLASSES))
     ssl = SimCLR(SimCLR.Config(hidden=hidden, out=width), encoder=encoder, num_classes=CLASSES)
     model = defense.wrap(ssl).train()
     views = tuple(torch.rand(size, 3, side, side) for _ in range(2))

@@ -224,7 +224,7 @@ def finish(
 
 def floor_of(defenses: list[Defense]) -> int:
     """The first timestep that was trained on."""
-    ranges = [getattr(d, "t_range", None) for d in defenses]
+    ranges = [d.t_range for d in defenses]
     return next((r[0] for r in ranges if r), 0)
 
 

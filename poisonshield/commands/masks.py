@@ -18,9 +18,10 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.commands.protect import FORMATS, Photo, read_photo
+from poisonshield.config import From
 from poisonshield.data.masks import is_mask_folder, stem_of_mask
 from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
-from poisonshield.defenses.diffusion.szt import MASKS, SZT
+from poisonshield.defenses.diffusion.szt import MASKS
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
@@ -50,7 +51,7 @@ def masks(
     out: str | Path,
     *,
     mask: str,
-    box: float = SZT.Config.model_fields["mask_box"].default,
+    side: float | None = None,
     model: str | Path | None = None,
     words: Sequence[str] = (),
     purifier: str | None = "jpeg:25",
@@ -60,15 +61,17 @@ def masks(
 ) -> Masks:
     """Masks of a folder of photos (one concept), or of a folder of such folders.
 
-    mask: the name of a provider in defenses/diffusion/masks. box: see SZT's mask_box. model, and words (WORD for all,
+    mask: the name of a provider in defenses/diffusion/masks. side: of the centred rectangle of box and
+    grabcut. model, and words (WORD for all,
     or CONCEPT=WORD): for masks that look for a word. As in training they are found on purified pixels (a text, or None
     for the photo as it is) with `size` on the longer side, and then brought to the photo's own size. Empty masks are
     not written; their photos are. Raises ConfigError, and DataError for files that are there without `overwrite`.
     """
     out, concepts = Path(out), _concepts(Path(photos))
-    provider = MASKS.get(mask)(seed=seed, box=box)
+    picked = From(MASKS)({"name": mask} if side is None else {"name": mask, "side": side})
+    provider = picked.cls(picked.config, seed=seed)
     network, said = _network(provider, model, words, list(concepts))
-    clean = build_purifier(None if purifier is None else purifier_block(purifier), num_classes=1, seed=seed)
+    clean = build_purifier(None if purifier is None else purifier_block(purifier), seed=seed)
     places = {path: out / CONCEPTS / name / path.name for name, files in concepts.items() for path in files}
     if not overwrite and (there := next((p for p in map(_beside, places.values()) if p.exists()), None)):
         raise DataError(f"{there} exists, and may have been corrected. Choose another folder, or give --overwrite.")

@@ -27,7 +27,7 @@ def probes(samples: Samples, train: Features, test: Features, bank: Features) ->
     """
     s, method, run = samples.run.settings.evaluate, samples.method, samples.run
     eigenvalues = spectrum(bank.h)
-    projector = getattr(method, "projector", None)
+    projector = method.projection()
     values: dict[str, Any] = {
         "spectrum": {"effective_rank": rank_of(eigenvalues), "log10_shares": log_of(eigenvalues).tolist()},
         "projection_rank": None if projector is None else effective_rank(_projected(projector, bank.h)),

@@ -51,7 +51,7 @@ def profile(
     size = size or model.unet.config.sample_size * model.factor
     pictures, ref = load_pictures(images, size=size, masks=masks), None
     if isinstance(reference, str) and ":" in reference and not Path(reference).exists():
-        purifier = build_purifier(purifier_block(reference), num_classes=1, seed=seed)
+        purifier = build_purifier(purifier_block(reference), seed=seed)
         ref = purifier.before(Batch(pictures.names, pictures.x)).x
     elif reference is not None:
         ref = matching(pictures, load_pictures(reference, size=size), "reference").x

@@ -22,8 +22,8 @@ from poisonshield.errors import DataError
 from poisonshield.evals.diffusion.generation import latent_cosine, network_scores, round_trip_error, set_distances
 from poisonshield.evals.diffusion.image_quality import brisque, high_frequency
 from poisonshield.evals.diffusion.learned_words import word_report
-from poisonshield.invert_config import RENDERED, InvertRun, start_word
-from poisonshield.methods.diffusion.textual_inversion import TextualInversion
+from poisonshield.invert_config import RENDERED, InvertRun
+from poisonshield.methods.diffusion.textual_inversion import TextualInversion, start_word
 from poisonshield.models.diffusion.pipeline import TINY
 from poisonshield.world.judge import ConceptJudge
 
@@ -71,12 +71,11 @@ def mask_values(defenses: Sequence[Defense], name: str, *, compared: bool) -> di
 
     compared: whether the data gave masks to compare with, so that the overlap says something.
     """
-    noted = {"mask_area": "areas", "mask_iou": "ious"} if compared else {"mask_area": "areas"}
     out: dict[str, float | None] = {"mask_area": None, "mask_iou": None}
     for defense in defenses:
-        for key, attribute in noted.items():
-            found = [v for k, v in getattr(defense, attribute, {}).items() if k.partition("/")[0] == name]
-            if found:
+        for key, values in defense.picture_numbers().items():
+            found = [v for k, v in values.items() if k.partition("/")[0] == name]
+            if found and (compared or key != "mask_iou"):
                 out[key] = round(mean(found), 4)
     return out
 

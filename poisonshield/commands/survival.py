@@ -51,7 +51,7 @@ def survival(
     found: dict[str, list[Purified]] = {folder: [] for folder in folders}
     for text, block in blocks.items():
         start = time.perf_counter()
-        purifier = build_purifier(block, num_classes=1, seed=seed)
+        purifier = build_purifier(block, seed=seed)
         purify = lambda photo, purifier=purifier: _purified(purifier, photo)
         costs = {key: purify(photo) for key, photo in wanted.items()}
         for folder, photos in folders.items():

@@ -31,21 +31,23 @@ class From:
     """The type of a setting that picks one of a registry: `attack: Annotated[Choice, From(ATTACKS)] = Field("pgd", ...)`.
 
     Takes a name, or a block with `name:` and settings of the class that it picks; gives a Choice. In records it is the
-    block with every setting.
+    block with every setting. also: values that are taken as they are, such as None or words that pick no class.
     """
 
-    def __init__(self, *registries: Registry) -> None:
-        self.registries = registries
+    def __init__(self, *registries: Registry, also: tuple[str | None, ...] = ()) -> None:
+        self.registries, self.also = registries, also
 
-    def __call__(self, value: Any) -> Choice:
+    def __call__(self, value: Any) -> Choice | str | None:
         """The Choice. Raises ConfigError with every problem, and the nearest name."""
-        if isinstance(value, Choice):
+        if isinstance(value, Choice) or (isinstance(value, str | None) and value in self.also):
             return value
         block = {"name": value} if isinstance(value, str) else value
         if not isinstance(block, dict) or not isinstance(block.get("name"), str):
-            known = ", ".join(name for registry in self.registries for name in registry.names())
+            known = ", ".join(
+                [*filter(None, self.also), *(n for registry in self.registries for n in registry.names())]
+            )
             raise ConfigError(f"a name, or a block with `name:`, is wanted; names are {known}")
-        cls, checker = pick(self.registries, block["name"]), Checker(Tree())
+        cls, checker = pick(self.registries, block["name"], also=tuple(filter(None, self.also))), Checker(Tree())
         rest = {key: setting for key, setting in block.items() if key != "name"}
         config = checker.settings(cls.Config, (), rest, owner=block["name"])
         if config is None:
@@ -55,16 +57,23 @@ class From:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """How pydantic checks such a setting and writes it down."""
         return core_schema.no_info_plain_validator_function(
-            self, serialization=core_schema.plain_serializer_function_ser_schema(lambda choice: choice.block)
+            self, serialization=core_schema.plain_serializer_function_ser_schema(_plain)
         )
 
 
-def pick(registries: Sequence[Registry], name: str) -> Any:
-    """The class of this name from the first registry that has it. Raises ConfigError with the nearest of all names."""
+def _plain(value: Choice | str | None) -> dict[str, Any] | str | None:
+    return value.block if isinstance(value, Choice) else value
+
+
+def pick(registries: Sequence[Registry], name: str, *, also: Sequence[str] = ()) -> Any:
+    """The class of this name from the first registry that has it. Raises ConfigError with the nearest of all names.
+
+    also: other words that would have been right in its place.
+    """
     for registry in registries:
         if name in registry.names():
             return registry.get(name)
-    known = sorted(known for registry in registries for known in registry.names())
+    known = [*also, *sorted(known for registry in registries for known in registry.names())]
     raise ConfigError(f"{name!r} is not a {registries[0].kind}.{suggest(name, known)}  Known: {', '.join(known)}")
 
 

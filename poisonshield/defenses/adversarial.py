@@ -13,7 +13,7 @@ from poisonshield.attacks import AttackConfig, frozen_stats
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.ops.precision import at_least_float32
 
 
@@ -27,9 +27,9 @@ class Adversarial(Defense):
 
         steps: int = Field(10, ge=1)
 
-    def wrap(self, method: Method) -> Method:
+    def wrap(self, method: SSLMethod) -> SSLMethod:
         """Raises ConfigError for a method without a classifier."""
-        if type(method).logits is Method.logits:
+        if not method.has_classifier:
             raise ConfigError(
                 f"adversarial training needs a classifier to attack, and {method.name} has none. "
                 "Use method.name: supervised, or the defense vespr, which adds one."
@@ -40,7 +40,7 @@ class Adversarial(Defense):
 class AdversarialMethod(Wrapped):
     """Cross-entropy on adversarial views, batch statistics still during the attack."""
 
-    def __init__(self, method: Method, config: Adversarial.Config, seed: int) -> None:
+    def __init__(self, method: SSLMethod, config: Adversarial.Config, seed: int) -> None:
         super().__init__(method)
         self.attack, self.budget, self.seed = config.attack(), config.budget(), seed
 

@@ -1,24 +1,66 @@
-"""The Defense contract: change the data before training, the method during it, or both."""
+"""The Defense contract: change the data before training, the method during it, or both.
 
-from typing import Any, ClassVar
+What a defense may know of the run comes as a Context; what others must know of a defense it declares below. So nobody
+asks which defense it is.
+"""
 
-from poisonshield.batch import Batch
-from poisonshield.method import Method
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from poisonshield.batch import Batch, StepOutput
+from poisonshield.method import SSLMethod
+from poisonshield.models.diffusion.pipeline import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a defense may know of the run, each part absent where there is none: a label needs no run at all.
+
+    num_classes: of a classifier's data. model: the frozen pipeline of a run that learns words, and words, for each of
+    its concepts, the word that learning starts from, or None where it starts from numbers.
+    """
+
+    seed: int = 0
+    num_classes: int | None = None
+    model: LatentDiffusion | None = None
+    words: tuple[str | None, ...] = ()
 
 
 class Defense:
     """Both halves default to doing nothing; most defenses fill one. Never told which poison it faces.
 
-    Built as `SomeDefense(config, num_classes=K, seed=seed)`.
+    Built as `SomeDefense(config, Context(...))`.
     purifier: whether it changes pixels `x` alone, which suits any training; size and keys stay, and a picture's own
     pixels and key decide what becomes of it.
+    once: whether a run has it at most once.
     """
 
     name: ClassVar[str]
     purifier: ClassVar[bool] = False
+    once: ClassVar[bool] = False
 
-    def __init__(self, config: Any, *, num_classes: int, seed: int) -> None:
-        self.config, self.num_classes, self.seed = config, num_classes, seed
+    def __init__(self, config: Any, context: Context | None = None) -> None:
+        self.config, self.context = config, context or Context()
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.context.seed
+
+    # The two halves
+
+    def before(self, batch: Batch) -> Batch:
+        """The batch with purified pixels `x`, before any augmentation."""
+        return batch
+
+    def wrap(self, method: Any) -> Any:
+        """The method as it is to be trained. Raises ConfigError for one that it does not suit."""
+        return method
+
+    # What it declares
 
     @property
     def label(self) -> str:
@@ -31,46 +73,80 @@ class Defense:
         return True
 
     @property
+    def redraws(self) -> bool:
+        """Whether `before` draws random numbers anew at every draw, so that a picture is not always the same."""
+        return False
+
+    @property
     def ranks_stay_in_step(self) -> bool:
         """Whether every rank runs the method's parts equally often, as sharded weights need."""
         return True
 
-    def before(self, batch: Batch) -> Batch:
-        """The batch with purified pixels `x`, before any augmentation."""
-        return batch
+    @property
+    def t_range(self) -> tuple[int, int] | None:
+        """[first, end) of the diffusion timesteps that it trains on; None where it leaves them alone."""
+        return None
 
-    def wrap(self, method: Method) -> Method:
-        """The method as it is to be trained."""
-        return method
+    @property
+    def wants_masks(self) -> Literal["file", "alpha"] | None:
+        """Which masks of the concept have to come with the data; None for none."""
+        return None
+
+    @property
+    def makes_masks(self) -> bool:
+        """Whether it finds out by itself where the concept is."""
+        return False
+
+    # What it asks before training, and tells afterwards
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it has to look at all pictures before training starts: see survey."""
+        return False
+
+    def survey(self, batch: Batch, rows: Tensor, prompts: Sequence[str]) -> Any:
+        """What it found on the pictures, as plain data that can be kept. batch: all of them, as the defenses before it
+        leave them. rows [R, d]: where learning starts. prompts: one for each picture."""
+        return None
+
+    def settle(self, found: Any) -> None:
+        """Take what a survey found, of this process or of an earlier one."""
+
+    def note(self, given: Batch, made: Batch) -> None:
+        """Look at a result of `before` that was kept, in place of making it again."""
+
+    def picture_numbers(self) -> Mapping[str, Mapping[str, float]]:
+        """Numbers of the pictures it has seen, by what they say and by picture, such as mask_area."""
+        return {}
 
 
-class Wrapped(Method):
+class Wrapped(SSLMethod):
     """A method around another: encoder, classifier and bookkeeping are the inner one's."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: SSLMethod) -> None:
         super().__init__()
         self.method = method
         self.num_views, self.default_views = method.num_views, method.default_views
+        self.name, self.has_classifier = method.name, method.has_classifier
 
     @property
-    def encoder(self):  # noqa: ANN201 - nn.Module, but typed by the parent
+    def encoder(self) -> nn.Module:  # type: ignore[override]
         """The inner method's encoder."""
         return self.method.encoder
 
-    @property
-    def projector(self):  # noqa: ANN201
+    def projection(self) -> nn.Module | None:
         """The inner method's projector, or None."""
-        return getattr(self.method, "projector", None)
+        return self.method.projection()
 
-    def features(self, batch: Batch):  # noqa: ANN201
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """The inner method's features."""
         return self.method.features(batch)
 
-    def loss(self, features, batch: Batch):  # noqa: ANN001, ANN201
+    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """The inner method's loss."""
         return self.method.loss(features, batch)
 
-    def logits(self, x):  # noqa: ANN001, ANN201
+    def logits(self, x: Tensor) -> Tensor | None:
         """The inner method's class scores."""
         return self.method.logits(x)
 

@@ -28,7 +28,7 @@ from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Number
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.normalize import IMAGENET_STD
 from poisonshield.ops.precision import at_least_float32
 from poisonshield.random import KeyedRandom
@@ -114,9 +114,9 @@ class VESPR(Defense):
         """Not with stop_loss: a rank whose samples have all stopped runs no further pass."""
         return self.config.stop_loss is None or not self.config.attack_views
 
-    def wrap(self, method: Method) -> Method:
+    def wrap(self, method: SSLMethod) -> SSLMethod:
         """Raises ConfigError for a view that the method does not have, or a method that is already supervised."""
-        if type(method).logits is not Method.logits:
+        if method.has_classifier:
             raise ConfigError(
                 f"vespr adds a classifier to a self-supervised method, and {method.name} has one. "
                 "Use method.name: simclr, or the defense adversarial."
@@ -126,15 +126,17 @@ class VESPR(Defense):
             raise ConfigError(
                 f"vespr.attack_views {beyond}: {method.name} has {method.num_views} views, counted from 0."
             )
-        return VESPRMethod(method, self.config, self.num_classes, self.seed)
+        if self.context.num_classes is None:
+            raise ConfigError("vespr adds a classifier and has to know the number of classes: Context(num_classes=K).")
+        return VESPRMethod(method, self.config, self.context.num_classes, self.seed)
 
 
 class VESPRMethod(Wrapped):
     """One joint step; the inner method keeps its own loss and state."""
 
-    def __init__(self, method: Method, config: VESPR.Config, num_classes: int, seed: int) -> None:
+    def __init__(self, method: SSLMethod, config: VESPR.Config, num_classes: int, seed: int) -> None:
         super().__init__(method)
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.has_classifier = config, seed, True
         self.head = nn.Linear(method.encoder.feature_dim, num_classes)
         self.attack = config.attack(grad_scale=_SCALE.get(config.attack_precision, 1.0), stop_loss=config.stop_loss)
         self.budget = config.budget()

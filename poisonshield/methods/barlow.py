@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.barlow import barlow
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 
 
-class Barlow(Method):
+class Barlow(SSLMethod):
     """Cross-correlation of projections against the identity. Labels are not used."""
 
     name: ClassVar[str] = "barlow"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
 
     class Config(ProjectorConfig):
         """off_diagonal: weight of the redundancy term; scaling, hsic, legacy, symmetrized: see losses/barlow.py."""

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.cosine import negative_cosine
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 from poisonshield.models.target import Target, TargetConfig
 
 
-class BYOL(Method):
+class BYOL(SSLMethod):
     """Negative cosine between predictions and a momentum encoder's projections. Labels are not used."""
 
     name: ClassVar[str] = "byol"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig, TargetConfig):
         """symmetrized: every view predicts, not the first alone."""

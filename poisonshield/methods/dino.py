@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.dino import dino, moved_centre
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.target import Target, TargetConfig
 
 
-class DINO(Method):
+class DINO(SSLMethod):
     """Cross-entropy between a student's and a momentum teacher's prototypes. Labels are not used."""
 
     name: ClassVar[str] = "dino"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
     centre: Tensor
 
     class Config(ProjectorConfig, TargetConfig):

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.mec import mec
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 
 
-class MEC(Method):
+class MEC(SSLMethod):
     """Coding rate of the agreement of predictions and stopped projections. Labels are not used."""
 
     name: ClassVar[str] = "mec"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig):
         """distortion, terms, coding_length, symmetrized: see losses/mec.py; stop_gradient: targets stand still."""

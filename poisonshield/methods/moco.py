@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.infonce import SameView, infonce
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 from poisonshield.models.target import Target, TargetConfig
 
 
-class MoCo(Method):
+class MoCo(SSLMethod):
     """InfoNCE between predictions and a momentum encoder's projections. Labels are not used."""
 
     name: ClassVar[str] = "moco"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig, TargetConfig):
         """temperature of the similarities; same_view, negative_weight, margin, symmetrized: losses/infonce.py."""

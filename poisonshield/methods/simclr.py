@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.infonce import SameView, infonce
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, build_projector
 
 
-class SimCLR(Method):
+class SimCLR(SSLMethod):
     """InfoNCE on a projector's output. Labels are not used."""
 
     name: ClassVar[str] = "simclr"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
 
     class Config(ProjectorConfig):
         """temperature of the similarities; same_view, negative_weight, margin, symmetrized: losses/infonce.py."""

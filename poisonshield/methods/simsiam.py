@@ -6,17 +6,17 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.cosine import negative_cosine
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 
 
-class SimSiam(Method):
+class SimSiam(SSLMethod):
     """Negative cosine between predictions and stopped projections. Labels are not used."""
 
     name: ClassVar[str] = "simsiam"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig):
         """stop_gradient: false collapses, and is there to be studied. symmetrized: every view predicts."""

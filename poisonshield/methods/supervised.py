@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.weights import Branch, load_encoder
 from poisonshield.ops.precision import at_least_float32
 
 
-class Supervised(Method):
+class Supervised(SSLMethod):
     """Encoder and linear classifier, one augmented view per sample."""
 
     name: ClassVar[str] = "supervised"
+
+    has_classifier = True
 
     class Config(Settings):
         """label_smoothing: share of the target spread over all classes.

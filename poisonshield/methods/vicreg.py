@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.vicreg import vicreg
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 
 
-class VICReg(Method):
+class VICReg(SSLMethod):
     """Variance, invariance and covariance of projections. Labels are not used."""
 
     name: ClassVar[str] = "vicreg"
-    num_views: ClassVar[int] = 2
-    default_views: ClassVar[str] = "ssl"
+    num_views = 2
+    default_views = "ssl"
 
     class Config(ProjectorConfig):
         """invariance, variance, covariance: weights of the three terms; legacy, symmetrized: see losses/vicreg.py."""

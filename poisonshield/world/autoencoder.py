@@ -38,10 +38,6 @@ class Autoencoder(Method):
         mse = error.square().mean()
         return StepOutput(error.abs().mean() + mse + self.config.kl_weight * kl, {"mse": mse, "kl": kl})
 
-    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
-        """The step has no encoder features: see forward."""
-        return self.forward(batch)
-
     @torch.no_grad()
     def measure_scale(self, x: Tensor) -> None:
         """Sets scaling_factor so that the latents of x [B, 3, H, W] have standard deviation 1."""

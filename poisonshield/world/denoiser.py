@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
@@ -53,10 +53,6 @@ class Denoiser(Method):
         context = self.text_encoder(model.tokens(captions)).last_hidden_state
         pred = self.unet(model.noised(z, t, noise), t, encoder_hidden_states=context).sample
         return StepOutput(masked_diffusion_loss(pred.float(), target=model.target(z, t, noise)))
-
-    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
-        """The step has no encoder features: see forward."""
-        return self.forward(batch)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

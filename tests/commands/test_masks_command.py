@@ -45,7 +45,7 @@ def photos(tmp_path):
 
 def test_masks_are_found_and_training_reads_them(photos, tmp_path):
     pytest.importorskip("cv2")
-    found = masks(photos, tmp_path / "out", mask="grabcut", box=0.75, purifier=None, size=96)
+    found = masks(photos, tmp_path / "out", mask="grabcut", side=0.75, purifier=None, size=96)
     read = load_concepts(tmp_path / "out" / CONCEPTS, size=64, masks="file")
     assert [c.name for c in read] == ["ball", "plate"] and [len(c.images) for c in read] == [2, 2]
     assert read[0].images[1].caption == "a red ball"
@@ -64,7 +64,7 @@ def test_masks_are_found_and_training_reads_them(photos, tmp_path):
 
 
 def test_one_concept_is_a_folder_of_photos(photos, tmp_path):
-    found = masks(photos / "plate", tmp_path / "out", mask="box", box=0.5, **QUICK)
+    found = masks(photos / "plate", tmp_path / "out", mask="box", side=0.5, **QUICK)
     (concept,) = load_concepts(tmp_path / "out" / CONCEPTS, size=64, masks="file")
     wanted = torch.zeros(1, 64, 64)
     wanted[:, 16:48, 16:48] = 1
@@ -74,13 +74,13 @@ def test_one_concept_is_a_folder_of_photos(photos, tmp_path):
 
 def test_masks_that_were_made_are_kept_unless_asked(photos, tmp_path):
     ask = lambda **how: masks(photos, tmp_path / "out", mask="box", **QUICK, **how)
-    ask(box=0.5)
+    ask(side=0.5)
     corrected = tmp_path / "out" / CONCEPTS / "plate" / "a.mask.png"
     Image.new("L", (64, 64), 255).save(corrected)
     with pytest.raises(DataError, match="may have been corrected"):
-        ask(box=0.5)
+        ask(side=0.5)
     assert np.array(Image.open(corrected)).min() == 255
-    ask(box=0.5, overwrite=True)
+    ask(side=0.5, overwrite=True)
     assert np.array(Image.open(corrected)).min() == 0
 
 
@@ -105,7 +105,7 @@ def test_attention_asks_the_model_for_each_concepts_word(photos, tmp_path):
     with Image.open(photos / "plate" / "a.png") as image:
         small = image.resize((32, 32), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255
-    mask = Attention(seed=0, box=0.7)(Batch(("plate/a",), x), model, ["star"])
+    mask = Attention()(Batch(("plate/a",), x), model, ["star"])
     assert found.areas["plate/a"] == pytest.approx(float(mask.mean()), abs=0.03)
     assert len(found.areas) + len(found.empty) == 4
 

@@ -1,7 +1,6 @@
 """What a learned word is compared with, and what szt noted of its masks."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,8 @@ from poisonshield.commands import reading
 from poisonshield.commands.reading import mask_values, references
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.writer import write_concepts
+from poisonshield.defenses.diffusion.szt import SZT
+from poisonshield.defenses.jpeg import JPEG
 from poisonshield.errors import DataError
 from poisonshield.invert_config import read_invert
 from poisonshield.reports.sheets import write_pictures
@@ -56,8 +57,13 @@ def test_a_single_clean_concept_is_meant_whatever_its_name_unless_several_are_le
 
 
 def test_mask_values_are_means_over_the_concepts_own_pictures():
-    szt = SimpleNamespace(areas={"cup/a@1": 0.2, "cup/b@2": 0.4, "hat/a@3": 0.9}, ious={"cup/a@1": 0.5, "cup/b@2": 1.0})
-    assert mask_values([object(), szt], "cup", compared=True) == {"mask_area": pytest.approx(0.3), "mask_iou": 0.75}
+    szt = SZT(SZT.Config())
+    szt.areas = {"cup/a@1": 0.2, "cup/b@2": 0.4, "hat/a@3": 0.9}
+    szt.ious = {"cup/a@1": 0.5, "cup/b@2": 1.0}
+    assert mask_values([JPEG(JPEG.Config()), szt], "cup", compared=True) == {
+        "mask_area": pytest.approx(0.3),
+        "mask_iou": 0.75,
+    }
     assert mask_values([szt], "cup", compared=False) == {"mask_area": pytest.approx(0.3), "mask_iou": None}
     assert mask_values([szt], "fox", compared=True) == mask_values([], "cup", compared=True) == {
         "mask_area": None, "mask_iou": None,

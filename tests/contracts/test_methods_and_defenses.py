@@ -1,6 +1,7 @@
 """Every method and every defense that the folders hold, found by name: newcomers are tested without a line here."""
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -8,9 +9,8 @@ import torch
 from tiny import tiny_batch, tiny_encoder
 
 from poisonshield.build import DEFENSES, METHODS
-from poisonshield.defenses.base import Defense
+from poisonshield.defenses.base import Context, Defense
 from poisonshield.errors import ConfigError
-from poisonshield.method import Method
 
 SMALL = {"hidden": 12, "out": 10, "predictor": 6, "bottleneck": 5}  # widths, for methods that have them
 
@@ -28,7 +28,7 @@ def make_defended(name):
     for method in METHODS.names():
         try:
             torch.manual_seed(0)
-            return cls(cls.Config(), num_classes=4, seed=1).wrap(make_method(method))
+            return cls(cls.Config(), Context(1, 4)).wrap(make_method(method))
         except ConfigError:
             continue
     raise AssertionError(f"{name} accepts no method")
@@ -120,14 +120,18 @@ def test_logits_are_none_or_one_row_per_sample(name):
     method = make_method(name).eval()
     scores = method.logits(torch.rand(5, 3, 8, 8))
     assert scores is None or scores.shape == (5, 4)
-    assert (scores is None) == (type(method).logits is Method.logits)
+    assert (scores is None) == (not method.has_classifier)
 
 
 @pytest.mark.parametrize("name", DEFENSES.names())
 def test_defense_is_never_told_the_poison(name):
     parameters = set(inspect.signature(DEFENSES.get(name).__init__).parameters)
-    assert parameters == {"self", "config", "num_classes", "seed"}
+    assert parameters == {"self", "config", "context"}
     assert not {f for f in DEFENSES.get(name).Config.model_fields if "poison" in f}
+
+
+def test_the_context_says_nothing_of_the_poison():
+    assert {f.name for f in dataclasses.fields(Context)} == {"seed", "num_classes", "model", "words"}
 
 
 def test_defense_does_nothing_by_default():
@@ -135,7 +139,7 @@ def test_defense_does_nothing_by_default():
         name = "nothing"
 
     batch, method = tiny_batch(), make_method("supervised")
-    defense = Nothing(None, num_classes=4, seed=0)
+    defense = Nothing(None, Context(0, 4))
     assert defense.before(batch) is batch and defense.wrap(method) is method and defense.label == "nothing"
 
 

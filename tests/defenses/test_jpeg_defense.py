@@ -9,6 +9,7 @@ from PIL import Image, features
 from tiny import tiny_batch
 
 from poisonshield.build import read_run
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.jpeg import JPEG
 
 
@@ -18,7 +19,7 @@ def test_equals_saving_and_loading(subsampling, pillow):
     batch = tiny_batch()
     pixels = (batch.x * 255).round().to(torch.uint8)
     batch = batch.replace(x=pixels / 255)
-    defense = JPEG(JPEG.Config(quality=30, subsampling=subsampling), num_classes=4, seed=0)
+    defense = JPEG(JPEG.Config(quality=30, subsampling=subsampling), Context(0, 4))
     after = defense.before(batch)
     assert after.keys == batch.keys and torch.equal(after.y, batch.y)
     for ours, image in zip(after.x, pixels, strict=True):

@@ -8,6 +8,7 @@ from tiny import tiny_batch
 from poisonshield.batch import Batch
 from poisonshield.build import DEFENSES
 from poisonshield.defenses.adverse_cleaner import AdverseCleaner, bilateral, guided
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.bits import Bits
 from poisonshield.defenses.gaussian import Gaussian
 from poisonshield.defenses.jpeg import JPEG
@@ -18,7 +19,7 @@ PURIFIERS = [n for n in DEFENSES.names() if DEFENSES.get(n).purifier]
 
 
 def build(cls, **settings):
-    return cls(cls.Config(**settings), num_classes=4, seed=3)
+    return cls(cls.Config(**settings), Context(3, 4))
 
 
 def picture(height=51, width=70, batch=2, seed=0):

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model
 
 from poisonshield.batch import Batch
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.defenses.diffusion.sdedit import SDEdit
 from poisonshield.defenses.diffusion.vae_roundtrip import VAERoundtrip
@@ -24,7 +25,7 @@ def model():
 
 
 def build(cls, model, seed=0, **settings):
-    defense = cls(cls.Config(**settings), num_classes=1, seed=seed)
+    defense = cls(cls.Config(**settings), Context(seed))
     defense._model = model
     return defense
 
@@ -43,7 +44,7 @@ def test_no_defense_for_diffusion_is_told_the_poison():
     registry = Registry("poisonshield.defenses.diffusion", kind="defense")
     for name in registry.names():
         parameters = set(inspect.signature(registry.get(name).__init__).parameters)
-        assert parameters == {"self", "config", "num_classes", "seed"}
+        assert parameters == {"self", "config", "context"}
         assert not {f for f in registry.get(name).Config.model_fields if "poison" in f}
 
 
@@ -141,7 +142,7 @@ def test_pipeline_is_loaded_from_its_folder_when_the_first_picture_comes(model, 
     from poisonshield import world
     from poisonshield.world.small_pipeline import build_tokenizer, write_pipeline
 
-    missing = VAERoundtrip(VAERoundtrip.Config(pipeline=str(tmp_path / "none")), num_classes=1, seed=0)
+    missing = VAERoundtrip(VAERoundtrip.Config(pipeline=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="no Stable Diffusion folder"):
         missing.before(photos())
     build_tokenizer(world.WORDS, tmp_path / "tokenizer", length=24)
@@ -153,7 +154,7 @@ def test_pipeline_is_loaded_from_its_folder_when_the_first_picture_comes(model, 
         tokenizer=model.tokenizer,
         scheduler=model.scheduler,
     )
-    loaded = VAERoundtrip(VAERoundtrip.Config(pipeline=str(tmp_path)), num_classes=1, seed=0)
+    loaded = VAERoundtrip(VAERoundtrip.Config(pipeline=str(tmp_path)))
     batch = photos()
     assert torch.equal(loaded.before(batch).x, build(VAERoundtrip, model).before(batch).x)
     assert isinstance(loaded._model, LatentDiffusion)

@@ -9,6 +9,7 @@ from tiny import tiny_model
 
 from poisonshield import world
 from poisonshield.batch import Batch
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.diffusion.szt import MASKS, SZT
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
@@ -26,19 +27,14 @@ def model():
     return made
 
 
-def method_of(model, init="circle"):
-    return SimpleNamespace(
-        name="textual_inversion",
-        model=model,
-        config=SimpleNamespace(init=init),
-        placeholders={"one": model.placeholders["<a>"], "two": model.placeholders["<b>"]},
-    )
+def method_of(model):
+    return SimpleNamespace(name="textual_inversion", model=model, trains_words=True)
 
 
-def build(model=None, seed=0, init="circle", **settings):
-    defense = SZT(SZT.Config(**settings), num_classes=1, seed=seed)
+def build(model=None, seed=0, **settings):
+    defense = SZT(SZT.Config(**settings), Context(seed, model=model, words=("circle", "circle")))
     if model is not None:
-        defense.wrap(method_of(model, init))
+        defense.wrap(method_of(model))
     return defense
 
 
@@ -74,7 +70,7 @@ def test_default_is_jpeg_25_high_timesteps_and_the_given_mask(model):
 
 
 def test_wrap_tells_the_method_and_returns_it(model):
-    defense = build(loss_norm="batch", mask_resize="max", mask_floor=0.1, mask_dilate=2, t_sampler="soft")
+    defense = build(model, loss_norm="batch", mask_resize="max", mask_floor=0.1, mask_dilate=2, t_sampler="soft")
     method = method_of(model)
     assert defense.wrap(method) is method and defense.model is model
     assert method.zone == Zone("batch", "max", 0.1, 2) and method.t_sampler == "soft"
@@ -82,7 +78,7 @@ def test_wrap_tells_the_method_and_returns_it(model):
 
 def test_other_methods_are_refused():
     with pytest.raises(ConfigError, match="simclr is none"):
-        build().wrap(SimpleNamespace(name="simclr"))
+        build().wrap(SimpleNamespace(name="simclr", trains_words=False))
 
 
 @pytest.mark.parametrize(
@@ -160,11 +156,11 @@ def test_settings_that_differ_are_called_differently():
         == "szt(jpeg25 subsampling 444, t500, mask)"
     )
     assert label(t_reference="median") == "szt" and "t_reference median" in label(t_min="auto", t_reference="median")
-    assert label(mask=None, mask_dilate=3) == "szt(jpeg25, t500)" and label(**OFF, mask_box=0.5) == "szt(off)"
+    assert label(mask=None, mask_dilate=3) == "szt(jpeg25, t500)" and label(**OFF) == "szt(off)"
 
 
 def test_before_without_wrap_is_refused():
-    with pytest.raises(ConfigError, match="wrap"):
+    with pytest.raises(ConfigError, match="Context"):
         build().before(photos())
 
 
@@ -292,7 +288,7 @@ def test_auto_is_refused_until_it_is_resolved(model):
 
 
 def test_fixed_t_min_resolves_to_itself(model):
-    assert build(model, t_min=0.3).resolve(photos(), torch.zeros(3, 16), ["a photo of a <a>"] * 3) == 300
+    assert build(model, t_min=0.3).survey(photos(), torch.zeros(3, 16), ["a photo of a <a>"] * 3) == 300
 
 
 def test_auto_compares_two_purifiers_under_the_mask(model, monkeypatch):
@@ -307,7 +303,7 @@ def test_auto_compares_two_purifiers_under_the_mask(model, monkeypatch):
     monkeypatch.setattr(timesteps, "timestep_profile", profile)
     monkeypatch.setattr(timesteps, "choose_t_min", lambda p: {"profile": 320}[p])
     batch, defense = photos(), build(model, t_min="auto")
-    assert defense.resolve(batch, torch.zeros(3, 16), ("a <a>", "b <a>", "c <a>")) == 320 == defense.resolved
+    assert defense.survey(batch, torch.zeros(3, 16), ("a <a>", "b <a>", "c <a>")) == 320 == defense.resolved
     assert torch.equal(seen["x"], jpeg(batch.x, 25, mode="exact")) and torch.equal(seen["mask"], batch.mask)
     assert torch.equal(seen["ref"], jpeg(batch.x, 10, mode="exact")) and seen["prompts"] == ["a <a>", "b <a>", "c <a>"]
     assert defense.before(batch).t_range == (320, 1000)
@@ -316,6 +312,6 @@ def test_auto_compares_two_purifiers_under_the_mask(model, monkeypatch):
 def test_auto_on_a_tiny_pipeline_gives_a_timestep(model):
     rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 0.1
     small = photos(1).replace(x=photos(1).x[..., 16:48, 16:48], mask=photos(1).mask[..., 16:48, 16:48])
-    assert 200 <= build(model, t_min="auto").resolve(small, rows, ["a photo of a <a>"]) <= 800
+    assert 200 <= build(model, t_min="auto").survey(small, rows, ["a photo of a <a>"]) <= 800
     bounded = build(model, t_min="auto", t_max=300)
-    assert 60 <= bounded.resolve(small, rows, ["a photo of a <a>"]) <= 240 and bounded.t_range[1] == 300
+    assert 60 <= bounded.survey(small, rows, ["a photo of a <a>"]) <= 240 and bounded.t_range[1] == 300

@@ -9,6 +9,7 @@ from tiny import tiny_model
 
 from poisonshield import world
 from poisonshield.batch import Batch
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.diffusion.masks import attention, ssm
 from poisonshield.defenses.diffusion.masks.attention import Attention, spoken, word_attention
 from poisonshield.defenses.diffusion.masks.box import Box, rectangle
@@ -17,6 +18,7 @@ from poisonshield.defenses.diffusion.masks.parts.otsu import cut, otsu
 from poisonshield.defenses.diffusion.masks.ssm import SSM
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.methods.diffusion.textual_inversion import start_word
 from poisonshield.models.diffusion.sensitivity import semantic_sensitivity
 
 
@@ -33,9 +35,10 @@ def photos(height=32, width=32, keys=("a#0", "b#1"), seed=0):
 
 
 def szt(model, mask, init="circle", **settings):
-    method = SimpleNamespace(name="m", model=model, config=SimpleNamespace(init=init), placeholders=model.placeholders)
-    defense = SZT(SZT.Config(mask=mask, **settings), num_classes=1, seed=0)
-    defense.wrap(method)
+    inits = [init[name] if isinstance(init, dict) else init for name in model.placeholders]
+    context = Context(model=model, words=tuple(start_word(one) for one in inits))
+    defense = SZT(SZT.Config(mask=mask, **settings), context)
+    defense.wrap(SimpleNamespace(name="m", trains_words=True))
     return defense
 
 
@@ -60,7 +63,7 @@ def test_cut_parts_each_map_by_itself_and_flat_ones_are_empty():
 
 @pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 0.7), (51, 70, 0.5), (8, 8, 1.0), (3, 3, 0.01)])
 def test_box_is_a_centred_rectangle(height, width, side):
-    mask = Box(seed=0, box=side)(photos(height, width))
+    mask = Box(Box.Config(side=side))(photos(height, width))
     assert mask.shape == (2, 1, height, width) and set(mask.unique().tolist()) <= {0.0, 1.0}
     rows, columns = mask[0, 0].amax(1).nonzero()[:, 0], mask[0, 0].amax(0).nonzero()[:, 0]
     assert len(rows) == max(1, round(side * height)) and len(columns) == max(1, round(side * width))
@@ -77,19 +80,19 @@ def test_grabcut_finds_a_disc_on_a_plain_ground():
     noise = 0.03 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     colors = torch.tensor([0.9, 0.2, 0.1]).view(1, 3, 1, 1), torch.tensor([0.3, 0.5, 0.6]).view(1, 3, 1, 1)
     batch = Batch(("p",), (colors[0] * disc + colors[1] * (1 - disc) + noise).clamp(0, 1))
-    provider = GrabCut(seed=0, box=0.7)
+    provider = GrabCut(GrabCut.Config(side=0.7))
     mask = provider(batch)
     iou = torch.minimum(mask, disc).sum() / torch.maximum(mask, disc).sum()
     assert mask.shape == disc.shape and set(mask.unique().tolist()) == {0.0, 1.0} and iou > 0.95
     assert torch.equal(provider(batch), mask)
     with pytest.raises(ConfigError, match="no ground"):
-        GrabCut(seed=0, box=1.0)(batch)
+        GrabCut(GrabCut.Config(side=1.0))(batch)
 
 
 def test_grabcut_without_opencv_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ConfigError, match=r"pip install poisonshield\[opencv\]"):
-        GrabCut(seed=0, box=0.7)(photos())
+    with pytest.raises(ConfigError, match=r"pip install '\.\[opencv\]'"):
+        GrabCut(GrabCut.Config(side=0.7))(photos())
 
 
 def test_word_marks_its_own_tokens(model):
@@ -138,7 +141,7 @@ def test_attention_to_a_word_equals_a_loop_over_heads(model, side):
 
 
 def test_attention_mask_fits_any_size_and_depends_on_its_own_picture(model):
-    batch, provider = photos(51, 70), Attention(seed=0, box=0.7)
+    batch, provider = photos(51, 70), Attention()
     mask = provider(batch, model, ["circle", "blue star"])
     assert mask.shape == (2, 1, 51, 70) and set(mask.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(provider(batch, model, ["circle", "blue star"]), mask)
@@ -151,14 +154,14 @@ def test_attention_follows_where_the_network_looks(model, monkeypatch):
     left = torch.zeros(1, 1, 8, 8)
     left[..., :4] = 1
     monkeypatch.setattr(attention, "word_attention", lambda model, z, *rest: [left.expand(len(z), -1, -1, -1)])
-    mask = Attention(seed=0, box=0.7)(photos(), model, ["circle", "circle"])
+    mask = Attention()(photos(), model, ["circle", "circle"])
     assert mask[..., :15].min() == 1 and mask[..., 17:].max() == 0
 
 
 def test_ssm_is_the_sensitivity_of_the_words_vector_cut_in_two(model, monkeypatch):
     monkeypatch.setattr(ssm, "_PROBES", 4)
     batch = photos(keys=("a#0",))
-    mask = SSM(seed=3, box=0.7)(batch, model, ["circle"])
+    mask = SSM(seed=3)(batch, model, ["circle"])
     maps = semantic_sensitivity(
         model,
         batch.x,
@@ -173,12 +176,12 @@ def test_ssm_is_the_sensitivity_of_the_words_vector_cut_in_two(model, monkeypatc
     ).maps
     mean = sum(m / m.sum() for m in maps[0])[None, None] / 3
     assert mask.shape == (1, 1, 32, 32) and torch.equal(mask, cut(mean, (32, 32)))
-    assert SSM(seed=3, box=0.7)(photos(31, 30, ("a#0",)), model, ["circle"]).shape == (1, 1, 31, 30)
+    assert SSM(seed=3)(photos(31, 30, ("a#0",)), model, ["circle"]).shape == (1, 1, 31, 30)
 
 
 def test_ssm_before_any_learned_word_is_refused():
     with pytest.raises(ConfigError, match="Wrap the method first"):
-        SSM(seed=0, box=0.7)(photos(), tiny_model(), ["circle"] * 2)
+        SSM()(photos(), tiny_model(), ["circle"] * 2)
 
 
 def test_masks_are_made_of_the_purified_picture(model):
@@ -197,9 +200,9 @@ def test_masks_are_made_of_the_purified_picture(model):
 
 
 def test_word_is_the_settings_or_what_the_method_starts_from(model):
-    with pytest.raises(ConfigError, match="mask_word"):
+    with pytest.raises(ConfigError, match="mask.word"):
         szt(model, "attention", init="normal:0.02")
-    assert szt(model, "attention", init="zeros", mask_word="star").before(photos()).mask.shape == (2, 1, 32, 32)
+    assert szt(model, {"name": "attention", "word": "star"}, init="zeros").before(photos()).mask.shape == (2, 1, 32, 32)
     two = tiny_model()
     for token in ("<x>", "<y>"):
         two.add_placeholder(token)
@@ -211,10 +214,10 @@ def test_overlap_with_a_given_mask_is_noted_beside_an_automatic_one(model):
     batch = photos(64, 64)
     given = torch.zeros(2, 1, 64, 64)
     given[:, :, 10:54, 10:54] = 1
-    defense = szt(model, "box", mask_box=44 / 64)
+    defense = szt(model, {"name": "box", "side": 44 / 64})
     out = defense.before(batch.replace(mask=given))
     assert torch.equal(out.mask, given) and defense.ious == {"a": 1.0, "b": 1.0}
-    half = szt(model, "box", mask_box=0.5)
+    half = szt(model, {"name": "box", "side": 0.5})
     half.before(batch.replace(mask=given))
     assert half.ious["a"] == pytest.approx(32**2 / 44**2)
 
@@ -237,4 +240,4 @@ def test_grabcut_on_rendered_pictures_beats_the_box():
     def iou(mask):
         return (torch.minimum(mask, truth).sum((1, 2, 3)) / torch.maximum(mask, truth).sum((1, 2, 3))).median().item()
 
-    assert iou(GrabCut(seed=0, box=0.95)(batch)) > iou(Box(seed=0, box=0.7)(batch))
+    assert iou(GrabCut(GrabCut.Config(side=0.95))(batch)) > iou(Box(Box.Config(side=0.7))(batch))

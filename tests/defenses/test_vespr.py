@@ -10,6 +10,7 @@ from tiny import tiny_batch, tiny_encoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poisonshield import collectives
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.errors import ConfigError
 from poisonshield.losses.infonce import infonce
@@ -20,7 +21,7 @@ from poisonshield.methods.supervised import Supervised
 def joint(**settings):
     torch.manual_seed(0)
     method = SimCLR(SimCLR.Config(hidden=12, out=10), encoder=tiny_encoder(), num_classes=4)
-    return VESPR(VESPR.Config(**settings), num_classes=4, seed=5).wrap(method).train()
+    return VESPR(VESPR.Config(**settings), Context(5, 4)).wrap(method).train()
 
 
 def full_attack(model, batch, start, *, eps, step, steps, flagged):
@@ -142,7 +143,7 @@ def test_joint_loss_is_the_papers_sum():
 
 
 def test_without_attacked_views_it_is_joint_training():
-    defense = VESPR(VESPR.Config(attack_views=()), num_classes=4, seed=0)
+    defense = VESPR(VESPR.Config(attack_views=()), Context(0, 4))
     assert defense.label == "ssl+ce"
     model, batch = joint(attack_views=()), tiny_batch()
     assert model.attacked(batch.views[0], 0, batch) is batch.views[0]
@@ -163,7 +164,7 @@ def test_view_that_does_not_exist_is_refused():
 def test_supervised_method_is_refused_with_the_way_out():
     method = Supervised(Supervised.Config(), encoder=tiny_encoder(), num_classes=4)
     with pytest.raises(ConfigError, match="Use method.name: simclr"):
-        VESPR(VESPR.Config(), num_classes=4, seed=0).wrap(method)
+        VESPR(VESPR.Config(), Context(0, 4)).wrap(method)
 
 
 def test_loss_falls_on_tiny_data():

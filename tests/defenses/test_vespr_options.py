@@ -11,6 +11,7 @@ from tiny import tiny_batch, tiny_encoder
 
 from poisonshield.attacks import ClassMemory, Linf
 from poisonshield.build import METHODS, read_run
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.errors import ConfigError
 from poisonshield.models.normalize import IMAGENET_STD
@@ -24,7 +25,7 @@ def joint(method="simclr", inner=None, **settings):
     widths = {k: v for k, v in SMALL.items() if k in cls.Config.model_fields}
     torch.manual_seed(0)
     built = cls(cls.Config(**widths, **(inner or {})), encoder=tiny_encoder(), num_classes=4)
-    return VESPR(VESPR.Config(**settings), num_classes=4, seed=5).wrap(built).train()
+    return VESPR(VESPR.Config(**settings), Context(5, 4)).wrap(built).train()
 
 
 def test_views_have_names():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_encoder
 
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.errors import DataError
 from poisonshield.evals.pairs import pairs
@@ -15,7 +16,7 @@ from poisonshield.methods.simclr import SimCLR
 def vespr():
     torch.manual_seed(0)
     method = SimCLR(SimCLR.Config(hidden=8, out=8), encoder=tiny_encoder(), num_classes=4)
-    return VESPR(VESPR.Config(), num_classes=4, seed=0).wrap(method)
+    return VESPR(VESPR.Config(), Context(0, 4)).wrap(method)
 
 
 def poisoned(batch, untouched=(2,)):

@@ -6,6 +6,7 @@ from tiny import tiny_batch, tiny_encoder
 from torch import nn
 
 from poisonshield.batch import Batch
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.evals.robust import robust
 from poisonshield.method import Method
@@ -15,7 +16,7 @@ from poisonshield.methods.simclr import SimCLR
 def vespr(classes=4):
     torch.manual_seed(0)
     method = SimCLR(SimCLR.Config(hidden=8, out=8), encoder=tiny_encoder(), num_classes=classes)
-    return VESPR(VESPR.Config(), num_classes=classes, seed=0).wrap(method)
+    return VESPR(VESPR.Config(), Context(0, classes)).wrap(method)
 
 
 class Needle(Method):

@@ -5,6 +5,7 @@ import torch
 from losses.golden import golden
 
 from poisonshield.batch import Batch
+from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.losses.barlow import barlow
 from poisonshield.losses.cosine import negative_cosine
@@ -57,7 +58,7 @@ def test_golden_cross_entropy():
     """VESPR's own, through a classifier that copies its features."""
     p, _ = golden(2)
     method = SimCLR(SimCLR.Config(hidden=6, out=6), encoder=Copying(p), num_classes=6)
-    model = VESPR(VESPR.Config(attack_views="none"), num_classes=6, seed=0).wrap(method).double()
+    model = VESPR(VESPR.Config(attack_views="none"), Context(0, 6)).wrap(method).double()
     with torch.no_grad():
         model.head.weight.copy_(torch.eye(6))
         model.head.bias.zero_()

@@ -14,6 +14,7 @@ from poisonshield.build import build_method, read_run
 from poisonshield.commands.evaluate import evaluate
 from poisonshield.commands.train import train
 from poisonshield.defenses.adversarial import Adversarial
+from poisonshield.defenses.base import Context
 from poisonshield.errors import ConfigError
 from poisonshield.methods.supervised import Supervised
 
@@ -86,7 +87,7 @@ def test_finetuning_trains_everything(finished):
 
 def test_probe_is_attacked_through_its_frozen_encoder(finished):
     """Adversarial probing: input gradients pass, and modes come back as they were."""
-    defense = Adversarial(Adversarial.Config(steps=2), num_classes=4, seed=0)
+    defense = Adversarial(Adversarial.Config(steps=2), Context(0, 4))
     method = defense.wrap(make(finished[0], freeze_encoder=True)).train()
     before, batch = states(method), tiny_batch(12, views=1)
     plain = method.method(batch).loss

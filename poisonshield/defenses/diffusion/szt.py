@@ -7,78 +7,86 @@ The price: at high timesteps a concept's fine details teach little, so learning 
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.config import Settings
-from poisonshield.defenses.base import Defense
-from poisonshield.defenses.diffusion.masks.base import looks_wrong
+from poisonshield.config import Choice, From, Settings
+from poisonshield.defenses.base import Context, Defense
+from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
 from poisonshield.defenses.diffusion.purify.background import with_background
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
-from poisonshield.method import Method
+from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
-from poisonshield.registry import Registry, suggest
+from poisonshield.registry import Registry
 
 log = logging.getLogger(__name__)
 
 MASKS = Registry("poisonshield.defenses.diffusion.masks", kind="mask")
-GIVEN = ("file", "alpha")
+GIVEN: tuple[Literal["file", "alpha"], ...] = ("file", "alpha")
 """Masks that come with the batch."""
 
 
 class SZT(Defense):
     """`before` purifies x, settles the mask and sets t_range; `wrap` tells the method where its loss counts.
 
-    One object does both: masks that need the pipeline, and timesteps counted from its end, take it from the method.
-    Random backgrounds apart, a picture's result depends on its pixels and key alone, so that it may be kept.
+    Masks that need the pipeline, and timesteps counted from its end, take it from the context. Random backgrounds apart, a picture's result depends on its pixels and key alone, so that it may be kept.
     areas, ious: of each picture seen, the mask's share of it, and its overlap with the given mask if there is one.
     """
 
     name: ClassVar[str] = "szt"
 
+    once: ClassVar[bool] = True
+
     class Config(Settings):
-        """purifier: null, a name or a block. t_min: the first timestep, a fraction of all, or auto (see `resolve`).
-        t_max: the first beyond, null for all. t_sampler: "soft" is a floor without an edge.
+        """Three parts: purified pixels (purifier), high timesteps (t_*), and the concept alone (mask*, loss_norm)."""
 
-        mask: where from; file and alpha come with the data. mask_resize, mask_floor, mask_dilate (latent cells),
-        loss_norm: see losses.zone.Zone. mask_box: side of the centred rectangle of box and grabcut, a share of the
-        picture's. mask_word: what the concept is called, for attention and ssm; null for the word that learning starts
-        from. background: around the concept, see with_background. t_reference: the second purifier that auto compares.
-        """
+        renamed: ClassVar[dict[str, str]] = {"mask_box": "mask.side", "mask_word": "mask.word"}
 
-        purifier: Any = Field({"name": "jpeg", "quality": 25, "subsampling": "420"}, validate_default=True)
-        t_min: int | float | Literal["auto"] = 500
-        t_max: int | None = Field(None, ge=1)
-        t_sampler: Literal["uniform", "stratified", "soft"] = "uniform"
-        mask: str | None = "file"
-        mask_resize: Literal["area", "nearest", "max"] = "area"
-        mask_floor: float = Field(0.0, ge=0, le=1)
-        mask_dilate: int = Field(1, ge=0)
-        mask_box: float = Field(0.75, gt=0, le=1)
-        mask_word: str | None = Field(None, min_length=1)
-        loss_norm: Literal["per_image", "batch", "plain"] = "per_image"
-        background: Literal["keep", "mean", "noise", "swap"] = "keep"
-        t_reference: Any = Field({"name": "jpeg", "quality": 10, "subsampling": "420"}, validate_default=True)
+        purifier: Any = Field(
+            {"name": "jpeg", "quality": 25, "subsampling": "420"},
+            validate_default=True,
+            description="null, a purifier's name or text such as jpeg:25, or a block with `name:`.",
+        )
+        t_min: int | float | Literal["auto"] = Field(
+            500,
+            description="First timestep: a number, a fraction of all, or auto, which asks the pictures (see survey).",
+        )
+        t_max: int | None = Field(None, ge=1, description="The first timestep beyond; null for all.")
+        t_sampler: Literal["uniform", "stratified", "soft"] = Field(
+            "uniform", description="How timesteps are drawn; soft is a floor without an edge."
+        )
+        mask: Annotated[Choice | str | None, From(MASKS, also=(None, *GIVEN))] = Field(
+            "file",
+            description="Where the concept is: file and alpha come with the data; a mask's name or block makes one.",
+        )
+        mask_resize: Literal["area", "nearest", "max"] = Field(
+            "area", description="How masks become as small as latents, see losses.zone.Zone."
+        )
+        mask_floor: float = Field(0.0, ge=0, le=1, description="Weight of what lies outside the mask.")
+        mask_dilate: int = Field(1, ge=0, description="Latent cells by which masks grow.")
+        loss_norm: Literal["per_image", "batch", "plain"] = Field(
+            "per_image", description="What the masked loss is divided by, see losses.zone.Zone."
+        )
+        background: Literal["keep", "mean", "noise", "swap"] = Field(
+            "keep", description="What surrounds the concept, see with_background."
+        )
+        t_reference: Any = Field(
+            {"name": "jpeg", "quality": 10, "subsampling": "420"},
+            validate_default=True,
+            description="The second purifier, which t_min: auto compares with the first.",
+        )
 
         @field_validator("purifier", "t_reference", mode="before")
         @classmethod
         def _purifier(cls, value: Any) -> dict[str, Any] | None:
             return purifier_block(value)
-
-        @field_validator("mask")
-        @classmethod
-        def _known_mask(cls, value: str | None) -> str | None:
-            known = [*GIVEN, *MASKS.names()]
-            if value is not None and value not in known:
-                raise ValueError(f"{value!r} is no source of masks.{suggest(value, known)}  Known: {', '.join(known)}")
-            return value
 
         @field_validator("t_min", mode="before")
         @classmethod
@@ -107,17 +115,21 @@ class SZT(Defense):
                 raise ValueError("t_min auto compares two purifiers: give t_reference another one than purifier")
             return self
 
-    def __init__(self, config: Config, *, num_classes: int, seed: int) -> None:
-        super().__init__(config, num_classes=num_classes, seed=seed)
-        self._purifier = build_purifier(config.purifier, num_classes=num_classes, seed=seed)
-        self._masks = None
-        if config.mask is not None and config.mask not in GIVEN:
-            self._masks = MASKS.get(config.mask)(seed=seed, box=config.mask_box)
-        self.model: LatentDiffusion | None = None
-        self.words: tuple[str | None, ...] = ()
+    def __init__(self, config: Config, context: Context | None = None) -> None:
+        super().__init__(config, context)
+        self._purifier = build_purifier(config.purifier, seed=self.seed)
+        made = isinstance(config.mask, Choice)
+        self._masks: MaskProvider | None = config.mask.cls(config.mask.config, seed=self.seed) if made else None
         self.resolved: int | None = None
         self.areas: dict[str, float] = {}
         self.ious: dict[str, float] = {}
+
+    @property
+    def model(self) -> LatentDiffusion:
+        """The run's pipeline. Raises ConfigError where the context has none."""
+        if self.context.model is None:
+            raise ConfigError("szt does not know the pipeline: build it with Context(model=model, words=...).")
+        return self.context.model
 
     @property
     def label(self) -> str:
@@ -128,11 +140,11 @@ class SZT(Defense):
         if c.t_min != 0 or c.t_max is not None:
             parts.append(f"t{c.t_min}" + ("" if c.t_max is None else f"-{c.t_max}"))
         if c.mask is not None:
-            parts.append("mask" if c.mask in GIVEN else c.mask)
+            parts.append(_name_mask(c.mask))
         if c.background != "keep":
             parts.append(f"on {c.background}")
         idle = {"purifier", "t_min", "t_max", "mask", "background"}  # told already, or without effect
-        idle |= {"mask_resize", "mask_floor", "mask_dilate", "mask_box", "mask_word"} if c.mask is None else set()
+        idle |= {"mask_resize", "mask_floor", "mask_dilate"} if c.mask is None else set()
         idle |= set() if c.t_min == "auto" else {"t_reference"}
         for name in type(c).model_fields:
             if name not in idle and (value := getattr(c, name)) != getattr(usual, name):
@@ -142,20 +154,36 @@ class SZT(Defense):
     @property
     def exact(self) -> bool:
         """Unless a network purifies the pictures or makes the masks."""
-        return (self._purifier is None or self._purifier.exact) and (self._masks is None or not self._masks.needs_word)
+        return (self._purifier is None or self._purifier.exact) and not self._asks_for_words()
+
+    @property
+    def redraws(self) -> bool:
+        """Where backgrounds are drawn."""
+        return self.config.background in ("noise", "swap")
+
+    @property
+    def wants_masks(self) -> Literal["file", "alpha"] | None:
+        """Masks that come with the data, if it takes such."""
+        return self.config.mask if self.config.mask in GIVEN else None
+
+    @property
+    def makes_masks(self) -> bool:
+        """Where a mask provider is set."""
+        return self._masks is not None
+
+    @property
+    def surveys(self) -> bool:
+        """For t_min: auto."""
+        return self.config.t_min == "auto"
 
     @property
     def t_range(self) -> tuple[int, int]:
         """[first, end) of the timesteps trained on. Raises ConfigError where it does not fit the pipeline, or is not known yet."""
-        c, total = self.config, None if self.model is None else self.model.num_timesteps
-        if total is None:
-            raise ConfigError(
-                "szt does not know the pipeline yet. Call wrap(method) of this object before before(batch)."
-            )
+        c, total = self.config, self.model.num_timesteps
         first = c.t_min
         if first == "auto":
             if self.resolved is None:
-                raise ConfigError("szt.t_min is auto and not resolved. Call resolve(batch, rows, prompts) first.")
+                raise ConfigError("szt.t_min is auto and not resolved. Call survey(batch, rows, prompts) first.")
             first = self.resolved
         elif isinstance(first, float):
             first = round(first * total)
@@ -167,22 +195,18 @@ class SZT(Defense):
             )
         return first, end
 
-    def wrap(self, method: Method) -> Method:
+    def wrap(self, method: DiffusionMethod) -> DiffusionMethod:
         """The method itself, told of zone and t_sampler. Raises ConfigError for one that trains no diffusion model."""
-        if not isinstance(getattr(method, "model", None), LatentDiffusion):
+        if not method.trains_words:
             raise ConfigError(
                 f"szt guards the training of words of a diffusion model, and {method.name} is none. "
                 "Use method.name: textual_inversion."
             )
         c = self.config
-        self.model, self.words = method.model, _words(method)
-        if (
-            self._masks is not None
-            and self._masks.needs_word
-            and c.mask_word is None
-            and None in (self.words or (None,))
-        ):
-            raise ConfigError(f"szt.mask {c.mask} looks for a word. Set szt.mask_word, or let method.init be a word.")
+        if self._asks_for_words() and c.mask.config.word is None and None in (self.context.words or (None,)):
+            raise ConfigError(
+                f"szt.mask {c.mask.name} looks for a word. Set szt.mask.word, or let method.init be a word."
+            )
         if c.t_min != "auto" or self.resolved is not None:
             _ = self.t_range
         method.zone = Zone(norm=c.loss_norm, resize=c.mask_resize, floor=c.mask_floor, dilate=c.mask_dilate)
@@ -197,8 +221,8 @@ class SZT(Defense):
         batch = batch.replace(mask=self._mask(batch), t_range=t_range)
         return with_background(batch, self.config.background, seed=self.seed)
 
-    def resolve(self, batch: Batch, rows: Tensor, prompts: Sequence[str]) -> int:
-        """The first timestep; for auto read off the gradients on these pictures, and kept.
+    def survey(self, batch: Batch, rows: Tensor, prompts: Sequence[str]) -> int:
+        """The first timestep, read off the gradients on these pictures where t_min is auto, and kept.
 
         A poison does not survive two purifiers alike, so from where on their gradients agree, it no longer matters.
         A hint at most: on `tiny`, five pictures under AdvDM (16 levels) gave 700, 700 and 800 from three starts of the
@@ -206,14 +230,12 @@ class SZT(Defense):
         after 50 steps of training all gave the fallback. It tells of purifiers and start more than of the poison.
         batch: pictures as they come, before `before`. rows [R, d]: where training starts; prompts: one per picture.
         """
-        if self.config.t_min != "auto":
+        if not self.surveys:
             return self.t_range[0]
         from poisonshield.models.diffusion.timesteps import choose_t_min, timestep_profile
 
-        if self.model is None:
-            raise ConfigError("szt does not know the pipeline yet. Call wrap(method) of this object before resolve.")
         device = self.model.alphas_cumprod.device
-        reference = build_purifier(self.config.t_reference, num_classes=self.num_classes, seed=self.seed)
+        reference = build_purifier(self.config.t_reference, seed=self.seed)
         purified = batch if self._purifier is None else self._purifier.before(batch)
         mask = self._mask(purified)
         profile = timestep_profile(
@@ -230,6 +252,13 @@ class SZT(Defense):
         self.resolved = choose_t_min(profile)
         log.info("szt trains from timestep %d on, where the gradients of two purifiers agree.", self.resolved)
         return self.t_range[0]
+
+    def settle(self, found: int) -> None:
+        """Train from this timestep on."""
+        self.resolved = found
+
+    def _asks_for_words(self) -> bool:
+        return self._masks is not None and self._masks.needs_word
 
     def _mask(self, batch: Batch) -> Tensor | None:
         """The mask of purified pictures, checked."""
@@ -252,21 +281,29 @@ class SZT(Defense):
             mask = given
         else:
             mask = self._masks(batch, self.model, self._words_of(batch))
-        self.note(batch, mask, None if kind in GIVEN else given)
+        self._note(batch, mask, None if kind in GIVEN else given)
         return mask
 
     def _words_of(self, batch: Batch) -> list[str] | None:
         """What each picture's concept is called, where the mask asks."""
-        if not self._masks.needs_word:
+        if not self._asks_for_words():
             return None
-        word = self.config.mask_word
-        return [word or self.words[0 if batch.y is None else int(batch.y[i])] for i in range(len(batch))]
+        word = self.config.mask.config.word
+        return [word or self.context.words[0 if batch.y is None else int(batch.y[i])] for i in range(len(batch))]
 
-    def note(self, batch: Batch, mask: Tensor, given: Tensor | None) -> None:
+    def note(self, given: Batch, made: Batch) -> None:
+        """Areas and overlaps of masks that were kept."""
+        if made.mask is not None:
+            self._note(made, made.mask, given.mask)
+
+    def picture_numbers(self) -> Mapping[str, Mapping[str, float]]:
+        """mask_area, the mask's share of each picture, and mask_iou, its overlap with a given one, if there is one."""
+        return {"mask_area": self.areas, "mask_iou": self.ious}
+
+    def _note(self, batch: Batch, mask: Tensor, given: Tensor | None) -> None:
         """Keeps areas and ious of these pictures; refuses empty masks and warns, once for each, of tiny and of huge ones.
 
-        mask, given [B, 1, H, W]: the one that counts, and one to compare it with. `before` calls it; so must whoever
-        kept a picture's result and does not call `before` again.
+        mask, given [B, 1, H, W]: the one that counts, and one to compare it with.
         """
         for i, key in enumerate(batch.keys):
             picture, area = key.partition("#")[0], float(mask[i].mean())
@@ -303,9 +340,12 @@ def _shown(purifier: dict[str, Any]) -> str:
     return " ".join((f"{purifier['name']}{purifier.get('quality', '')}", *others))
 
 
-def _words(method: Any) -> tuple[str | None, ...]:
-    """The word that each concept's learning starts from, None where it starts from numbers."""
-    init = getattr(getattr(method, "config", None), "init", None)
-    names = list(getattr(method, "placeholders", {})) or [None]
-    words = [init.get(name) if isinstance(init, dict) else init for name in names]
-    return tuple(None if w is None or w == "zeros" or w.startswith("normal:") else w for w in words)
+def _name_mask(mask: Choice | str) -> str:
+    """A mask in a word: its name, and settings that are not its usual ones."""
+    if isinstance(mask, str):
+        return "mask"
+    usual = mask.cls.Config()
+    others = (
+        f"{name} {v}" for name in type(usual).model_fields if (v := getattr(mask.config, name)) != getattr(usual, name)
+    )
+    return " ".join((mask.name, *others))

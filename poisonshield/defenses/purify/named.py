@@ -5,7 +5,7 @@ from typing import Any, get_args
 import yaml
 
 from poisonshield.config import Checker, Tree
-from poisonshield.defenses.base import Defense
+from poisonshield.defenses.base import Context, Defense
 from poisonshield.errors import ConfigError
 from poisonshield.registry import Registry, suggest
 
@@ -53,12 +53,12 @@ def spelled(text: str) -> dict[str, Any]:
     return block
 
 
-def build_purifier(block: dict[str, Any] | None, *, num_classes: int, seed: int) -> Defense | None:
+def build_purifier(block: dict[str, Any] | None, *, seed: int) -> Defense | None:
     """The purifier of a checked block."""
     if block is None:
         return None
     cls = _class(block["name"])
-    return cls(cls.Config(**{k: v for k, v in block.items() if k != "name"}), num_classes=num_classes, seed=seed)
+    return cls(cls.Config(**{k: v for k, v in block.items() if k != "name"}), Context(seed))
 
 
 def _class(name: str) -> type[Defense]:

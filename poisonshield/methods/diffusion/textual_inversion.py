@@ -19,7 +19,7 @@ from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone, latent_mask, zone_loss
-from poisonshield.method import Method
+from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.latents import LatentCache
 from poisonshield.models.diffusion.pipeline import LatentDiffusion, Placeholder
 from poisonshield.models.diffusion.timestep_sampler import draw_timesteps
@@ -28,7 +28,7 @@ from poisonshield.random import KeyedRandom, sample_ids
 log = logging.getLogger(__name__)
 
 
-class TextualInversion(Method):
+class TextualInversion(DiffusionMethod):
     """Learns `vectors` [N * k, d]: k rows for each of N placeholders, in the order of `tokens`.
 
     zone, t_sampler: where the loss counts and how timesteps are drawn; a defense sets them. Without a zone a batch with
@@ -60,8 +60,6 @@ class TextualInversion(Method):
         super().__init__()
         self.config, self.seed, self.samples = config, seed, samples
         self._frozen = (model, LatentCache(model, enabled=config.cache_latents))  # not a module of ours: see _apply
-        self.zone: Zone | None = None
-        self.t_sampler = "uniform"
         self.placeholders = {name: model.add_placeholder(token, config.vectors) for name, token in tokens.items()}
         self.vectors = nn.Parameter(torch.cat([self._start(name) for name in tokens]))
         self._ids: dict[str, Tensor] = {}
@@ -71,6 +69,11 @@ class TextualInversion(Method):
     def model(self) -> LatentDiffusion:
         """The frozen pipeline."""
         return self._frozen[0]
+
+    def start_words(self) -> tuple[str | None, ...]:
+        """method.init of each concept, where that is a word."""
+        init = self.config.init
+        return tuple(start_word(init[name] if isinstance(init, dict) else init) for name in self.placeholders)
 
     def rows(self, name: str) -> Tensor:
         """The vectors [k, d] of a concept."""
@@ -143,10 +146,6 @@ class TextualInversion(Method):
         over = snr[t] + (1 if self.model.prediction_type == "v" else 0)
         return (snr[t].clamp(max=gamma) / over).float()
 
-    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
-        """The step has no encoder features: see forward."""
-        return self.forward(batch)
-
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """With keep_norm, the vectors go back to the vocabulary's median norm."""
@@ -191,3 +190,8 @@ class TextualInversion(Method):
         self.model._apply(fn, recurse)
         self._ids = {}
         return self
+
+
+def start_word(init: str) -> str | None:
+    """The word that an entry of `init` names; None for zeros and normal:STD."""
+    return None if init == "zeros" or init.startswith("normal:") else init

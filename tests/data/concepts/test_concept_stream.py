@@ -182,7 +182,7 @@ def test_prompts_come_from_the_templates_all_of_them():
 
 def counted(quality=25):
     """A JPEG stage that notes what it was given."""
-    defense, calls = JPEG(JPEG.Config(quality=quality), num_classes=1, seed=0), []
+    defense, calls = JPEG(JPEG.Config(quality=quality)), []
 
     def stage(batch):
         calls.append(batch)

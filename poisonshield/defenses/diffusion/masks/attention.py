@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.diffusion.masks.base import MaskProvider
+from poisonshield.defenses.diffusion.masks.base import MaskProvider, WordSettings
 from poisonshield.defenses.diffusion.masks.parts.otsu import cut
 from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.errors import ConfigError
@@ -30,6 +30,9 @@ class Attention(MaskProvider):
 
     name: ClassVar[str] = "attention"
     needs_word: ClassVar[bool] = True
+
+    class Config(WordSettings):
+        """The word to look for."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch, model: LatentDiffusion, words: Sequence[str]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.defenses.diffusion.masks.base import MaskProvider
-from poisonshield.defenses.diffusion.masks.box import rectangle
+from poisonshield.defenses.diffusion.masks.box import RectangleSettings, rectangle
 from poisonshield.errors import ConfigError
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
@@ -23,16 +23,19 @@ class GrabCut(MaskProvider):
 
     name: ClassVar[str] = "grabcut"
 
+    class Config(RectangleSettings):
+        """The side of the rectangle that it starts from."""
+
     def __call__(
         self, batch: Batch, model: LatentDiffusion | None = None, words: Sequence[str] | None = None
     ) -> Tensor:
         """Masks [B, 1, H, W]. Raises ConfigError without OpenCV, and for a rectangle that leaves no ground around it."""
         cv2 = _opencv()
         height, width = batch.x.shape[2:]
-        around = rectangle(height, width, self.box)
+        around = rectangle(height, width, self.config.side)
         if around[2] >= width or around[3] >= height:
             raise ConfigError(
-                f"mask_box {self.box:g} leaves grabcut no ground around the rectangle. Give less, such as 0.75."
+                f"side {self.config.side:g} leaves grabcut no ground around the rectangle. Give less, such as 0.75."
             )
         levels = (batch.x * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         masks = [self._cut(cv2, picture, around) for picture in levels]
@@ -50,6 +53,6 @@ def _opencv() -> Any:
         import cv2
     except ImportError as err:
         raise ConfigError(
-            "mask grabcut needs OpenCV: pip install poisonshield[opencv]. Or choose another mask, such as attention."
+            "mask grabcut needs OpenCV: pip install '.[opencv]'. Or choose another mask, such as attention."
         ) from err
     return cv2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.diffusion.masks.base import MaskProvider
+from poisonshield.defenses.diffusion.masks.base import MaskProvider, WordSettings
 from poisonshield.defenses.diffusion.masks.parts.otsu import cut
 from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.errors import ConfigError
@@ -27,6 +27,9 @@ class SSM(MaskProvider):
 
     name: ClassVar[str] = "ssm"
     needs_word: ClassVar[bool] = True
+
+    class Config(WordSettings):
+        """The word to look for."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch, model: LatentDiffusion, words: Sequence[str]) -> Tensor:
