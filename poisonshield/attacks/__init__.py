@@ -1,10 +1,11 @@
 """Attacks: one file each. An attack sees an objective (one loss per sample), never a model."""
 
-from poisonshield.attacks.base import Attack, Objective, batch_stats, frozen_stats
-from poisonshield.attacks.budgets import L1, L2, Budget, ChannelLinf, Linf, budget
-from poisonshield.attacks.memory import ClassMemory
+from poisonshield.attacks.base import Attack, Objective
+from poisonshield.attacks.parts.budgets import L1, L2, Budget, ChannelLinf, Linf, budget
+from poisonshield.attacks.parts.memory import ClassMemory
+from poisonshield.attacks.parts.settings import AttackConfig
+from poisonshield.attacks.parts.stats import batch_stats, frozen_stats
 from poisonshield.attacks.pgd import PGD
-from poisonshield.attacks.settings import AttackConfig
 
 __all__ = [
     "L1",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.attacks.base import Objective
-from poisonshield.attacks.budgets import Budget
+from poisonshield.attacks.parts.budgets import Budget
 from poisonshield.random import KeyedRandom
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from poisonshield.attacks.budgets import Budget, budget
+from poisonshield.attacks.parts.budgets import Budget, budget
 from poisonshield.attacks.pgd import PGD
 from poisonshield.config import Number, Settings
 

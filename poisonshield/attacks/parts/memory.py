@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.attacks.budgets import Budget
+from poisonshield.attacks.parts.budgets import Budget
 
 _SIDE = 32
 
