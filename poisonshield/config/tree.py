@@ -130,7 +130,7 @@ def _override(tree: Tree, text: str) -> None:
         elif isinstance(here, dict):
             part = str(part)
             if not last and not isinstance(here.get(part), (dict, list)):
-                here[part] = {}
+                here[part] = {"name": here[part]} if isinstance(here.get(part), str) else {}
         else:
             raise ConfigError(f"{text!r}: {at} lies inside a plain value.")
         if last:
