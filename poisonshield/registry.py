@@ -44,7 +44,8 @@ class Registry:
         """The class called `name`. Raises ConfigError with the nearest name."""
         if not isinstance(name, str) or name not in self.names():
             raise ConfigError(
-                f"{name!r} is not {with_article(self.kind)}.{suggest(str(name), self.names())}  Known: {', '.join(self.names())}"
+                f"{name!r} is not {with_article(self.kind)}.{suggest(str(name), self.names())}  "
+                f"Known: {', '.join(self.names())}"
             )
         module = importlib.import_module(f"{self.package}.{name}")
         found = [
@@ -54,6 +55,7 @@ class Registry:
         ]
         if len(found) != 1:
             raise ConfigError(
-                f"{module.__file__} must define one class with name = {name!r} to be {with_article(self.kind)}; it has {len(found)}."
+                f"{module.__file__} must define one class with name = {name!r} to be {with_article(self.kind)}; "
+                f"it has {len(found)}."
             )
         return found[0]

@@ -54,7 +54,10 @@ def test_run_read_from_its_own_record_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("defenses.0.step_sise=1/255", "defenses[0].step_sise is not a setting of vespr. Did you mean step_size?"),
+        (
+            "defenses.0.attack.step_sise=1/255",
+            "defenses[0].attack: step_sise is not a setting of pgd. Did you mean step_size?",
+        ),
         ("defenses.0.eps=4", "defenses[0].eps: 4 is outside [0, 1]: budgets are in pixel units. Did you mean 4/255?"),
         ("engine.max_steps=many", "engine.max_steps: Input should be a valid integer"),
         ("engine.backend=deepsped", "Did you mean deepspeed?"),

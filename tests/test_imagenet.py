@@ -60,7 +60,7 @@ def test_poison_then_vespr_runs_on_it(imported, tmp_path):
     assert poisoned.manifest.poison["poisoned"] == 100
     assert measured["l2_max"] == pytest.approx(16 / 255 * (3 * 224 * 224) ** 0.5, rel=0.02)
     data = [f"data.train={tmp_path / 'lsp' / 'train'}", f"data.test={imported}"]
-    attack = ["defenses.0.steps=1", f"run.dir={tmp_path / 'vespr'}"]
+    attack = ["defenses.0.attack.steps=1", f"run.dir={tmp_path / 'vespr'}"]
     command(["train", ROOT / "configs/defend/vespr_in100.yaml", *data, *LIGHT, *attack])
     (row,) = json.loads((tmp_path / "vespr" / "results.json").read_text())
     assert (row["poison"], row["method"], row["defense"], row["steps"]) == ("lsp", "simclr", "vespr", 1)

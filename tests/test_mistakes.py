@@ -87,8 +87,8 @@ def change_member(folder, shard, ending, change):
 
 
 def test_unknown_key():
-    text = said("defenses.0.step_sise=1/255")
-    assert "defenses[0].step_sise is not a setting of vespr. Did you mean step_size?  Settings: attack_" in text
+    text = said("defenses.0.attack.step_sise=1/255")
+    assert "defenses[0].attack: step_sise is not a setting of pgd. Did you mean step_size?  Settings: random" in text
 
 
 def test_wrong_type():

@@ -37,7 +37,7 @@ def build(kind, seed):
         return Supervised(Supervised.Config(), encoder=TinyEncoder(), num_classes=CLASSES)
     ssl = SimCLR(SimCLR.Config(hidden=32, out=16), encoder=TinyEncoder(), num_classes=CLASSES)
     views = {"ssl+ce": "none", "vespr": 0}[kind]
-    settings = VESPR.Config(eps=8 / 255, step_size=8 / 255, steps=1, attack_views=views)
+    settings = VESPR.Config(eps=8 / 255, attack={"steps": 1, "step_size": 8 / 255}, attack_views=views)
     return VESPR(settings, num_classes=CLASSES, seed=seed).wrap(ssl)
 
 

@@ -27,7 +27,7 @@ CONFIG = resources.files("poisonshield.reports") / "templates" / "demo.yaml"
 TEMPLATE = resources.files("poisonshield.reports") / "templates" / "report.html"
 
 SIMCLR = ("method.name=simclr", "method.hidden=256", "method.out=128")
-VESPR = ("defenses=[{name: vespr, eps: 8/255, step_size: 8/255, steps: 1}]",)
+VESPR = ("defenses=[{name: vespr, eps: 8/255, attack: {steps: 1, step_size: 8/255}}]",)
 NO_ATTACK = ("defenses=[{name: vespr, attack_views: []}]",)
 
 

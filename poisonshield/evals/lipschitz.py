@@ -35,7 +35,7 @@ def local_lipschitz(
     Depends on (seed, epoch, key) of each sample, not on batches; the encoder's weights, statistics and mode stay.
     Costs about 2 * steps * restarts forward passes a sample.
     """
-    attack, budget = PGD(steps, step_size, restarts=restarts), Linf(eps)
+    attack, budget = PGD(steps=steps, step_size=step_size, restarts=restarts), Linf(eps)
     found = []
     with frozen_stats(encoder):
         for batch in batches:

@@ -30,7 +30,7 @@ def robust(
     cross-entropy, or the negative score of the true class, as VESPR's authors evaluate. eps and step_size in pixel
     units. An upper bound of the true robust accuracy, as every attack's result is.
     """
-    attack, budget = PGD(steps, step_size), Linf(eps)
+    attack, budget = PGD(steps=steps, step_size=step_size), Linf(eps)
     right = total = 0
     with frozen_stats(method):
         for batch in batches:

@@ -86,7 +86,7 @@ def test_finetuning_trains_everything(finished):
 
 def test_probe_is_attacked_through_its_frozen_encoder(finished):
     """Adversarial probing: input gradients pass, and modes come back as they were."""
-    defense = Adversarial(Adversarial.Config(steps=2), num_classes=4, seed=0)
+    defense = Adversarial(Adversarial.Config(attack={"steps": 2}), num_classes=4, seed=0)
     method = defense.wrap(make(finished[0], freeze_encoder=True)).train()
     before, batch = states(method), tiny_batch(12, views=1)
     plain = method.method(batch).loss
@@ -150,9 +150,10 @@ def test_vespr_presets_have_the_authors_rates():
     assert small.settings.views.size == 28 and small.settings.model.stem_padding == 2
     assert large.record["optimizer"]["lr"] == 0.5 and large.record["optimizer"]["lr_per_256"]
     for run in (large, small):
-        s, attack = run.settings, run.defenses[0].config
+        s, vespr = run.settings, run.defenses[0].config
+        attack = vespr.attack.config
         assert (s.optimizer.name, s.optimizer.momentum, s.optimizer.nesterov) == ("sgd", 0.9, False)
         assert s.optimizer.weight_decay == 1e-4 and not s.optimizer.exclude_norm_and_bias
         assert (s.schedule.name, s.schedule.warmup_epochs, s.schedule.per_epoch) == ("cosine", 10, True)
-        assert (attack.steps, attack.attack_views, attack.ssl_weight, attack.ce_weight) == (10, (0,), 1.0, 1.0)
-        assert (attack.eps, attack.step_size) == (pytest.approx(4 / 255), pytest.approx(0.6 / 255))
+        assert (attack.steps, vespr.attack_views, vespr.ssl_weight, vespr.ce_weight) == (10, (0,), 1.0, 1.0)
+        assert (vespr.eps, attack.step_size) == (pytest.approx(4 / 255), pytest.approx(0.6 / 255))

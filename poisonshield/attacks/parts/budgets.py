@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from poisonshield.attacks.parts.gradients import per_sample
 from poisonshield.errors import BudgetError
 from poisonshield.ops import pgd_random_start_, pgd_step_
 from poisonshield.random import KeyedRandom, stream_of
@@ -39,9 +40,13 @@ class Budget(ABC):
             stream=stream_of(f"{rng.scope}/{purpose}"),
         )
 
-    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:
-        """Move x_adv up the gradient, then back into the ball around x and into [0, 1]."""
+    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float | Tensor) -> Tensor:
+        """Move x_adv up the gradient, then back into the ball around x and into [0, 1]. step_size: a number or [B]."""
         return pgd_step_(x_adv, grad, x, step=step_size, eps=self.eps, norm=self.norm)
+
+    def project_(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """x_adv back into the ball around x and into [0, 1]."""
+        return self.step_(x_adv, torch.zeros_like(x_adv), x, 0.0)
 
     @abstractmethod
     def measure(self, delta: Tensor) -> Tensor:
@@ -81,8 +86,10 @@ class L1(Budget):
         u = rng.to(x.device).uniform(purpose, x[0].numel()).view(x.shape)
         return x_adv.copy_((x + self.project((2 * u - 1) * self.eps)).clamp(0, 1))
 
-    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:
+    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float | Tensor) -> Tensor:
         """Spend step_size on the largest gradient elements, then back into the ball and into [0, 1]."""
+        if isinstance(step_size, Tensor):
+            step_size = per_sample(step_size, x)
         size = grad.abs().flatten(1)
         top = ((size == size.amax(1, keepdim=True)) & (size > 0)).view_as(grad)
         share = top / top.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (grad.dim() - 1))
@@ -123,8 +130,10 @@ class ChannelLinf(Budget):
         u = rng.to(x.device).uniform(purpose, x[0].numel()).view(x.shape)
         return self._into(x_adv, x + (2 * u - 1) * self.eps * self._scale(x), x)
 
-    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:
+    def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float | Tensor) -> Tensor:
         """A sign step, then back into the box."""
+        if isinstance(step_size, Tensor):
+            step_size = per_sample(step_size, x)
         return self._into(x_adv, x_adv + step_size * self._scale(x) * grad.sign(), x)
 
     def _into(self, x_adv: Tensor, moved: Tensor, x: Tensor) -> Tensor:
@@ -137,6 +146,12 @@ class ChannelLinf(Budget):
         return (delta / self._scale(delta)).abs().flatten(1).amax(1)
 
 
+_BUDGETS: dict[str, type[Budget]] = {"linf": Linf, "l2": L2, "l1": L1}
+
+NORMS = tuple(_BUDGETS)
+"""The norms' names."""
+
+
 def budget(norm: Literal["linf", "l2", "l1"], eps: float) -> Budget:
     """The budget of a norm's name."""
-    return {"linf": Linf, "l2": L2, "l1": L1}[norm](eps)
+    return _BUDGETS[norm](eps)

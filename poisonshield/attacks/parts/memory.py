@@ -36,7 +36,7 @@ class ClassMemory(nn.Module):
         """x [B, 3, H, W] moved by its class's average, inside the budget and [0, 1]."""
         delta = F.interpolate(self.average[view][y], x.shape[2:], mode="bilinear", antialias=True)
         x_adv = x.clone().add_(delta)  # in x's memory layout, which is channels last for training views
-        return budget.step_(x_adv, torch.zeros_like(x_adv), x, 0.0)
+        return budget.project_(x_adv, x)
 
     @torch.no_grad()
     def remember(self, view: int, delta: Tensor, y: Tensor) -> None:
