@@ -93,7 +93,7 @@ def test_more_restarts_never_lower_the_loss():
     assert (objective(five) >= objective(one)).all() and (objective(five) > objective(one)).any()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_zero_and_nan_gradients_stay_put(norm):
     x, grad = torch.full((3, 1, 2, 2), 0.5), torch.ones(3, 1, 2, 2)
     grad[0] = 0.0

@@ -3,6 +3,7 @@
 All tensors [B, ...] float, pixels in [0, 1]; every operation is per sample. The arithmetic is `poisonshield.ops`'.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -73,13 +74,23 @@ class L2(Budget):
         return delta.flatten(1).norm(dim=1)
 
 
+@dataclass(frozen=True)
 class L1(Budget):
-    """The absolute values sum to at most eps. Steps move the elements of the largest gradient, which share step_size.
+    """The absolute values sum to at most eps. Steps move the elements of the largest gradients, which share step_size.
 
-    In plain PyTorch: no kernel has it. The projection is the Euclidean one (Duchi et al. 2008), by sorting.
+    Elements that already stand at 0 or 1 and would leave [0, 1] are passed over, so that no step is spent on them.
+    In plain PyTorch: no kernel has it. Sources: the step is that of sparse l1 descent (Tramer and Boneh 2019,
+    1904.13000), the projection the Euclidean one (Duchi et al. 2008), by sorting.
     """
 
-    norm = "l1"
+    quantile: float = 0.99
+    """A step moves the elements whose gradient is at least this quantile of its sample's; 1 moves the largest alone."""
+    norm: ClassVar[str] = "l1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.quantile <= 1:
+            raise BudgetError(f"quantile {self.quantile} is not a share. Give a number in [0, 1], such as 0.99.")
 
     def start_(self, x_adv: Tensor, x: Tensor, rng: KeyedRandom, purpose: str) -> Tensor:
         """x plus uniform noise of the ball's radius, brought back into the ball and into [0, 1]."""
@@ -90,11 +101,18 @@ class L1(Budget):
         """Spend step_size on the largest gradient elements, then back into the ball and into [0, 1]."""
         if isinstance(step_size, Tensor):
             step_size = per_sample(step_size, x)
-        size = grad.abs().flatten(1)
-        top = ((size == size.amax(1, keepdim=True)) & (size > 0)).view_as(grad)
-        share = top / top.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (grad.dim() - 1))
-        moved = x_adv + step_size * grad.sign() * share
+        moved = x_adv + step_size * self._direction(x_adv, grad)
         return x_adv.copy_((x + self.project(moved - x)).clamp(0, 1))
+
+    def _direction(self, x_adv: Tensor, grad: Tensor) -> Tensor:
+        """Signs of the largest gradients that can move, 1 in all for each sample; 0 if there is no gradient."""
+        grad = grad.nan_to_num(nan=0.0)
+        stands = ((x_adv <= 0) & (grad < 0)) | ((x_adv >= 1) & (grad > 0))
+        size = grad.abs().masked_fill(stands, 0).flatten(1)
+        count = size.shape[1]
+        least = size.topk(count - math.ceil(self.quantile * (count - 1)), dim=1).values[:, -1:]
+        top = ((size >= least) & (size > 0)).view_as(grad)
+        return grad.sign() * top / per_sample(top.flatten(1).sum(1).clamp(min=1), grad)
 
     def project(self, delta: Tensor) -> Tensor:
         """The nearest point of the ball, per sample."""
