@@ -18,8 +18,8 @@ AttackChoice = Annotated[Choice, From(ATTACKS)]
 class AttackConfig(Settings):
     """A budget and the attack that moves within it.
 
-    A subclass may give `attack` another default block. A block without `name:` means the default's attack, and what it does
-    not set keeps the default's value, so that `attack: {steps: 5}` changes the steps and nothing else.
+    A subclass may give `attack` another default block. A block without `name:` means the default's attack, and what it
+    does not set keeps the default's value, so that `attack: {steps: 5}` changes the steps and nothing else.
     """
 
     renamed: ClassVar[dict[str, str]] = {
