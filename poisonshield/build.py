@@ -25,7 +25,7 @@ from poisonshield.evals.settings import EvaluateConfig
 from poisonshield.method import Method
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import synchronize
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison
 from poisonshield.poisons.release.recipe import ENDING, load_recipe, read_recipe
 from poisonshield.registry import Registry
 
@@ -257,7 +257,7 @@ def _is_held(run: Run, source: ShardSet) -> bool:
 
 def build_poison(
     run: Run, source: ShardSet, *, watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
-) -> Poison | None:
+) -> KeyedPoison | None:
     """The run's poison, ready to apply to the training set; fitted to it where it needs to see the data.
 
     watch: wraps the batches that it is fitted to, to time or to count them.

@@ -86,7 +86,7 @@ def pictures():
 
 
 def test_example_poison_works_in_a_config_and_keeps_its_budget(as_file):
-    stripes = as_file(block("top", "class Stripes(Poison)"), "stripes", poisonshield.poisons)
+    stripes = as_file(block("top", "class Stripes(KeyedPoison)"), "stripes", poisonshield.poisons)
     run = read_run(ROOT / "configs/poison/lsp_cifar10_mini.yaml", [f"data.poison={stripes}"])
     assert run.poison_label == "stripes"
     poison = POISONS.get(stripes)(run.poison.config, num_classes=3, image_size=(8, 8), seed=0)

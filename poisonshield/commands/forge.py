@@ -23,7 +23,7 @@ from poisonshield.data.writer import ShardWriter
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import BudgetError, ConfigError
 from poisonshield.invert_config import is_invert
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison
 from poisonshield.poisons.release.measured import MeasuredBudget
 from poisonshield.poisons.release.recipe import ENDING, save_recipe
 
@@ -96,7 +96,7 @@ def forge_run(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     return folder.path
 
 
-def write_shards(run: Run, source: ShardSet, poison: Poison, out: Path, clock: Clock) -> dict[str, Any]:
+def write_shards(run: Run, source: ShardSet, poison: KeyedPoison, out: Path, clock: Clock) -> dict[str, Any]:
     """Write the poisoned set to `out` and measure it there; what was measured goes into its manifest, and is returned."""
     statement = describe(run, source, poison)
     writer = ShardWriter(
@@ -121,7 +121,7 @@ def write_shards(run: Run, source: ShardSet, poison: Poison, out: Path, clock: C
         return measure_shards(source, poison, out)
 
 
-def measure_shards(source: ShardSet, poison: Poison, out: Path) -> dict[str, Any]:
+def measure_shards(source: ShardSet, poison: KeyedPoison, out: Path) -> dict[str, Any]:
     """Open the written set, compare every sample with its clean one by key, and complete the manifest.
 
     Raises BudgetError naming the first sample that is not what the poison gives; `out` is then no data set any more.
@@ -143,16 +143,12 @@ def measure_shards(source: ShardSet, poison: Poison, out: Path) -> dict[str, Any
     return measured
 
 
-def describe(run: Run, source: ShardSet, poison: Poison) -> dict[str, Any]:
+def describe(run: Run, source: ShardSet, poison: KeyedPoison) -> dict[str, Any]:
     """What the manifest says about the poison before anything is measured."""
     poisoned = poison.chosen(source.ids)
     counts = torch.bincount(source.labels[poisoned], minlength=len(source.classes))
     return {
-        "name": poison.name,
-        "config": poison.config.model_dump(mode="json"),
-        "seed": poison.seed,
-        "grain": poison.grain,
-        "budget": {"norm": poison.norm, "radius": poison.budget()},
+        **poison.describe(),
         "clean_data": source.digest,
         "poisoned": int(poisoned.sum()),
         "poisoned_per_class": dict(zip(source.classes, counts.tolist(), strict=True)),

@@ -13,7 +13,7 @@ from poisonshield.commands.forge import forge_run
 from poisonshield.data import ShardSet, open_dataset
 from poisonshield.data.writer import ShardWriter
 from poisonshield.errors import BudgetError, ConfigError, DataError
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison
 
 LSP = str(Path(__file__).resolve().parents[2] / "configs" / "poison" / "lsp_cifar10_mini.yaml")
 FAST = ["lsp", "one_pixel", "convolution", "regions", "class_noise"]
@@ -104,8 +104,8 @@ def test_lossy_format_for_poisoned_pixels_is_refused(tmp_path):
 
 
 def test_what_breaks_its_budget_is_no_data_set_afterwards(small, tmp_path, monkeypatch):
-    apply = Poison.apply
-    monkeypatch.setattr(Poison, "apply", lambda self, batch: apply(self, batch).replace(x=1 - batch.x))
+    apply = KeyedPoison.apply
+    monkeypatch.setattr(KeyedPoison, "apply", lambda self, batch: apply(self, batch).replace(x=1 - batch.x))
     with pytest.raises(BudgetError, match="poison lsp allows"):
         forge_run(LSP, [f"data.train={small}", f"run.dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run" / "train" / "manifest.json").exists()
@@ -130,8 +130,8 @@ def test_config_without_a_poison_is_refused(tmp_path):
 def test_memory_is_that_of_one_chunk(small, tmp_path, monkeypatch):
     """Never more images at once than a chunk, however many there are."""
     sizes = []
-    apply = Poison.apply
-    monkeypatch.setattr(Poison, "apply", lambda self, batch: sizes.append(len(batch)) or apply(self, batch))
+    apply = KeyedPoison.apply
+    monkeypatch.setattr(KeyedPoison, "apply", lambda self, batch: sizes.append(len(batch)) or apply(self, batch))
     monkeypatch.setattr(forge, "CHUNK_PIXELS", 64 * 32 * 32)
     forge_run(LSP, [f"data.train={small}", f"run.dir={tmp_path / 'run'}"])
     assert max(sizes) == 64 and sum(sizes) == 300
