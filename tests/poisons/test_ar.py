@@ -1,4 +1,4 @@
-"""AR: the recurrence to the bit, matched filters that tell classes apart without training, no straight line that does."""
+"""AR: the recurrence to the bit, matched filters that tell classes apart untrained, and no straight line that does."""
 
 import pytest
 import torch

@@ -61,7 +61,7 @@ def test_choice_equals_a_search_over_everything(seed, built):
     poison = built(OnePixel, batch, num_classes=3)
     found = [
         (int(c) // 6, int(c) % 6, int(v[0] * 4 + v[1] * 2 + v[2]))
-        for c, v in zip(poison.cells[:, 0], poison.corners[:, 0])
+        for c, v in zip(poison.cells[:, 0], poison.corners[:, 0], strict=True)
     ]
     assert found == brute_force(x.double(), y, 3)
 
