@@ -1,6 +1,7 @@
 """Arrows point down: who may import whom, as a table, and what `import poisonshield` may load."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,10 @@ DOORS = {
     "wandb": set(),
 }
 
+# Rooms whose files never import each other in a circle, and the arrows that are let off: file -> files it may import.
+ROOMS_WITHOUT_CIRCLES = {"poisons"}
+CIRCLES_ALLOWED: dict[str, set[str]] = {}
+
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -80,6 +85,33 @@ def upward_imports(relative, tree):
             yield f"{relative} ({FLOORS[own]}) imports {'.'.join(parts[1:])} ({FLOORS[other]})"
 
 
+def files_imported(tree, known):
+    """Those of the known files that a file imports at any depth, inside functions and for types alone too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    paths = {name.removeprefix("poisonshield.").replace(".", "/") for name in names if name.startswith("poisonshield.")}
+    return {f"{path}{end}" for path in paths for end in (".py", "/__init__.py")} & set(known)
+
+
+def import_graph():
+    """(file, files that it imports), within the rooms where arrows run one way already."""
+    trees = {name: tree for name, tree in modules() if part_of(name) in ROOMS_WITHOUT_CIRCLES}
+    return [(name, files_imported(tree, trees)) for name, tree in trees.items()]
+
+
+def first_circle(graph):
+    """The files of one circle of imports, none if arrows run one way."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as err:
+        return err.args[1]
+    return []
+
+
 def test_imports_point_down():
     wrong = [line for relative, tree in modules() for line in upward_imports(relative, tree)]
     assert not wrong, "\n".join(wrong)
@@ -102,6 +134,17 @@ def test_only_the_top_floor_and_data_itself_import_data():
         and any(n.startswith("poisonshield.data") for n in imported(tree))
     ]
     assert not wrong
+
+
+def test_no_file_imports_itself_around_a_corner():
+    tangle = first_circle({name: arrows - CIRCLES_ALLOWED.get(name, set()) for name, arrows in import_graph()})
+    assert not tangle, " -> ".join(tangle)
+
+
+def test_a_circle_is_found_however_it_is_imported():
+    files = {"a.py": "def f():\n    import poisonshield.b", "b.py": "if TYPE_CHECKING:\n    from poisonshield import a"}
+    graph = {name: files_imported(ast.parse(text), files.keys()) for name, text in files.items()}
+    assert set(first_circle(graph)) == {"a.py", "b.py"} and not first_circle({**graph, "b.py": set()})
 
 
 def test_every_part_has_a_floor():
