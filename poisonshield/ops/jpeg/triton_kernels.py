@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.jpeg.exact import forward_matrix, inverse_matrix
-from poisonshield.ops.jpeg.reference import dct_matrix
+from poisonshield.ops.jpeg.reference import JpegArguments, JpegGradientArguments, JpegSettings, dct_matrix
+from poisonshield.ops.record import tensors
 from poisonshield.ops.trigonometry import cosine_of_turns
 
 _TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -483,85 +484,82 @@ def _matrices(device: torch.device) -> Tensor:
     return out.to(device)
 
 
-def refusal(function: str, *args: Any) -> str | None:
-    """Why these kernels cannot take a call."""
-    if len(args[0]) > 65535:
+def refusal(function: str, args: JpegArguments | JpegGradientArguments) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    if len(args.x) > 65535:
         return "a batch of over 65,535 samples exceeds the grid"
-    if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+    if any(v.dtype == torch.float64 for v in tensors(args)):
         return "float64 is for the reference"
-    if function == "jpeg_backward" and args[-1]:
-        return "gradients of tables are the reference's alone"
-    if function == "jpeg" and torch.float64 in args:
-        return "float64 is for the reference"
-    return None
+    if isinstance(args, JpegGradientArguments):
+        return "gradients of tables are the reference's alone" if args.table_grad else None
+    return "float64 is for the reference" if args.out_dtype == torch.float64 else None
 
 
-class _Shape:
-    """Sizes and flags that all kernels share."""
+class _Launch:
+    """Sizes, flags and grids that all kernels of a call share."""
 
-    def __init__(self, x: Tensor, subsampling: str, upsample: str, integer_planes: bool) -> None:
+    def __init__(self, x: Tensor, settings: JpegSettings) -> None:
+        self.settings = settings
         self.h, self.w = x.shape[-2:]
-        self.half = subsampling == "420"
+        self.half = settings.subsampling == "420"
         self.ch, self.cw = ((self.h + 1) // 2, (self.w + 1) // 2) if self.half else (self.h, self.w)
-        self.smooth = upsample == "fancy" and self.cw > 2
-        self.integer = integer_planes
+        self.smooth = settings.upsample == "fancy" and self.cw > 2
         self.tiles_x = triton.cdiv(self.w, 16)
         self.tiles = (triton.cdiv(self.h, 16) * self.tiles_x, len(x))
         self.pixels = (triton.cdiv(self.h * self.w, _BLOCK), len(x))
 
-    def planes(self, x: Tensor, tables: Tensor, affine: Tensor, exact: bool, rounding: str, terms: int) -> list[Tensor]:
+    def rounding(self) -> dict[str, Any]:
+        """The flags of kernels that round coefficients."""
+        s = self.settings
+        terms = s.fourier_terms if s.rounding == "fourier" else 1
+        return {"INTEGER": s.integer_planes, "ROUNDING": _ROUNDINGS[s.rounding], "TERMS": terms}
+
+    def planes(self, x: Tensor, tables: Tensor, affine: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+        """Decoded planes, centred, not clamped: [B, h, w] and [B, 2, ch, cw]."""
         y = torch.empty((len(x), self.h, self.w), device=x.device)
         c = torch.empty((len(x), 2, self.ch, self.cw), device=x.device)
         code_tiles[self.tiles](
             x, tables, affine, _matrices(x.device), y, c, self.h, self.w, self.ch, self.cw, self.tiles_x,
-            HALF=self.half, EXACT=exact, INTEGER=self.integer, ROUNDING=_ROUNDINGS[rounding],
-            TERMS=terms if rounding == "fourier" else 1, **_TILE_OPTIONS,
+            HALF=self.half, EXACT=exact, **self.rounding(), **_TILE_OPTIONS,
         )  # fmt: skip
-        return [y, c]
+        return y, c
 
 
-def jpeg(
-    x: Tensor, tables: Tensor, affine: Tensor, subsampling: str, mode: str, rounding: str, fourier_terms: int,
-    upsample: str, integer_planes: bool, clamp_grad: float, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def jpeg(args: JpegArguments) -> Tensor:
     """As the reference: exact mode to the bit, smooth mode to float32's accuracy."""
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if x.numel():
-        x_, tables, affine = x.contiguous(), tables.contiguous(), affine.contiguous()
-        s, exact = _Shape(x, subsampling, upsample, integer_planes), mode == "exact"
-        y, c = s.planes(x_, tables, affine, exact, rounding, fourier_terms)
+    out = torch.empty(args.x.shape, dtype=args.out_dtype, device=args.x.device)
+    if args.x.numel():
+        x, tables, affine = args.x.contiguous(), args.tables.contiguous(), args.affine.contiguous()
+        s, exact = _Launch(x, args.settings), args.mode == "exact"
+        y, c = s.planes(x, tables, affine, exact)
         combine[s.pixels](
             out, y, c, affine, s.h, s.w, s.ch, s.cw,
-            HALF=s.half, SMOOTH=s.smooth, EXACT=exact, INTEGER=s.integer, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
+            HALF=s.half, SMOOTH=s.smooth, EXACT=exact, INTEGER=args.settings.integer_planes, BLOCK=_BLOCK,
+            **_PIXEL_OPTIONS,
         )  # fmt: skip
-    return torch.empty_like(x, dtype=out_dtype).copy_(out)
+    return torch.empty_like(args.x, dtype=args.out_dtype).copy_(out)
 
 
-def jpeg_backward(
-    grad: Tensor, x: Tensor, tables: Tensor, affine: Tensor, subsampling: str, rounding: str, fourier_terms: int,
-    upsample: str, integer_planes: bool, clamp_grad: float, table_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def jpeg_backward(args: JpegGradientArguments) -> tuple[Tensor, Tensor]:
     """As the reference, for x alone."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        x_, tables, affine = x.contiguous(), tables.contiguous(), affine.contiguous()
-        s = _Shape(x, subsampling, upsample, integer_planes)
-        y, c = s.planes(x_, tables, affine, False, rounding, fourier_terms)
+    dx = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
+    if args.x.numel():
+        x, tables, affine = args.x.contiguous(), args.tables.contiguous(), args.affine.contiguous()
+        s, clamp_grad, matrices = _Launch(x, args.settings), args.settings.clamp_grad, _matrices(x.device)
+        y, c = s.planes(x, tables, affine, False)
         g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         split_gradient[s.pixels](
-            g, grad.contiguous(), y, c, affine, clamp_grad, s.h, s.w, s.ch, s.cw,
-            HALF=s.half, SMOOTH=s.smooth, INTEGER=s.integer, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
+            g, args.grad.contiguous(), y, c, affine, clamp_grad, s.h, s.w, s.ch, s.cw,
+            HALF=s.half, SMOOTH=s.smooth, INTEGER=args.settings.integer_planes, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
         )  # fmt: skip
-        flags = {"INTEGER": s.integer, "ROUNDING": _ROUNDINGS[rounding]}
-        flags["TERMS"] = fourier_terms if rounding == "fourier" else 1
         luma_gradient[s.tiles](
-            x_, tables, affine, _matrices(x.device), g, y, clamp_grad, s.h, s.w, s.tiles_x, **flags, **_TILE_OPTIONS
+            x, tables, affine, matrices, g, y, clamp_grad, s.h, s.w, s.tiles_x, **s.rounding(), **_TILE_OPTIONS
         )
         gather_gradient[s.tiles](
-            dx, x_, tables, affine, _matrices(x.device), g, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
-            HALF=s.half, SMOOTH=s.smooth, **flags, **_GATHER_OPTIONS,
+            dx, x, tables, affine, matrices, g, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
+            HALF=s.half, SMOOTH=s.smooth, **s.rounding(), **_GATHER_OPTIONS,
         )  # fmt: skip
-    return torch.empty_like(x).copy_(dx), tables.new_empty(0)
+    return torch.empty_like(args.x).copy_(dx), args.tables.new_empty(0)
 
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:

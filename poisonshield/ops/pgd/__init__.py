@@ -12,7 +12,8 @@ from torch import Tensor
 
 from poisonshield.errors import BudgetError, GradientError, ShapeError
 from poisonshield.ops import dispatch
-from poisonshield.ops.library import register
+from poisonshield.ops.library import Op
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments
 
 __all__ = ["pgd_random_start_", "pgd_step_"]
 
@@ -65,10 +66,22 @@ def pgd_step_(
     if active is not None and (active.dtype != torch.bool or active.shape != (len(x_adv),)):
         raise ShapeError(f"active is {_kind(active)}. Give a bool tensor [{len(x_adv)}].")
     mean, std = _statistics(x_adv, mean, std)
-    _pgd_step(
-        x_adv, grad, x0, step, _per_sample(x_adv, eps, "eps"), norm, mean, std, float(clip[0]), float(clip[1]),
-        mask, active, levels, dispatch.requested(backend),
-    )  # fmt: skip
+    arguments = StepArguments(
+        x_adv=x_adv,
+        grad=grad,
+        x0=x0,
+        step=step,
+        eps=_per_sample(x_adv, eps, "eps"),
+        norm=norm,
+        mean=mean,
+        std=std,
+        clip_low=float(clip[0]),
+        clip_high=float(clip[1]),
+        mask=mask,
+        active=active,
+        levels=levels,
+    )
+    _pgd_step(arguments, dispatch.requested(backend))
     return x_adv
 
 
@@ -102,11 +115,23 @@ def pgd_random_start_(
     elif sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x_adv),):
         raise ShapeError(f"sample_ids is {_kind(sample_ids)}. Give int64 [{len(x_adv)}].")
     mean, std = _statistics(x_adv, mean, std)
-    numbers = (_whole(x_adv, v, name) for v, name in ((seed, "seed"), (offset, "offset")))
-    _pgd_random_start(
-        x_adv, x0, _per_sample(x_adv, eps, "eps"), norm, *numbers, sample_ids, _whole(x_adv, stream, "stream"),
-        mean, std, float(clip[0]), float(clip[1]), mask, levels, dispatch.requested(backend),
-    )  # fmt: skip
+    arguments = StartArguments(
+        x_adv=x_adv,
+        x0=x0,
+        eps=_per_sample(x_adv, eps, "eps"),
+        norm=norm,
+        seed=_whole(x_adv, seed, "seed"),
+        offset=_whole(x_adv, offset, "offset"),
+        sample_ids=sample_ids,
+        stream=_whole(x_adv, stream, "stream"),
+        mean=mean,
+        std=std,
+        clip_low=float(clip[0]),
+        clip_high=float(clip[1]),
+        mask=mask,
+        levels=levels,
+    )
+    _pgd_random_start(arguments, dispatch.requested(backend))
     return x_adv
 
 
@@ -199,21 +224,10 @@ def _whole(x_adv: Tensor, value: int | Tensor, name: str) -> Tensor:
     return torch.full((), signed, dtype=torch.int64, device=x_adv.device)
 
 
-def _nothing(*args: Any) -> None:
+def _no_output(arguments: StepArguments | StartArguments) -> None:
     return None
 
 
 _room = dispatch.Room("pgd")
-_pgd_step = register(
-    "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x0, Tensor step, Tensor eps, str norm, Tensor? mean, Tensor? std, "
-    "float clip_low, float clip_high, Tensor? mask, Tensor? active, int levels, str backend) -> ()",
-    _room,
-    fake=_nothing,
-)
-_pgd_random_start = register(
-    "pgd_random_start_(Tensor(a!) x_adv, Tensor x0, Tensor eps, str norm, Tensor seed, Tensor offset, "
-    "Tensor sample_ids, Tensor stream, Tensor? mean, Tensor? std, float clip_low, float clip_high, Tensor? mask, "
-    "int levels, str backend) -> ()",
-    _room,
-    fake=_nothing,
-)
+_pgd_step = Op("pgd_step_", _room, StepArguments, returns="()", fake=_no_output)
+_pgd_random_start = Op("pgd_random_start_", _room, StartArguments, returns="()", fake=_no_output)

@@ -17,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.pgd.layout import expanded_mask, float32_only
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments
 
 _BLOCK = 1024
 _LARGEST = 2**31 - 1 - _BLOCK  # elements of a sample: places within one are 32 bits wide, samples start at 64
+_PARTS = 128  # partial sums that a program adds at a time
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -204,69 +206,58 @@ def ball_step(
     tl.store(x_ptr + at, new, mask=inside)
 
 
-def refusal(function: str, *args: Any) -> str | None:
-    """Why these kernels cannot take a call."""
-    if args[0][:1].numel() > _LARGEST:
+def refusal(function: str, args: StepArguments | StartArguments) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    if args.x_adv[:1].numel() > _LARGEST:
         return "a sample has 2^31 elements or more"
-    return float32_only(function, *args)
+    return float32_only(function, args)
 
 
-def pgd_step_(
-    x_adv: Tensor, grad: Tensor, x0: Tensor, step: Tensor, eps: Tensor, norm: str, mean: Tensor | None,
-    std: Tensor | None, clip_low: float, clip_high: float, mask: Tensor | None, active: Tensor | None, levels: int,
-) -> None:  # fmt: skip
+def pgd_step_(args: StepArguments) -> None:
     """As the reference: linf in one pass, l2 and sign_l2 in two."""
+    x_adv = args.x_adv
     if not x_adv.numel():
         return
-    grad, x0, mask = grad.contiguous(), x0.contiguous(), expanded_mask(mask, x_adv)
-    channels, inner = _rows(x_adv, std)
+    grad, x0, mask = args.grad.contiguous(), args.x0.contiguous(), expanded_mask(args.mask, x_adv)
+    channels, inner = _rows(x_adv, args.std)
     chunks = triton.cdiv(inner, _BLOCK)
     rows = len(x_adv) * channels
     grid = (rows * chunks,)
-    nothing = step
-    tensors = (
-        mean if mean is not None else nothing,
-        std if std is not None else nothing,
-        mask if mask is not None else nothing,
-    )
-    flags = {
-        "HAS_STD": std is not None,
-        "HAS_MASK": mask is not None,
-        "BYTES": x0.dtype == torch.uint8,
-        "BLOCK": _BLOCK,
-    }
-    idle = {"HAS_ACTIVE": active is not None}
-    active = active.to(torch.uint8) if active is not None else nothing
-    if norm == "linf":
+    absent = args.step  # a pointer must point somewhere, also where nothing is read
+    space = [absent if v is None else v for v in (args.mean, args.std, mask)]
+    active = absent if args.active is None else args.active.to(torch.uint8)
+    flags: dict[str, Any] = {"HAS_STD": args.std is not None, "HAS_MASK": mask is not None, "BLOCK": _BLOCK}
+    flags |= {"BYTES": x0.dtype == torch.uint8, **_OPTIONS}
+    has_active = args.active is not None
+    clip, sizes = (args.clip_low, args.clip_high), (channels, inner, chunks)
+    if args.norm == "linf":
         linf_step[grid](
-            x_adv, grad, x0, step, eps, *tensors, active, clip_low, clip_high, channels, inner, chunks,
-            **flags, **idle, **_OPTIONS,
-        )  # fmt: skip
+            x_adv, grad, x0, args.step, args.eps, *space, active, *clip, *sizes, HAS_ACTIVE=has_active, **flags
+        )
         return
     sums = torch.empty((rows * chunks, 3), dtype=torch.float64, device=x_adv.device)
-    flags["SIGN"] = norm == "sign_l2"
-    ball_sums[grid](x_adv, grad, x0, *tensors, sums, channels, inner, chunks, **flags, **_OPTIONS)
+    flags["SIGN"] = args.norm == "sign_l2"
+    ball_sums[grid](x_adv, grad, x0, *space, sums, *sizes, **flags)
     ball_step[grid](
-        x_adv, grad, x0, step, eps, *tensors, active, sums, clip_low, clip_high, channels, inner, chunks,
-        **flags, **idle, PARTS=128, **_OPTIONS,
+        x_adv, grad, x0, args.step, args.eps, *space, active, sums, *clip, *sizes, HAS_ACTIVE=has_active, PARTS=_PARTS,
+        **flags,
     )  # fmt: skip
 
 
-def pgd_random_start_(
-    x_adv: Tensor, x0: Tensor, eps: Tensor, norm: str, seed: Tensor, offset: Tensor, sample_ids: Tensor, stream: Tensor,
-    mean: Tensor | None, std: Tensor | None, clip_low: float, clip_high: float, mask: Tensor | None, levels: int,
-) -> None:  # fmt: skip
+def pgd_random_start_(args: StartArguments) -> None:
     """As the reference, to the bit, for linf."""
+    x_adv = args.x_adv
     if not x_adv.numel():
         return
-    x0, mask = x0.contiguous(), expanded_mask(mask, x_adv)
+    x0, mask = args.x0.contiguous(), expanded_mask(args.mask, x_adv)
     count = x_adv[0].numel()
     chunks = triton.cdiv(count, _BLOCK)
+    absent = args.eps  # a pointer must point somewhere, also where nothing is read
+    space = [absent if v is None else v for v in (args.mean, args.std, mask)]
     linf_start[(len(x_adv) * chunks,)](
-        x_adv, x0, eps, seed, offset, sample_ids.contiguous(), stream,
-        mean if mean is not None else eps, std if std is not None else eps, mask if mask is not None else eps,
-        clip_low, clip_high, count, count // x_adv.shape[1], chunks,
-        HAS_STD=std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK, **_OPTIONS,
+        x_adv, x0, args.eps, args.seed, args.offset, args.sample_ids.contiguous(), args.stream, *space,
+        args.clip_low, args.clip_high, count, count // x_adv.shape[1], chunks,
+        HAS_STD=args.std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -296,9 +287,12 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
         (ball_sums, {"HAS_STD": True, "HAS_MASK": True, "BYTES": True, "SIGN": True}),
         (
             ball_step,
-            {"HAS_STD": False, "HAS_MASK": False, "HAS_ACTIVE": False, "BYTES": False, "SIGN": False, "PARTS": 128},
+            {"HAS_STD": False, "HAS_MASK": False, "HAS_ACTIVE": False, "BYTES": False, "SIGN": False, "PARTS": _PARTS},
         ),
-        (ball_step, {"HAS_STD": True, "HAS_MASK": True, "HAS_ACTIVE": True, "BYTES": True, "SIGN": True, "PARTS": 128}),
+        (
+            ball_step,
+            {"HAS_STD": True, "HAS_MASK": True, "HAS_ACTIVE": True, "BYTES": True, "SIGN": True, "PARTS": _PARTS},
+        ),
     ):
         constants = flags | {"BLOCK": _BLOCK}
         own = kinds | ({"x0_ptr": "*u8"} if flags["BYTES"] else {})
