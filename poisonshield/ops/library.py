@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from poisonshield.errors import GradientError
 from poisonshield.ops.dispatch import Room
@@ -92,6 +93,33 @@ class Op:
         needed = ctx.needs_input_grad[-len(self._fields) - 1 : -1]  # the backend, last, is no field
         found = self._gradients(ctx, rebuild(self.arguments, needed), *grads)
         return *(found.get(field) for field in self._fields), None
+
+
+def first_derivative(name: str, gradient: Tensor) -> Tensor:
+    """The gradient that the forward of `name` left; differentiating it raises GradientError."""
+    return _FirstDerivative.apply(name, gradient)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A view of a tensor whose derivative is an error."""
+
+    @staticmethod
+    def forward(name: str, gradient: Tensor) -> Tensor:
+        """The same numbers."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[str, Tensor], output: Tensor) -> None:
+        """Keeps the name for the message."""
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Always raises."""
+        raise GradientError(
+            f"{ctx.name} has no second derivatives: its forward computes the gradient. "
+            "Write it with torch operations where they are needed."
+        )
 
 
 class _Eager(torch.autograd.Function):

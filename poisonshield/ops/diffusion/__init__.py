@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.errors import ShapeError
+from poisonshield.errors import GradientError, ShapeError
 from poisonshield.ops import dispatch
 from poisonshield.ops.diffusion.reference import LossArguments, NoisingArguments, NoisingGradientArguments
-from poisonshield.ops.library import Op
+from poisonshield.ops.library import Op, first_derivative
 
 __all__ = ["masked_diffusion_loss", "q_sample"]
 
@@ -50,6 +50,7 @@ def q_sample(
         raise ValueError("give either noise or seed.")
     if noise is not None:
         _check_like(x0, noise, "noise")
+    _check_without_gradient(alphas_cumprod=alphas_cumprod)
     arguments = NoisingArguments(
         x0=x0,
         t=t,
@@ -126,6 +127,7 @@ def masked_diffusion_loss(
     if loss == "huber" and not delta > 0:
         raise ValueError(f"delta {delta} must be positive.")
     weights = None if isinstance(weight, str) else weight
+    _check_without_gradient(mask=mask, weight=weights, alphas_cumprod=alphas_cumprod)
     if not grad_target:
         target, x0, noise = (None if v is None else v.detach() for v in (target, x0, noise))
     arguments = LossArguments(
@@ -242,6 +244,15 @@ def _check_weight(
         raise ShapeError(f"weight has shape {tuple(weight.shape)}. Give [{len(pred)}], one per sample.")
 
 
+def _check_without_gradient(**tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise GradientError(
+                f"{name} requires gradients, and none would reach it. "
+                f"Give {name}.detach(), or call under torch.no_grad()."
+            )
+
+
 def _whole(x: Tensor, value: int | Tensor, name: str) -> Tensor:
     """int64 [] on the device of x; 64 bits count, whatever the sign."""
     if isinstance(value, Tensor):
@@ -286,6 +297,7 @@ def _loss_save(ctx: Any, args: LossArguments, output: tuple[Tensor, Tensor]) -> 
 def _loss_gradients(ctx: Any, wanted: Any, grad: Tensor, _: Tensor | None) -> dict[str, Tensor | None]:
     """d loss/d pred times the row's upstream gradient [B]; the target's is its negative, chained to what formed it."""
     saved, t, alphas_cumprod = ctx.saved_tensors
+    saved = first_derivative("masked_diffusion_loss", saved)
     rows = grad.view(-1, *[1] * (saved.dim() - 1))  # [B, 1, ...]
     by_pred = saved * rows.to(saved.dtype)  # [B, C, ...]
     target, x0, noise = ctx.dtypes

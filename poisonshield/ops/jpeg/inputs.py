@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from poisonshield.errors import ShapeError
+from poisonshield.errors import GradientError, ShapeError
 from poisonshield.ops.jpeg.tables import scaled_tables
 
 SUBSAMPLINGS = ("420", "444")
@@ -104,6 +104,8 @@ def affine_of(x: Tensor, value_range: tuple[float, float], mean: Tensor | None, 
     for name, value in (("mean", mean), ("std", std)):
         if not isinstance(value, Tensor) or value.numel() != 3:
             raise ShapeError(f"{name} must be a tensor of 3 numbers, one per channel.")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise GradientError(f"{name} requires gradients, and none would reach it. Give {name}.detach().")
     mean, std = (v.reshape(3).to(x.device, dtype) for v in (mean, std))
     if std.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((std > 0).all()):
         raise ValueError(f"std {std.tolist()} must be positive.")
