@@ -32,7 +32,8 @@ DOORS = {
     "deepspeed": {"engine/backends/deepspeed.py"},
     "webdataset": {"data/tars.py"},
     "timm": {"models/backbones.py"},
-    "triton": {f"ops/{room}/triton_kernels.py" for room in ("jpeg", "pgd", "diffusion")} | {"ops/trigonometry.py"},
+    "triton": {f"ops/{path.parent.name}/{path.name}" for path in PACKAGE.glob("ops/*/triton_*.py")}
+    | {"ops/trigonometry.py"},
     "diffusers": {
         "bench/diffusion.py",
         "models/diffusion/pipeline.py",
