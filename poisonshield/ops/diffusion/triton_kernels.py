@@ -54,9 +54,21 @@ def normal(seed, offset, stream, b, element, count):
 
 @triton.jit
 def noising(
-    out_ptr, kept_ptr, x0_ptr, noise_ptr, t_ptr, alphas_ptr, seed_ptr, offset_ptr, stream_ptr, count,
-    DRAW: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out_ptr,  # [B, count] x_t, written
+    kept_ptr,  # [B, count] the noise, written if KEEP
+    x0_ptr,  # [B, count] clean pixels or latents
+    noise_ptr,  # [B, count] given noise, read unless DRAW
+    t_ptr,  # [B] int64, timesteps
+    alphas_ptr,  # [T] float32, cumulative products of alphas
+    seed_ptr,  # [] int64, and the next two: where in Philox's numbers the noise lies
+    offset_ptr,  # [] int64
+    stream_ptr,  # [] int64
+    count,  # elements of a sample
+    DRAW: tl.constexpr,  # whether the noise is drawn here
+    KEEP: tl.constexpr,  # whether drawn noise is stored
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """x_t, and the noise that was drawn; a program takes BLOCK elements of one sample."""
     b = tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < count
@@ -70,16 +82,39 @@ def noising(
             tl.store(kept_ptr + at, noise, mask=inside)
     else:
         noise = tl.load(noise_ptr + at, mask=inside, other=0).to(tl.float32)
+    # x_t = sqrt(a) x0 + sqrt(1 - a) noise. Reads x0 (and noise), writes x_t (and noise).
     tl.store(out_ptr + at, tl.sqrt_rn(a) * x0 + tl.sqrt_rn(1.0 - a) * noise, mask=inside)
 
 
 @triton.jit
 def loss_and_gradient(
-    pred_ptr, target_ptr, x0_ptr, noise_ptr, mask_ptr, t_ptr, alphas_ptr, seed_ptr, offset_ptr, stream_ptr, scale_ptr,
-    grad_ptr, sums_ptr, delta, count, inner, mask_row, mask_channel, chunks,
-    KIND: tl.constexpr, DRAW: tl.constexpr, LOSS: tl.constexpr, HAS_MASK: tl.constexpr, GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    pred_ptr,  # [B, count] what the network says
+    target_ptr,  # [B, count] what it should say, read if KIND is 0
+    x0_ptr,  # [B, count], read if KIND is 2 or 3
+    noise_ptr,  # [B, count], read if KIND is 1 or 2, unless DRAW
+    mask_ptr,  # weights of elements, strided (see mask_row), read if HAS_MASK
+    t_ptr,  # [B] int64, timesteps, read if KIND is 2
+    alphas_ptr,  # [T] float32, cumulative products of alphas, read if KIND is 2
+    seed_ptr,  # [] int64, and the next two: where in Philox's numbers the noise lies
+    offset_ptr,  # [] int64
+    stream_ptr,  # [] int64
+    scale_ptr,  # [B] float32: what a row's sum is multiplied by
+    grad_ptr,  # [B, count] d loss/d pred, written if GRAD
+    sums_ptr,  # [B, chunks] float32: sums of the masked loss, before the scale, written
+    delta,  # where huber turns linear
+    count,  # elements of a sample
+    inner,  # elements of a channel
+    mask_row,  # steps in the mask from one sample to the next, 0 where it repeats itself
+    mask_channel,  # steps from one channel to the next, 0 where it repeats itself
+    chunks,  # programs of a sample
+    KIND: tl.constexpr,  # the target: 0 given, 1 epsilon, 2 v, 3 sample
+    DRAW: tl.constexpr,  # whether the noise is drawn here
+    LOSS: tl.constexpr,  # 0 mse, 1 huber, 2 l1
+    HAS_MASK: tl.constexpr,  # whether there is a mask
+    GRAD: tl.constexpr,  # whether the gradient is wanted
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """d loss/d pred and a partial sum of the loss; a program takes BLOCK elements of one sample."""
     b = tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < count
@@ -100,6 +135,7 @@ def loss_and_gradient(
             a = tl.load(alphas_ptr + tl.load(t_ptr + b)).to(tl.float32)
             x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
             target = tl.sqrt_rn(a) * noise - tl.sqrt_rn(1.0 - a) * x0
+    # loss = scale * sum(m l(r)), d loss/d pred = scale * m l'(r). Each of pred, target and mask is read once.
     r = pred - target
     size = tl.abs(r)
     if LOSS == 0:
