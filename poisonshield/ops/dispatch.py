@@ -97,7 +97,7 @@ class Room:
                 _runs[f"{function} on {candidate}"] += 1
                 if candidate == "compiled":
                     return self._run_compiled(function, arguments)
-                return getattr(self._module(candidate), function)(arguments)
+                return self._run(candidate, function, arguments)
             if backend != "auto":
                 raise BackendError(
                     f"{function}: the {candidate} backend cannot run this call: {reason}. "
@@ -130,6 +130,13 @@ class Room:
 
     def _module(self, backend: str) -> Any:
         return importlib.import_module(self._path(backend))
+
+    def _run(self, backend: str, function: str, arguments: Any) -> Any:
+        call = getattr(self._module(backend), function)
+        if backend == "triton" and arguments[0].is_cuda:
+            with torch.cuda.device(arguments[0].device):  # Triton launches on the current device, not on the tensor's
+                return call(arguments)
+        return call(arguments)
 
     def _run_compiled(self, function: str, arguments: Any) -> Any:
         """The reference under torch.compile; the plain one, with one notice, where compilation is impossible."""

@@ -6,6 +6,8 @@ Ops are found by scanning: the calls that are made are those of `examples()` in 
 import importlib
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +188,24 @@ def test_a_backend_asked_for_by_name_runs_or_says_why():
         jpeg(x, 50, backend="cuda")
     with pytest.raises(BackendError, match="not an op backend"):
         jpeg(x, 50, backend="gpu")
+
+
+def test_triton_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Without this a call for cuda:1 would launch on cuda:0, with pointers of cuda:1."""
+    entered, ran = [], []
+
+    @contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+        entered.append("left")
+
+    kernels = SimpleNamespace(refusal=lambda function, args: None, pgd_step_=lambda args: ran.append(list(entered)))
+    room = dispatch.Room("pgd")
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(room, "_module", lambda backend: kernels)
+    room.run("pgd_step_", "triton", (SimpleNamespace(is_cuda=True, device=torch.device("cuda:1")),))
+    assert ran == [[torch.device("cuda:1")]] and entered[-1] == "left"
 
 
 def test_without_a_compiler_the_reference_runs_with_one_notice(monkeypatch):

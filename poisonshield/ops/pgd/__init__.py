@@ -65,6 +65,7 @@ def pgd_step_(
         step = -step
     if active is not None and (active.dtype != torch.bool or active.shape != (len(x_adv),)):
         raise ShapeError(f"active is {_kind(active)}. Give a bool tensor [{len(x_adv)}].")
+    _check_device(x_adv, active, "active")
     mean, std = _statistics(x_adv, mean, std)
     arguments = StepArguments(
         x_adv=x_adv,
@@ -114,6 +115,7 @@ def pgd_random_start_(
         sample_ids = torch.arange(len(x_adv), device=x_adv.device)
     elif sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x_adv),):
         raise ShapeError(f"sample_ids is {_kind(sample_ids)}. Give int64 [{len(x_adv)}].")
+    _check_device(x_adv, sample_ids, "sample_ids")
     mean, std = _statistics(x_adv, mean, std)
     arguments = StartArguments(
         x_adv=x_adv,
@@ -159,8 +161,7 @@ def _check(x_adv: Tensor, x0: Tensor, norm: str, mask: Tensor | None, levels: in
     if levels < 0:
         raise ValueError(f"levels {levels}: give 255 for 8-bit images, 0 for none.")
     if mask is not None:
-        if mask.device != x_adv.device:
-            raise ValueError(f"mask is on {mask.device} and x_adv on {x_adv.device}.")
+        _check_device(x_adv, mask, "mask")
         fits = mask.dim() == x_adv.dim() and all(m in (1, n) for m, n in zip(mask.shape, x_adv.shape, strict=True))
         if not fits:
             raise ShapeError(f"mask {tuple(mask.shape)} does not broadcast to x_adv {tuple(x_adv.shape)}.")
@@ -169,7 +170,11 @@ def _check(x_adv: Tensor, x0: Tensor, norm: str, mask: Tensor | None, levels: in
 def _check_same(x_adv: Tensor, other: Tensor, name: str) -> None:
     if other.shape != x_adv.shape:
         raise ShapeError(f"{name} has shape {tuple(other.shape)} and x_adv {tuple(x_adv.shape)}. They must be equal.")
-    if other.device != x_adv.device:
+    _check_device(x_adv, other, name)
+
+
+def _check_device(x_adv: Tensor, other: Tensor | None, name: str) -> None:
+    if other is not None and other.device != x_adv.device:
         raise ValueError(f"{name} is on {other.device} and x_adv on {x_adv.device}. Move one of them.")
 
 
