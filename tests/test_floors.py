@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "poisonshield"
 
 FLOORS = {
     "errors": 0, "registry": 0, "config": 0,
-    "ops": 1, "batch": 1, "collectives": 1, "random": 1,
+    "ops": 1, "batch": 1, "collectives": 1, "random": 1, "keys": 1,
     "losses": 2, "attacks": 2, "models": 2, "data": 2, "method": 2,
     "methods": 3, "defenses": 3, "poisons": 3, "evals": 3, "world": 3,
     "engine": 4,

@@ -59,7 +59,7 @@ def accuracy(kind, seed, *, poisoned=True):
             noise = 0.05 * torch.randn((64, *x.shape[1:]), generator=draw)
             views.append((torch.roll(x[rows], shift, (2, 3)) + noise).clamp(0, 1))
         keys = tuple(str(r) for r in rows.tolist())
-        loss = method(Batch(keys, x[rows], tuple(views), y[rows], epoch=step)).loss
+        loss = method(Batch(keys, x[rows], tuple(views), y[rows], draw=step)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

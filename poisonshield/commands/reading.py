@@ -23,6 +23,7 @@ from poisonshield.evals.diffusion.generation import latent_cosine, network_score
 from poisonshield.evals.diffusion.image_quality import brisque, high_frequency
 from poisonshield.evals.diffusion.learned_words import word_report
 from poisonshield.invert_config import RENDERED, InvertRun, start_word
+from poisonshield.keys import Key
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.diffusion.pipeline import TINY
 from poisonshield.world.judge import ConceptJudge
@@ -75,7 +76,7 @@ def mask_values(defenses: Sequence[Defense], name: str, *, compared: bool) -> di
     out: dict[str, float | None] = {"mask_area": None, "mask_iou": None}
     for defense in defenses:
         for key, attribute in noted.items():
-            found = [v for k, v in getattr(defense, attribute, {}).items() if k.partition("/")[0] == name]
+            found = [v for k, v in getattr(defense, attribute, {}).items() if Key.parse(k).concept == name]
             if found:
                 out[key] = round(mean(found), 4)
     return out

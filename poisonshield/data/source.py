@@ -33,7 +33,7 @@ class Source(Protocol):
 
 
 def read_batch(source: Source, indices: Tensor, *, device: torch.device | None = None, epoch: int = 0) -> Batch:
-    """The samples `indices` int64 [B] as a Batch: keys, x float32 [B, 3, H, W] in [0, 1], y int64 [B]."""
+    """The samples `indices` int64 [B] as a Batch: keys, x float32 [B, 3, H, W] in [0, 1], y int64 [B]; draw is epoch."""
     return batch_of(source, indices, source.read(indices), device=device, epoch=epoch)
 
 
@@ -43,7 +43,7 @@ def batch_of(
     """A Batch from pixels already read, uint8 [B, 3, H, W]. They travel as bytes and become float on the device."""
     x = pixels.to(device, non_blocking=True).float().div_(255)
     y = source.labels[indices].to(device, non_blocking=True)
-    return Batch(keys=tuple(source.keys[i] for i in indices.tolist()), x=x, y=y, epoch=epoch)
+    return Batch(keys=tuple(source.keys[i] for i in indices.tolist()), x=x, y=y, epoch=epoch, draw=epoch)
 
 
 class ResidentSource:

@@ -1,6 +1,6 @@
 """Views: the training-time augmentation as a stage Batch -> Batch, on the device, per sample.
 
-What a sample draws depends on (run seed, epoch, key, view), never on its place in the batch, so runs agree over batch
+What a sample draws depends on (run seed, draw, key, view), draw being the epoch in shard streams, never on its place in the batch, so runs agree over batch
 sizes, ranks and resumption. Pipelines follow the VESPR authors' (crop, jitter, grayscale, blur, flip).
 """
 

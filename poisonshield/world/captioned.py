@@ -44,6 +44,7 @@ class CaptionedStream:
                     x=self.pixels[chosen].float() / 255,
                     captions=tuple(self.captions[i] for i in chosen.tolist()),
                     epoch=epoch,
+                    draw=epoch,
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def train(method, batch, steps, optimizer=None, *, hold=False):
     optimizer = optimizer or torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for step in range(steps):
-        out = method(batch.replace(epoch=step))
+        out = method(batch.replace(draw=step))
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()

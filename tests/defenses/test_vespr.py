@@ -171,7 +171,7 @@ def test_loss_falls_on_tiny_data():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for epoch in range(40):
-        out = model(batch.replace(epoch=epoch))
+        out = model(batch.replace(draw=epoch))
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()

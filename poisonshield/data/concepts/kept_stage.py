@@ -19,9 +19,9 @@ from poisonshield.errors import CheckpointError
 
 @dataclass(frozen=True)
 class KeptStage:
-    """`stage`, whose results are read from `folder` once they are there. Wants batches with keys, x and epoch.
+    """`stage`, whose results are read from `folder` once they are there. Wants batches with keys, x and draw.
 
-    folder: another one for whatever else the result depends on than keys and epoch. x, mask and t_range are kept; a
+    folder: another one for whatever else the result depends on than keys and draw. x, mask and t_range are kept; a
     stage that changes more of a batch does not fit. seen: told of what was given and of what was read in the stage's
     place. Raises CheckpointError for a file that is damaged.
     """
@@ -31,7 +31,7 @@ class KeptStage:
     seen: Callable[[Batch, Batch], None]
 
     def __call__(self, batch: Batch) -> Batch:
-        told = "\n".join((str(batch.epoch), *batch.keys))
+        told = "\n".join((str(batch.draw), *batch.keys))
         path = self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
         if not path.is_file():
             made = self.stage(batch)

@@ -53,7 +53,8 @@ class ConceptStream:
 
     Yields Batch with keys "<concept>/<stem>@<hash of the pixels>[:flip]#<slot>", slot being the number within the
     concept's global batch; x [b, 3, H, W]; mask if there are masks; y int64, the concept's place in `concepts`;
-    captions, the prompts; the stage's t_range; epoch, the number of the step, so that keyed draws are new in each.
+    captions, the prompts; the stage's t_range; epoch, of steps_per_epoch steps; draw, the step, so that random numbers are
+    new in each.
     A concept shows each of its pictures once before any again. steps_per_epoch: until all have been shown.
     Raises ConfigError for settings that do not fit, DataError and ShapeError for what the stage gives back.
     """
@@ -158,7 +159,8 @@ class ConceptStream:
             y=torch.full((share,), number),
             captions=tuple(captions),
             t_range=ranges.pop(),
-            epoch=step,
+            epoch=step // self.steps_per_epoch,
+            draw=step,
         )
 
     def _draws(self, concept: Concept, step: int) -> list[_Draw]:
@@ -205,6 +207,7 @@ class ConceptStream:
             captions=tuple(image.caption for image in images),
             y=torch.full((len(images),), number),
             epoch=epoch,
+            draw=epoch,
         )
         given = batch
         if self.stage is not None:
@@ -285,4 +288,5 @@ def _joined(parts: Sequence[Batch]) -> Batch:
         captions=tuple(caption for part in parts for caption in part.captions),
         t_range=parts[0].t_range,
         epoch=parts[0].epoch,
+        draw=parts[0].draw,
     )

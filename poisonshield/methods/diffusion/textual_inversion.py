@@ -18,6 +18,7 @@ from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.keys import slot_of
 from poisonshield.losses.zone import Zone, latent_mask, zone_loss
 from poisonshield.method import Method
 from poisonshield.models.diffusion.latents import LatentCache
@@ -101,7 +102,7 @@ class TextualInversion(Method):
         t_range = batch.t_range or (0, self.model.num_timesteps)
         stratum = None
         if self.t_sampler == "stratified":
-            stratum = torch.tensor([int(key.rpartition("#")[2]) for key in batch.keys], device=u.device)
+            stratum = torch.tensor([slot_of(key) for key in batch.keys], device=u.device)
         return draw_timesteps(u, t_range=t_range, sampler=self.t_sampler, stratum=stratum, strata=self.samples)
 
     def _losses(self, pred: Tensor, target: Tensor, t: Tensor, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
+from poisonshield.keys import picture_of
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 
@@ -25,7 +26,7 @@ class LatentCache:
     def __call__(self, batch: Batch, *, noise: Tensor | None = None) -> Tensor:
         if not self.enabled:
             return self.model.encode(batch.x, noise=noise)
-        pictures = [key.partition("#")[0] for key in batch.keys]
+        pictures = [picture_of(key) for key in batch.keys]
         for i, picture in enumerate(pictures):
             if picture not in self.known:  # one by one: rounding must not depend on which are new together
                 mean, std = self.model.posterior(batch.x[i : i + 1])
