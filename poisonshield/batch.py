@@ -15,8 +15,8 @@ class Batch:
     """Some samples of one epoch, known by key. What is absent is None, never fake.
 
     x [B, 3, H, W] float32 in [0, 1]; views a tuple of such (sizes may differ); y int64 [B];
-    mask [B, 1, H, W] in [0, 1], how much each pixel belongs to the concept; t_range [first, end) of diffusion timesteps.
-    captions: a text each.
+    mask [B, 1, H, W] in [0, 1], how much each pixel belongs to the concept; t_range [first, end) of
+    diffusion timesteps; captions: a text each.
     rank_sizes: how many samples of this global batch each rank holds; None when there is one rank. It travels with
     the batch because every rank knows it from the plan, so that no loss has to ask the others.
     epoch: how many times the whole data set came before. draw: random numbers are drawn anew for each draw, and are the

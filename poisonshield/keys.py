@@ -9,9 +9,8 @@
     |   stem: the file's name without its ending
     concept
 
-Concept, stem and digest are always there, the rest where it applies. Samples of shards have plain names for keys (a path
-such as train/dog/3, `test-00042`), and so has whoever makes a batch by hand: those are not of this language, and only
-`picture_of` takes them.
+Concept, stem and digest are always there, the rest where it applies. Keys of samples in shards are plain names, such as
+train/dog/3 or test-00042: they are not of this language, and of what is here only `picture_of` takes them.
 """
 
 import re
@@ -54,8 +53,8 @@ class Key:
                 fits = draw >= 0
         if names is None or not fits or (self.slot or 0) < 0:
             raise DataError(
-                f"{self.concept!r} cannot name a concept, or {self.stem!r} a picture, or another part does not fit: {self}."
-                "\n  Keys use # @ : and / themselves: rename the folder or the file."
+                f"{self.concept!r} cannot name a concept, or {self.stem!r} a picture, or another part does not fit: "
+                f"{self}.\n  Keys use # @ : and / themselves: rename the folder or the file."
             )
 
     @classmethod
@@ -64,8 +63,8 @@ class Key:
         found = _KEY.fullmatch(text)
         if found is None:
             raise DataError(
-                f"{text!r} is no key of a concept's picture; concept/stem@hash is wanted, then maybe :flip, ~noise3 or "
-                "~on~ with another key, and #slot.\n  Samples of shards have plain names, which say nothing of concepts."
+                f"{text!r} is no key of a concept's picture; concept/stem@hash is wanted, then maybe :flip, "
+                "~noise3 or ~on~ with another key, and #slot.\n  Keys of samples in shards are plain names and say nothing of concepts."
             )
         noise, other, slot = found["noise"], found["other"], found["slot"]
         return cls(
@@ -103,5 +102,7 @@ def slot_of(key: str) -> int:
     """The number behind the `#` of any sample's key. Raises DataError if it has none."""
     slot = key.rpartition("#")[2] if "#" in key else ""
     if not (slot.isascii() and slot.isdigit()):
-        raise DataError(f"key {key!r} has no slot, a key that ends in # and a number was wanted: batches of concepts do.")
+        raise DataError(
+            f"key {key!r} has no slot, a key that ends in # and a number was wanted, as a concept stream's do."
+        )
     return int(slot)

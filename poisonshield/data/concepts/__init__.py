@@ -55,8 +55,8 @@ class Concept:
         """The concept with its digest. Raises DataError for a name that keys cannot hold, and for no or equal keys."""
         if re.search(rf"^$|^\.|[{RESERVED}]|^masks?$", name, re.IGNORECASE):
             raise DataError(
-                f"{name!r} cannot name a concept: keys use # @ : and / themselves, and folders called mask hold masks.\n"
-                "  Rename its folder."
+                f"{name!r} cannot name a concept: keys use # @ : and / themselves, and folders called mask hold "
+                "masks.\n  Rename its folder."
             )
         keys = [image.key for image in images]
         if len(set(keys)) < len(keys) or not keys:
@@ -79,8 +79,8 @@ class Concept:
         rest = [image for image in self.images if image not in left]
         if not left or not rest:
             raise DataError(
-                f"picture {number} of {self.name} cannot be left out: it has {len(self.images)}, counted from 0, and one at "
-                "least must stay."
+                f"picture {number} of {self.name} cannot be left out: it has {len(self.images)}, counted from 0, and "
+                "one at least must stay."
             )
         return Concept.of(self.name, rest, self.group), left[0]
 
