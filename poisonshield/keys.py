@@ -64,7 +64,8 @@ class Key:
         if found is None:
             raise DataError(
                 f"{text!r} is no key of a concept's picture; concept/stem@hash is wanted, then maybe :flip, "
-                "~noise3 or ~on~ with another key, and #slot.\n  Keys of samples in shards are plain names and say nothing of concepts."
+                "~noise3 or ~on~ with another key, and #slot.\n"
+                "  Keys of samples in shards are plain names and say nothing of concepts."
             )
         noise, other, slot = found["noise"], found["other"], found["slot"]
         return cls(

@@ -95,7 +95,7 @@ def _pillow(x: Tensor, exact: Tensor) -> Provider:
         for a in arrays:
             buffer = io.BytesIO()
             Image.fromarray(a).save(buffer, "JPEG", quality=75, subsampling=2)
-            out.append(Image.open(buffer).convert("RGB"))
+            out.append(Image.open(buffer, formats=["JPEG"]).convert("RGB"))
         return out
 
     def check() -> str:

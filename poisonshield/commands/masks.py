@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.commands.protect import FORMATS, Photo, read_photo
+from poisonshield.commands.protect import Photo, read_photo
 from poisonshield.data.masks import is_mask_folder, stem_of_mask
+from poisonshield.data.pictures import FORMATS, find_pictures
 from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
 from poisonshield.defenses.diffusion.szt import MASKS, SZT
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
@@ -133,8 +134,7 @@ def _concepts(root: Path) -> dict[str, list[Path]]:
 
 
 def _photos(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in FORMATS and not p.name.startswith("."))
-    return [p for p in files if stem_of_mask(p.relative_to(folder)) is None]
+    return [p for p in find_pictures(folder, nested=False) if stem_of_mask(p.relative_to(folder)) is None]
 
 
 def _network(

@@ -6,7 +6,6 @@ command that was stopped goes on where it was, and pictures that are done are le
 """
 
 import hashlib
-import io
 import json
 import os
 import time
@@ -23,7 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from poisonshield.data.masks import read_mask, too_deep
+from poisonshield.data.masks import read_mask
+from poisonshield.data.pictures import FORMATS, file_bytes, find_pictures, is_picture, read_picture
 from poisonshield.engine.checkpoint import flush, write_whole
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
@@ -35,7 +35,6 @@ from poisonshield.poisons.diffusion.fsmg import FSMG
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 STATE = ".poisonshield-state"
 ENDING = ".poison.json"
 
@@ -222,30 +221,17 @@ def _is_done(photo: Photo, name: str) -> bool:
 
 
 def read_photo(path: Path, out: Path, *, format: str | None = None) -> Photo:
-    """A JPEG, PNG or WebP file. Raises DataError for other files, animations, CMYK, and more than 8 bits a channel."""
-    from PIL import Image, ImageOps
-
-    data = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"] if format is None else [format]) as file:
-            frames, kind = getattr(file, "n_frames", 1), file.format
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        raise DataError(f"{path} cannot be read as a JPEG, PNG or WebP picture ({err}).") from err
-    if frames > 1 and kind != "MPO":  # phones write JPEGs with further pictures in them
-        raise DataError(f"{path} is an animation of {frames} frames; give its frames one by one.")
-    if too_deep(data, image):
-        raise DataError(f"{path} has more than 8 bits a channel. Convert it to 8 bits first: radii are of 256 levels.")
+    """A picture file. Raises DataError as read_picture does, and for animations and CMYK."""
+    data = file_bytes(path)
+    picture = read_picture(data, name=str(path), formats=tuple(FORMATS) if format is None else (format,))
+    image = picture.image
+    if picture.frames > 1 and picture.format != "MPO":  # phones write JPEGs with further pictures in them
+        raise DataError(f"{path} is an animation of {picture.frames} frames; give its frames one by one.")
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         raise DataError(f"{path} is {image.mode}. Convert it to RGB first, since that changes its colours.")
     # A grey profile does not fit the RGB that is written.
-    alpha, profile = None, image.info.get("icc_profile") if image.mode not in ("1", "L", "LA") else None
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        alpha, image = rgba.getchannel("A"), rgba
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    return Photo(path, out, pixels, alpha, profile, hashlib.sha256(data).hexdigest())
+    profile = image.info.get("icc_profile") if image.mode not in ("1", "L", "LA") else None
+    return Photo(path, out, picture.pixels, picture.alpha, profile, hashlib.sha256(data).hexdigest())
 
 
 def pictures_in(given: Sequence[Path]) -> list[Path]:
@@ -253,11 +239,11 @@ def pictures_in(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS and not p.name.startswith("."))
+            found += find_pictures(path, nested=False)
         elif not path.is_file():
             raise DataError(f"{path} does not exist. Give picture files, or folders of them.")
-        elif path.suffix.lower() not in FORMATS:
-            raise DataError(f"{path} is none of {', '.join(FORMATS)}. Convert it first.")
+        elif not is_picture(path):
+            raise DataError(f"{path} is no picture by its name: {', '.join(FORMATS)} are read. Convert it first.")
         else:
             found.append(path)
     if not found:
@@ -316,7 +302,7 @@ def _masks(photos: Sequence[Photo], given: Path | None) -> dict[str, Tensor] | N
         if path is None:
             raise DataError(f"{photo.path.name} has no mask: {' and '.join(map(str, names))} are missing.")
         height, width = photo.pixels.shape[1:]
-        grey = read_mask(path.read_bytes(), name=str(path), size=(width, height))
+        grey = read_mask(path, name=str(path), size=(width, height))
         masks[photo.key] = torch.from_numpy(np.array(grey))[None].float() / 255
     return masks
 

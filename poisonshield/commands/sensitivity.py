@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.data.concepts.reader import load_concepts
+from poisonshield.data.concepts.reader import load_images
 from poisonshield.data.masks import stem_of_mask
-from poisonshield.data.tree import IMAGE_ENDINGS
+from poisonshield.data.pictures import find_pictures
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
@@ -128,20 +127,10 @@ def load_pictures(images: str | Path | Sequence[str | Path], *, size: int, masks
         raise DataError(f"{missing[0]} is no picture file. Give files, or one folder of them.")
     if len({p.stem for p in files}) < len(files):
         raise DataError(f"two of {len(files)} pictures have one name without ending; they are told apart by it.")
-    with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
-        for path in files:
-            (Path(folder) / path.name).symlink_to(path.resolve())
-        if masks is not None:
-            known = _masks(Path(masks))
-            for path in files:
-                if path.stem not in known:
-                    raise DataError(f"{masks} has no mask for {path.name}: {path.stem}.mask.png or {path.stem}.png.")
-                mask = known[path.stem].resolve()
-                (Path(folder) / f"{path.stem}.mask{mask.suffix}").symlink_to(mask)
-        try:
-            read = load_concepts(folder, size=size, masks=None if masks is None else "file")[0].images
-        except DataError as err:
-            raise DataError(str(err).replace(f"{folder}/", "")) from err
+    found = None if masks is None else _masks(Path(masks))
+    if found is not None and (bare := [path for path in files if path.stem not in found]):
+        raise DataError(f"{masks} has no mask for {bare[0].name}: {bare[0].stem}.mask.png or {bare[0].stem}.png.")
+    read = load_images(sorted(files, key=lambda path: path.name), size=size, masks=found)
     stacked = torch.stack([image.pixels for image in read]).float() / 255
     names = tuple(image.stem for image in read)
     return Pictures(names, stacked, None if masks is None else torch.stack([image.mask for image in read]))
@@ -158,8 +147,7 @@ def matching(pictures: Pictures, others: Pictures, what: str) -> Pictures:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_ENDINGS)
-    found = [p for p in files if stem_of_mask(p.relative_to(folder)) is None]
+    found = [p for p in find_pictures(folder, nested=False) if stem_of_mask(p.relative_to(folder)) is None]
     if not found:
         raise DataError(f"{folder} holds no picture itself. Give the folder of one concept, or picture files.")
     return found
@@ -167,9 +155,8 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _masks(folder: Path) -> dict[str, Path]:
     """Mask files by the name of their picture."""
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS]
-    named = {stem_of_mask(p.relative_to(folder)): p for p in files}
-    named.pop(None, None)
+    files = find_pictures(folder)
+    named = {stem: p for p in files if (stem := stem_of_mask(p.relative_to(folder))) is not None}
     return named or {p.stem: p for p in files}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poisonshield.data.pictures import read_picture
 from poisonshield.evals.diffusion.learned_words import word_distance
 from poisonshield.evals.diffusion.recovery import by_group, clean_cost, recovery
 from poisonshield.models.diffusion.embeddings import load_embedding
@@ -185,17 +186,8 @@ def draw_grid(path: Path, runs: Sequence[tuple[Mapping[str, str], Path]], *, col
         name = ", ".join(labels.values())
         files = sorted(folder.glob("pictures/*/recon-*.png"))[:columns]
         if files and name not in rows:
-            rows[name] = torch.stack([read_picture(file) for file in files])
+            rows[name] = torch.stack([read_picture(file).pixels.float() / 255 for file in files])
     return draw_sheet(path, rows, columns=columns) if rows else None
-
-
-def read_picture(path: Path) -> Tensor:
-    """Pixels float32 [3, H, W] in [0, 1] of a picture file."""
-    import numpy
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

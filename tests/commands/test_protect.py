@@ -137,14 +137,14 @@ def test_what_cannot_be_protected_is_refused_in_words(pipeline, tmp_path):
     for name, words in (
         ("deep.png", "more than 8 bits"),
         ("moving.webp", "animation of 2"),
-        ("broken.png", "cannot be read"),
+        ("broken.png", "not a whole"),
         ("ink.jpg", "CMYK"),
         ("absent.png", "does not exist"),
     ):
         with pytest.raises(DataError, match=words):
             protect([tmp_path / name], tmp_path / "out", model=pipeline)
     with pytest.raises(DataError, match="Convert it first"):
-        protect([write(tmp_path / "a.bmp")], tmp_path / "out", model=pipeline)
+        protect([write(tmp_path / "a.ico")], tmp_path / "out", model=pipeline)
 
 
 def test_settings_and_budgets_are_checked(pipeline, tmp_path):
@@ -232,7 +232,7 @@ def test_what_stops_the_last_photo_stops_the_command_before_the_first(pipeline, 
     with pytest.raises(DataError, match="b.png has no mask"):
         protect(sources, tmp_path / "masked", steps=1, mask=masks, **how)
     (tmp_path / "in" / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError, match="c.png cannot be read"):
+    with pytest.raises(DataError, match="c.png: 8 bytes are not a whole"):
         protect([tmp_path / "in"], tmp_path / "broken", steps=1, **how)
     assert not [*tmp_path.glob("*/a.poison.json")]
 

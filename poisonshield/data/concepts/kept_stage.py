@@ -51,7 +51,7 @@ class KeptStage:
         return made
 
     def _write(self, path: Path, made: Batch) -> None:
-        tensors = {"x": made.x} if made.mask is None else {"x": made.x, "mask": made.mask}
+        tensors = {name: t for name, t in (("x", made.x), ("mask", made.mask)) if t is not None}
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{uuid4().hex}")
         t_range = "" if made.t_range is None else f"{made.t_range[0]} {made.t_range[1]}"
