@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.losses.dino import dino, moved_centre
+from poisonshield.losses.dino import dino, move_centre
 from poisonshield.method import Method
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.target import Target, TargetConfig
@@ -53,7 +53,7 @@ class DINO(Method):
                     teacher_temperature=c.teacher_temperature, symmetrized=c.symmetrized,
                     rank_sizes=batch.rank_sizes)  # fmt: skip
         if self.training:
-            moved = moved_centre(self.centre, teacher, momentum=c.centre_momentum, rank_sizes=batch.rank_sizes)
+            moved = move_centre(self.centre, teacher, momentum=c.centre_momentum, rank_sizes=batch.rank_sizes)
             self.centre.copy_(moved)
         return StepOutput(loss, {"ssl": loss.detach()})
 
