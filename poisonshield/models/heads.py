@@ -1,15 +1,17 @@
 """Heads on top of an encoder: the projectors and predictors of self-supervised methods.
 
-Shapes follow the VESPR authors' table; linear layers have no bias where batch norm follows. E encoder width, H `hidden`,
-O `out`, P `predictor`:
-    moco            E-H BN ReLU, H-H BN ReLU, H-O BN (no affine)          simsiam   E-E BN ReLU, E-E BN ReLU, E-O BN (no affine)
-    byol            E-H BN ReLU, H-O                                     vicreg    E-H BN ReLU, H-H BN ReLU, H-O
-    dino_cnn        E-H BN GELU, H-H BN GELU, H-bottleneck, l2-normalised, prototypes O of length 1
-    dino_vit        the same without batch norm
-    predictor       O-P BN ReLU, P-O with bias
+Shapes follow the VESPR authors' table; linear layers have no bias where batch norm follows. E is the encoder's width,
+H `hidden`, O `out`, P `predictor`:
+    moco        E-H BN ReLU, H-H BN ReLU, H-O BN (no affine)
+    simsiam     E-E BN ReLU, E-E BN ReLU, E-O BN (no affine)
+    byol        E-H BN ReLU, H-O
+    vicreg      E-H BN ReLU, H-H BN ReLU, H-O
+    dino_cnn    E-H BN GELU, H-H BN GELU, H-bottleneck, l2-normalized, prototypes O of length 1
+    dino_vit    the same without batch norm
+    predictor   O-P BN ReLU, P-O with bias
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -17,16 +19,19 @@ from torch import Tensor, nn
 
 from poisonshield.config import Settings
 
-ProjectorName = Literal["moco", "simsiam", "byol", "vicreg", "dino_cnn", "dino_vit"]
+ProjectorName = Annotated[
+    Literal["moco", "simsiam", "byol", "vicreg", "dino_cnn", "dino_vit"],
+    Field(description="The layers of the projector: a row of the table in models/heads.py."),
+]
 
 
 class ProjectorConfig(Settings):
-    """projector: which of the table; hidden, out, bottleneck: its widths (simsiam has no hidden, only dino a bottleneck)."""
+    """The projector and its widths."""
 
     projector: ProjectorName = "moco"
-    hidden: int = Field(2048, gt=0)
-    out: int = Field(2048, gt=0)
-    bottleneck: int = Field(256, gt=0)
+    hidden: int = Field(2048, gt=0, description="Width of the projector's inner layers; simsiam has the encoder's.")
+    out: int = Field(2048, gt=0, description="Width of the projections; of dino, the number of prototypes.")
+    bottleneck: int = Field(256, gt=0, description="Width before the prototypes; only dino's projectors have one.")
 
 
 def build_projector(config: ProjectorConfig, feature_dim: int) -> nn.Sequential:
