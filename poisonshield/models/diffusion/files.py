@@ -26,7 +26,7 @@ _AGAIN = "  Copy or download it again"
 
 
 def check_folder(path: Path) -> None:
-    """Raise ConfigError for a folder that is no Stable Diffusion pipeline, DataError naming a file that is not whole."""
+    """Raises ConfigError for a folder that is no Stable Diffusion pipeline, DataError naming a file that is damaged."""
     for part, name in _SETTINGS.items():
         if not (path / part / name).is_file():
             raise ConfigError(

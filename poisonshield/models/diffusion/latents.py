@@ -12,7 +12,7 @@ from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 
 class LatentCache:
-    """`cache(batch)` is the scaled latents of batch.x, float32 [B, C, h, w]; new keys are encoded, known ones looked up.
+    """`cache(batch)` is the scaled latents of batch.x, float32 [B, C, h, w]; only new keys are encoded.
 
     sample: a posterior sample with the numbers of `noise`, instead of the mean. enabled: False encodes every time.
     """
@@ -23,6 +23,7 @@ class LatentCache:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, *, noise: Tensor | None = None) -> Tensor:
+        assert batch.x is not None  # streams of concepts and captioned pictures always give pixels
         if not self.enabled:
             return self.model.encode(batch.x, noise=noise)
         pictures = [key.partition("#")[0] for key in batch.keys]

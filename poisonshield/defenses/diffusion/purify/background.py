@@ -11,8 +11,6 @@ from poisonshield.defenses.purify.levels import pixels
 from poisonshield.errors import DataError
 from poisonshield.random import KeyedRandom, sample_ids
 
-BACKGROUNDS = ("keep", "mean", "noise", "swap")
-
 
 def with_background(batch: Batch, kind: str, *, seed: int) -> Batch:
     """batch with x on another background, on 8-bit levels, where its mask [B, 1, H, W] is below 1.
