@@ -22,18 +22,41 @@ Row c's softmax weights in C need row c's denominator, which rank 1 knows and se
 views. Nothing is sent in the backward pass, where a gather with gradient would send [B, D].
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from poisonshield import collectives
+from poisonshield.config import Settings
 from poisonshield.errors import ShapeError
 from poisonshield.losses.pairs import Views, pairs
 from poisonshield.ops.precision import at_least_float32, outside_autocast
 
-SameView = Literal["none", "others", "all"]
+SameView = Annotated[
+    Literal["none", "others", "all"],
+    Field(
+        description="Keys of a query's own view in its denominator: none (MoCo v3), others (all but its own sample's, "
+        "SimCLR), or all (its own sample's too, which then count as positives)."
+    ),
+]
+
+
+class InfoNCEConfig(Settings):
+    """What `infonce` takes, for the methods that train with it."""
+
+    temperature: float = Field(0.2, gt=0, description="What cosines are divided by before the softmax.")
+    same_view: SameView = "others"
+    negative_weight: float = Field(1.0, gt=0, description="Weight of the log-denominator beside the positive.")
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="Cosine by which positives are lowered and negatives raised in a second copy of the loss, which is "
+        "averaged with the first; 0 is without a copy.",
+    )
+    symmetrized: bool = Field(True, description="Whether every view asks, and not the first alone.")
 
 
 @outside_autocast

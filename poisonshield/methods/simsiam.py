@@ -1,7 +1,10 @@
-"""SimSiam: predict the other view's projection, which stands still: no negatives, no second network. Source: Chen and He 2021."""
+"""SimSiam: predict the other view's projection, which stands still. No negatives, no second network.
+Source: Chen and He 2021.
+"""
 
 from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
@@ -19,11 +22,13 @@ class SimSiam(Method):
     default_views: ClassVar[str] = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig):
-        """stop_gradient: false collapses, and is there to be studied. symmetrized: every view predicts."""
+        """The projector, the predictor, and where the gradient stops."""
 
         projector: ProjectorName = "simsiam"
-        stop_gradient: bool = True
-        symmetrized: bool = True
+        stop_gradient: bool = Field(
+            True, description="Whether the loss stops at the targets; false collapses, and is there to be studied."
+        )
+        symmetrized: bool = Field(True, description="Whether every view predicts, and not the first alone.")
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
