@@ -131,7 +131,7 @@ class _Similarities:
 
     def log_denominator(self, i: int, j: int, margin: float) -> Tensor:
         """The logarithm of each sample's denominator, [b]; its gradient includes that of the block of columns."""
-        rows = self._logits(self.queries[i], self._compared(self.all_keys, i, j), self.own, margin)  # [b, B or 2 B]
+        rows = self._logits(self.queries[i], self._choose_keys(self.all_keys, i, j), self.own, margin)  # [b, B or 2 B]
         own = rows.logsumexp(1)
         if self.alone or not self.keys_learn:
             return own
@@ -148,11 +148,11 @@ class _Similarities:
             everyones = self._gather(own)  # [B]
         others = torch.ones(len(everyones), dtype=torch.bool, device=own.device)
         others[self.own] = False
-        logits = self._logits(self.all_queries[i][others], self._compared(self.keys, i, j), None, margin)
+        logits = self._logits(self.all_queries[i][others], self._choose_keys(self.keys, i, j), None, margin)
         weight = (logits.detach() - everyones[others, None]).exp()  # [B - b, b or 2 b]
         return (weight * logits).sum()
 
-    def _compared(self, keys: list[Tensor], i: int, j: int) -> list[Tensor]:
+    def _choose_keys(self, keys: list[Tensor], i: int, j: int) -> list[Tensor]:
         """The keys that stand in the denominator of view i's queries whose positives are in view j."""
         return [keys[j]] if self.same_view == "none" else [keys[j], keys[i]]
 

@@ -45,5 +45,6 @@ def _log_det_series(a: Tensor, b: Tensor, scale: float, terms: int) -> Tensor:
     power, out = None, (a * b).sum() / scale
     for k in range(2, terms + 1):
         power = step if power is None else power @ step  # A^(k - 1)
+        # tr(A^(k - 1) A), without forming the product.
         out = out + (-1) ** (k + 1) / k * (power * step.T).sum()
     return out

@@ -40,7 +40,9 @@ def vicreg(
         centred = z - z.mean(0)
         cov = centred.T @ centred / (len(z) - 1)  # [D, D]
         var = cov.diagonal()
+        # The root has an endless slope at 0, hence the floor.
         std = (var.clamp(min=1e-6) if legacy else var + 1e-4).sqrt()
+        # The squares beside the diagonal.
         off = (cov.square().sum() - var.square().sum()) / z.shape[1]
         return variance * (1 if legacy else 0.5) * (1 - std).clamp(min=0).mean() + covariance * off
 

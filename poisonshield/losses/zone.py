@@ -107,6 +107,7 @@ def _area_weight(pred: Tensor, mask: Tensor, zone: Zone) -> Tensor | None:
     if zone.norm == "batch":
         area = area.sum().expand(len(pred))
         return (channels * area).clamp(min=1) / (channels * area)
+    # A picture may have fewer cells in all than the smallest area.
     smallest = min(zone.min_cells, mask[0].numel()) if len(mask) else zone.min_cells
     return (channels * area).clamp(min=1) / (channels * area.clamp(min=smallest))
 

@@ -41,6 +41,7 @@ class BYOL(Method):
         """Every view predicts what the target makes of the other large views."""
         p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
         assert batch.views is not None  # the features were made of them
+        # Small crops predict and are never predicted.
         targets = tuple(self.target(v) for v in batch.views[: self.num_views])
         loss = negative_cosine(p, targets, symmetrized=self.config.symmetrized, rank_sizes=batch.rank_sizes)
         return StepOutput(loss, {"ssl": loss.detach()})

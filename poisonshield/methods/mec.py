@@ -54,6 +54,7 @@ class MEC(Method):
         c = self.config
         z = tuple(self.projector(h) for h in features)
         p = self.predictor(z, batch.rank_sizes)
+        # Small crops predict and are never predicted.
         targets = tuple(v.detach() if c.stop_gradient else v for v in z[: self.num_views])
         loss = mec(p, targets, distortion=c.distortion, terms=c.terms, coding_length=c.coding_length,
                    symmetrized=c.symmetrized,

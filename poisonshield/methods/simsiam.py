@@ -40,6 +40,7 @@ class SimSiam(Method):
         """Every view predicts the other large views' projections."""
         z = tuple(self.projector(h) for h in features)
         p = self.predictor(z, batch.rank_sizes)
+        # Small crops predict and are never predicted.
         targets = tuple(v.detach() if self.config.stop_gradient else v for v in z[: self.num_views])
         loss = negative_cosine(p, targets, symmetrized=self.config.symmetrized, rank_sizes=batch.rank_sizes)
         return StepOutput(loss, {"ssl": loss.detach()})

@@ -54,6 +54,7 @@ class Supervised(Method):
         self.head = nn.Linear(encoder.feature_dim, num_classes)
         if config.freeze_encoder:
             encoder.requires_grad_(False)
+        # Only now is it known that a frozen encoder stays in evaluation mode.
         self.train()
 
     def initialize(self) -> None:

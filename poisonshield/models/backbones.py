@@ -90,6 +90,7 @@ class Encoder(nn.Module):
         if not self.config.views_together:
             return tuple(self(v) for v in views)
         features: list[Tensor] = []
+        # Neighbours only, so that the features come in the order of the views.
         for _, group in groupby(views, key=lambda v: v.shape):
             alike = tuple(group)
             with per_view_statistics(self, len(alike)):

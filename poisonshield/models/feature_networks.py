@@ -46,6 +46,7 @@ class FeatureNetwork:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+        # A folder may hold code of its own; none of it is run.
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
         tokenizer = None

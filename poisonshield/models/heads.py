@@ -38,19 +38,20 @@ def build_projector(config: ProjectorConfig, feature_dim: int) -> nn.Sequential:
     """[B, feature_dim] -> [B, out]."""
     name, hidden, out = config.projector, config.hidden, config.out
     if name == "simsiam":
-        return nn.Sequential(*_normed(feature_dim, feature_dim), *_normed(feature_dim, feature_dim),
+        return nn.Sequential(*_dense_block(feature_dim, feature_dim), *_dense_block(feature_dim, feature_dim),
                              nn.Linear(feature_dim, out, bias=False), nn.BatchNorm1d(out, affine=False))  # fmt: skip
     if name == "byol":
-        return nn.Sequential(*_normed(feature_dim, hidden), nn.Linear(hidden, out, bias=False))
+        return nn.Sequential(*_dense_block(feature_dim, hidden), nn.Linear(hidden, out, bias=False))
     if name in ("dino_cnn", "dino_vit"):
         norm = (lambda: [nn.BatchNorm1d(hidden)]) if name == "dino_cnn" else list
         layers = [nn.Linear(feature_dim, hidden), *norm(), nn.GELU(), nn.Linear(hidden, hidden), *norm(), nn.GELU()]
         return nn.Sequential(*layers, nn.Linear(hidden, config.bottleneck), Prototypes(config.bottleneck, out))
     last = [nn.Linear(hidden, out, bias=False)] + ([nn.BatchNorm1d(out, affine=False)] if name == "moco" else [])
-    return nn.Sequential(*_normed(feature_dim, hidden), *_normed(hidden, hidden), *last)
+    return nn.Sequential(*_dense_block(feature_dim, hidden), *_dense_block(hidden, hidden), *last)
 
 
-def _normed(inputs: int, outputs: int) -> list[nn.Module]:
+def _dense_block(inputs: int, outputs: int) -> list[nn.Module]:
+    """Linear, batch norm, ReLU."""
     return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
@@ -59,6 +60,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
+        # Drawn as a linear layer draws; only the directions count.
         self.weight = nn.Linear(inputs, outputs, bias=False).weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class Predictor(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*_normed(width, hidden), nn.Linear(hidden, width))
+        self.layers = nn.Sequential(*_dense_block(width, hidden), nn.Linear(hidden, width))
 
     def forward(self, views: tuple[Tensor, ...], rank_sizes: tuple[int, ...] | None) -> tuple[Tensor, ...]:
         """One [B, width] for each view."""

@@ -37,5 +37,6 @@ def fix_position(vit: Any, name: str) -> None:
         raise ConfigError(f"model.position: {name} has no position embedding of its own to replace. Leave it out.")
     rows, columns = vit.patch_embed.grid_size
     embedding.zero_()
+    # Class and register tokens come first, then the patches.
     embedding[0, embedding.shape[1] - rows * columns :] = sincos(rows, columns, embedding.shape[2])
     embedding.requires_grad_(False)

@@ -53,6 +53,7 @@ def combinations() -> list[tuple[str, str]]:
 
 def render(index: int, *, seed: int = 0, only: Sequence[tuple[str, str]] | None = None) -> Picture:
     """Picture `index` of the world of `seed`; its kind is drawn from `only`, by default all but the held-out ones."""
+    # A generator for each (seed, index), of a million pictures and no more.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + 1)
     kinds = combinations() if only is None else list(only)
     color, shape = kinds[int(torch.randint(len(kinds), (), generator=generator))]

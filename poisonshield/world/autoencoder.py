@@ -40,6 +40,7 @@ class Autoencoder(Method):
         x = batch.x * 2 - 1
         posterior = self.vae.encode(x).latent_dist
         error = self.vae.decode(posterior.sample()).sample - x
+        # diffusers sums over latents; per value, the weight holds for pictures of any size.
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         mse = error.square().mean()
         return StepOutput(error.abs().mean() + mse + self.config.kl_weight * kl, {"mse": mse, "kl": kl})

@@ -38,6 +38,7 @@ class CaptionedStream:
             for step in range(done, self.steps_per_epoch):
                 first = step * self.batch_size + self.rank * share
                 chosen = order[first : first + share]
+                # Before the batch is handed out: a state saved while it is in use goes on after it.
                 self.position += 1
                 yield Batch(
                     keys=tuple(str(i) for i in chosen.tolist()),

@@ -99,6 +99,7 @@ def warp(x: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
     stretch = torch.diag_embed(0.88 + 0.24 * torch.rand(count, 2, generator=generator))
     affine = torch.cat([stretch, torch.zeros(count, 2, 1)], dim=2)
     plain = F.affine_grid(affine, [count, 1, side, side], align_corners=False)
+    # Coordinates of a grid run from -1 to 1 over the picture, so a pixel is 2 / side.
     grid = plain + field.permute(0, 2, 3, 1) * (2 / side)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 

@@ -40,6 +40,7 @@ def train_judge(
     generator = torch.Generator().manual_seed(seed)
     seen = Objects.of([render(i) for i in range(objects)])
     rest = Objects.of([render(i) for i in range(objects, objects + objects // 2)])
+    # The first weights are drawn from torch's global generator, which is put back afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = ConceptJudge(seen.colors, seen.shapes, size=seen.x.shape[-1]).to(memory_format=torch.channels_last)

@@ -63,6 +63,7 @@ def build_vae(config: VAEConfig, *, sample_size: int) -> Part:
         latent_channels=config.latent_channels,
         norm_num_groups=config.groups,
         sample_size=sample_size,
+        # Measured after training, see Autoencoder.measure_scale.
         scaling_factor=1.0,
     )
 

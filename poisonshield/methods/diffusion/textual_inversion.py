@@ -105,6 +105,7 @@ class TextualInversion(Method):
         context = model.text(self._tokens(batch.captions), self.vectors)
         pred = model.predict(model.noised(z, t, noise), t, context)
         losses = self._losses(pred, model.target(z, t, noise), t, batch, batch.y)  # [B]
+        # Each concept has weight 1, so that its step does not depend on how many samples it has in the batch.
         counts = torch.bincount(batch.y, minlength=len(self.placeholders)).to(losses.dtype)
         return StepOutput((losses / counts[batch.y]).sum(), {"per_concept": losses.mean()})
 
@@ -177,6 +178,7 @@ class TextualInversion(Method):
             self.vectors.mul_(norm / self.vectors.norm(dim=1, keepdim=True))
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
+        # The prompts come again and again, and reading them is slow beside a small step.
         new = [c for c in dict.fromkeys(captions) if c not in self._ids]
         if new:
             self._ids.update(zip(new, self.model.tokens(new), strict=True))
@@ -200,10 +202,12 @@ class TextualInversion(Method):
                 scale = float(std)
             except ValueError:
                 scale = math.nan
+            # nan too: it is not larger than 0.
             if not scale > 0:
                 raise ConfigError(
                     f"method.init {init!r}: write normal:STD with a positive number, such as normal:0.02."
                 )
+            # By the name, so that a concept starts alike alone and among others.
             return KeyedRandom(self.seed, sample_ids([name])).normal("init", k * width).view(k, width) * scale
         return self.model.word_vector(init).cpu().expand(k, width).clone()
 

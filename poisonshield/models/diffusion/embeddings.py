@@ -60,6 +60,7 @@ def save_embedding(learned: Learned, path: str | Path, form: Form = "diffusers")
     elif form == "kohya":
         data = safetensors_bytes({"emb_params": vectors}, metadata={"token": learned.token})
     else:
+        # As diffusers writes it: a word of one vector has no first dimension.
         data = safetensors_bytes({learned.token: vectors[0] if len(vectors) == 1 else vectors})
     _write(path, data)
 
@@ -149,11 +150,13 @@ def _read_pickled(path: Path) -> tuple[Any, None]:
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, since two runs may write the same word at once.
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
+            # On the disk before the rename is, or a crash could leave an empty file of the right name.
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

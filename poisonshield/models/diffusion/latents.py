@@ -34,4 +34,5 @@ class LatentCache:
         mean = torch.stack([self.known[p][0] for p in pictures])
         if noise is None:
             return self.model.scale(mean)
+        # The sample, not kept: its noise is new in every step.
         return self.model.scale(mean + torch.stack([self.known[p][1] for p in pictures]) * noise)

@@ -75,6 +75,7 @@ class LatentDiffusion(nn.Module):
         if prediction not in ("epsilon", "v_prediction"):
             raise ConfigError(f"pipeline {name} predicts {prediction!r}; epsilon and v_prediction are supported.")
         self.prediction_type = "v" if prediction == "v_prediction" else "epsilon"
+        # Not saved with the weights: the scheduler's settings give it again.
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float().clone(), persistent=False)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.placeholders: dict[str, Placeholder] = {}
@@ -82,6 +83,7 @@ class LatentDiffusion(nn.Module):
         # In a record of its own, since rows may be a parameter, and one set as an attribute would be registered.
         self._call = _TextCall()
         embedding = text_encoder.get_input_embeddings()
+        # Ids of learned words lie beyond the embedding's table: one hook hides them from it, one fills their rows in.
         embedding.register_forward_pre_hook(self._hide_learned)
         embedding.register_forward_hook(self._show_learned)
         self.requires_grad_(False).eval()
@@ -95,6 +97,7 @@ class LatentDiffusion(nn.Module):
         """
         path = TINY if str(folder) == "tiny" else Path(folder)
         check_folder(path)
+        # A missing file would be asked for over the network otherwise.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -110,6 +113,7 @@ class LatentDiffusion(nn.Module):
                 refuse_missing(path / part, made[1]["missing_keys"])
                 return made[0]
 
+        # The loading info names weights that the file lacks; they would be random numbers.
         network = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
         return cls(
             read(AutoencoderKL, "vae", **network),
@@ -147,6 +151,7 @@ class LatentDiffusion(nn.Module):
         """
         out = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
+            # As bytes, because numpy knows no bfloat16.
             out.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         # Keys that begin with _ tell how a file was written and read; one is a list in the order of a set.
         settings = [
@@ -236,6 +241,7 @@ class LatentDiffusion(nn.Module):
         for prompt, row in zip(prompts, ids, strict=True):
             for token in pattern.findall(prompt) if self.placeholders else ():
                 last = self.placeholders[token].first + self.placeholders[token].count - 1
+                # Where its last word is, all words before it are.
                 if int((row == last).sum()) == 0:
                     raise ConfigError(f"{prompt!r} is longer than {length} tokens, and {token} falls off its end.")
         return ids.to(self.alphas_cumprod.device)
@@ -244,7 +250,7 @@ class LatentDiffusion(nn.Module):
         """The context [B, L, d_c] of ids [B, L]. rows [R, d]: the vectors of all placeholders; gradients reach them."""
         if rows is None and bool((ids >= self.vocabulary).any()):
             raise ConfigError("a prompt holds a placeholder, and no vectors were given for it.")
-        with self._learned(rows):
+        with self._lend(rows):
             return self.text_encoder(ids).last_hidden_state
 
     def prompts(self, prompts: Sequence[str], rows: Tensor | None = None) -> Tensor:
@@ -289,7 +295,8 @@ class LatentDiffusion(nn.Module):
         return x if x.dtype == torch.float64 else x.float()
 
     @contextmanager
-    def _learned(self, rows: Tensor | None) -> Iterator[None]:
+    def _lend(self, rows: Tensor | None) -> Iterator[None]:
+        """Inside, the text encoder's embedding has these rows too."""
         self._call.rows = rows
         try:
             yield

@@ -128,10 +128,12 @@ def _denoise(
         if uncond is None:
             pred = model.predict(z, torch.full((len(z),), t, device=z.device), current)
         else:
+            # One pass of the network for both, as diffusers does.
             both = torch.cat([uncond, current])
             times = torch.full((len(both),), t, device=z.device)
             without, guided = model.predict(torch.cat([z, z]), times, both).chunk(2)
             pred = without + guidance * (guided - without)
+        # Without fresh noise: a picture is a function of its start and its context.
         z = scheduler.step(pred, t, z, eta=0.0).prev_sample
     return z
 

@@ -97,13 +97,13 @@ class Profile:
     @property
     def distance(self) -> Tensor:
         """D = |g(x) - g(ref)| / |g(ref)| as measured. Raises ConfigError without a reference."""
-        ref, difference = self.compared()
+        ref, difference = self.require_reference()
         return difference.mean / ref.mean
 
     @property
     def corrected(self) -> Tensor:
         """D without the errors of both means; inf where g(ref) is all error and the difference is not."""
-        ref, difference = self.compared()
+        ref, difference = self.require_reference()
         top, bottom = difference.steady, ref.steady
         return torch.where(top == 0, torch.zeros_like(top), top / bottom)
 
@@ -113,7 +113,7 @@ class Profile:
         pull = (self.x if self.ref is None else self.ref).steady * torch.tensor(self.edges).diff()
         return pull.flip(0).cumsum(0).flip(0) / pull.sum()
 
-    def compared(self) -> tuple[Moments, Moments]:
+    def require_reference(self) -> tuple[Moments, Moments]:
         """(ref, difference). Raises ConfigError for a profile without a reference."""
         if self.ref is None or self.difference is None:
             raise ConfigError("this profile has no reference to compare with. Give `ref`: clean or purified pictures.")
@@ -242,6 +242,7 @@ def row_gradients(
         pred = model.predict(model.noised(z, t, noise), t, model.text(ids, own))
         error = (pred - model.target(z, t, noise)).square()
         loss = (error if weight is None else error * weight).mean((1, 2, 3)).sum()
+        # The sum over samples: each has rows of its own, so no gradient mixes with another's.
         return torch.autograd.grad(loss, own)[0].view(count, *rows.shape)
 
 
@@ -294,6 +295,7 @@ def band_power(delta: Tensor, bands: int) -> Tensor:
     """
     h, w = delta.shape[-2:]
     radius = (torch.fft.fftfreq(h)[:, None] ** 2 + torch.fft.fftfreq(w)[None, :] ** 2).sqrt() / 0.5
+    # The corners lie beyond Nyquist along an axis.
     band = (radius * bands).long().clamp(max=bands - 1).to(delta.device)
     power = torch.fft.fft2(delta.double(), norm="ortho").abs().square().mean(1) / (h * w)  # [B, h, w]
     return torch.zeros(len(delta), bands, dtype=torch.float64, device=delta.device).index_add_(
@@ -334,6 +336,6 @@ def _explain_no_start(profile: Profile, first: int | None, *, tau: float, min_pr
             f"from t = {profile.edges[first]} on {float(profile.pressure[first]):.2%} of the concept's pull would "
             f"remain, where {min_pressure:.0%} is wanted"
         )
-    if float(profile.compared()[0].steady[-1]) == 0:
+    if float(profile.require_reference()[0].steady[-1]) == 0:
         return "in the last bin the reference's gradient is all noise; give more draws (noises)"
     return f"the two gradients differ by {float(profile.corrected[-1]):.2g} in the last bin, where {tau:g} is wanted"
