@@ -109,11 +109,11 @@ def gather(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     longest = max(sizes)
     padded = torch.cat([x, x.new_zeros((longest - len(x), *x.shape[1:]))])
     blocks = _Gather.apply(padded).split(longest)
-    return torch.cat([block[:size] for block, size in zip(blocks, sizes)])
+    return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
 
 def mean(per_sample: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """This rank's share of the global mean of per_sample [sizes[rank()]], times W, so that the ranks' mean is the global.
+    """This rank's share of the global mean of per_sample [sizes[rank()]], times W: the ranks' mean is the global one.
 
     Nothing is sent. With equal sizes it is the plain mean; with unequal ones no rank's samples weigh more than others'.
     """
@@ -136,7 +136,7 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not _alone():
         dist.all_reduce(packed)
         packed /= world_size()
-    return dict(zip(values, packed.unbind()))
+    return dict(zip(values, packed.unbind(), strict=True))
 
 
 def _message_device() -> torch.device:
@@ -147,7 +147,7 @@ def _message_device() -> torch.device:
 
 @torch.no_grad()
 def any_rank(flag: Tensor | bool, *, patient: bool = False) -> Tensor:
-    """True where any rank says true, bool of the shape of `flag`. All ranks must call; reading it waits for the device.
+    """True where any rank says true, bool of the shape of `flag`. All ranks must call; reading waits for the device.
 
     patient: others may come later than the process group's timeout allows, days later.
     """

@@ -11,6 +11,7 @@ import torch
 
 from poisonshield import __version__, ops
 from poisonshield.data import bundled_names
+from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.settings import backends
 
 _PACKAGES = (
@@ -67,11 +68,11 @@ def _devices() -> dict[str, str]:
 
 
 def _backend(name: str) -> str:
-    if name == "plain":
-        return "ready: one process, or DDP where torchrun starts several"
-    if importlib.util.find_spec(name) is None:
-        return f"not installed: pip install 'poisonshield[{name}]'"
-    return "ready"
+    backend: type[Backend] = backends.get(name)
+    for package in backend.packages:
+        if importlib.util.find_spec(package) is None:
+            return f"not installed: pip install 'poisonshield[{package}]'"
+    return f"ready: {backend.summary}"
 
 
 def _compilers() -> dict[str, str]:

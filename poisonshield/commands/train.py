@@ -23,6 +23,7 @@ from poisonshield.commands.probes import watch_pairs
 from poisonshield.commands.samples import Samples
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.settings import backends
 from poisonshield.engine.trainer import Trainer
 from poisonshield.invert_config import is_invert, read_invert
 from poisonshield.reports.plots import plot_run
@@ -75,14 +76,12 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
 
 
 def resolved(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> str:
-    """The checked settings as YAML, defaults filled in; with engine.backend: deepspeed also the JSON derived from them."""
+    """The checked settings as YAML, defaults filled in, and what the engine's backend derives from them."""
     run = (read_invert if is_invert(config, overrides) else read_run)(config, overrides)
     text = yaml.safe_dump(json.loads(json.dumps(run.record)), sort_keys=False)
-    if run.settings.engine.backend == "deepspeed":
-        from poisonshield.engine.backends.deepspeed import deepspeed_config
-
-        text += "\n# DeepSpeed gets:\n"
-        text += json.dumps(deepspeed_config(run.settings.engine, run.settings.optimizer), indent=2)
+    derived = backends.get(run.settings.engine.backend).derived(run.settings.engine, run.settings.optimizer)
+    if derived is not None:
+        text += f"\n{derived}"
     return text.rstrip()
 
 

@@ -15,7 +15,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -89,7 +89,8 @@ def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 def random_states() -> dict[str, Any]:
     """The state of every global random generator of this process, as tensors and plain values."""
-    kind, words, position, has_gauss, cached = numpy.random.get_state()
+    state = cast("tuple[str, numpy.ndarray, int, int, float]", numpy.random.get_state())
+    kind, words, position, has_gauss, cached = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,

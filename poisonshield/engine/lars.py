@@ -6,7 +6,7 @@ A tensor of zeros takes the plain gradient; one without gradient stays put. timm
 a thousand times what the formula gives, which is why this is not it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,8 +35,12 @@ class Lars(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "trust": trust, "adapt": adapt})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of everything that has a gradient; gradients are left as they are."""
+    def step(self, closure: Any = None) -> Any:
+        """One update of everything that has a gradient; gradients are left as they are.
+
+        closure: as torch.optim takes it, a function that computes the loss anew and returns it; what it returns is
+        returned.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -48,8 +52,8 @@ class Lars(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads, decay = [p.grad for p in params], group["weight_decay"]
-        steps = torch._foreach_add(grads, params, alpha=decay)
+        grads, decay = [p.grad for p in params if p.grad is not None], group["weight_decay"]
+        steps = list(torch._foreach_add(grads, params, alpha=decay))
         if group["adapt"]:
             torch._foreach_mul_(steps, _ratios(params, grads, decay, group["trust"]))
         if group["momentum"] > 0:

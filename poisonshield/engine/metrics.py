@@ -31,7 +31,8 @@ class Metrics:
         self.folder, self.device, self.total_steps = folder, device, total_steps
         self.sums: dict[str, torch.Tensor] = {}
         self.count = self.images = 0
-        self.seconds, self.latest = 0.0, {}  # of the whole run; the last row
+        self.seconds = 0.0  # of the whole run
+        self.latest: dict[str, Any] = {}  # the last row
         self._wait_s, self._since, self._since_step = 0.0, time.perf_counter(), 0
         self._board = _tensorboard(folder.tensorboard) if tensorboard and collectives.rank() == 0 else None
 

@@ -13,23 +13,26 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ScheduleConfig(BaseModel):
-    """The `schedule:` section. At most one of the three warm-ups; one_cycle's rising part is its warm-up, 0.3 if unset.
-
-    milestones: for `step`, fractions m of the run; from tick m * N on, the rate is multiplied by gamma. final_fraction:
-    where cosine and one_cycle end, as a part of lr. start_fraction: where one_cycle begins.
-    """
+    """The `schedule:` section. At most one of the three warm-ups is set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["cosine", "one_cycle", "step", "constant"] = "cosine"
-    warmup_steps: int | None = Field(None, ge=0)
-    warmup_epochs: float | None = Field(None, ge=0)
-    warmup_fraction: float | None = Field(None, ge=0, lt=1)
-    per_epoch: bool = False
-    final_fraction: float = Field(0.0, ge=0, le=1)
-    start_fraction: float = Field(0.04, gt=0, le=1)
-    milestones: tuple[float, ...] = (0.6, 0.75, 0.9)
-    gamma: float = Field(0.2, gt=0, le=1)
+    name: Literal["cosine", "one_cycle", "step", "constant"] = Field(
+        "cosine", description="How the rate goes on after warm-up; one_cycle's rising part is its warm-up."
+    )
+    warmup_steps: int | None = Field(None, ge=0, description="Length of the warm-up in optimiser steps.")
+    warmup_epochs: float | None = Field(None, ge=0, description="Length of the warm-up in epochs.")
+    warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="Length of the warm-up as a part of the run; one_cycle takes 0.3 if none is set."
+    )
+    per_epoch: bool = Field(False, description="The rate changes once an epoch, and not with each step.")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="Where cosine and one_cycle end, as a part of lr.")
+    start_fraction: float = Field(0.04, gt=0, le=1, description="Where one_cycle begins, as a part of lr.")
+    milestones: tuple[float, ...] = Field(
+        (0.6, 0.75, 0.9),
+        description="For step: parts m of a run of N ticks; from tick m * N on, the rate is multiplied by gamma.",
+    )
+    gamma: float = Field(0.2, gt=0, le=1, description="For step: what the rate is multiplied by at each milestone.")
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> "ScheduleConfig":
