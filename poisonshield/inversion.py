@@ -113,7 +113,7 @@ def _trained(
     with processes(run.settings.engine, seed=run.seed) as device, _folder(run_dir) as folder:
         _refuse_another_gpu(model.alphas_cumprod.device, device)
         method, defenses = build_inversion(run, model, [c.name for c in concepts])
-        trainer = build_trainer(run, method, defenses, concepts, RunFolder(folder))
+        trainer = build_trainer(run, method, defenses, concepts, RunFolder(folder, keeps=("prepared",)))
         trainer.fit()
         vectors = collectives.broadcast_object(trainer.state_dict().get("vectors"))
     method.vectors = nn.Parameter(vectors)

@@ -142,7 +142,7 @@ def write_results(
         "steps": steps,
         "seconds": round(seconds, 1),
     }
-    folder.add_result(row)
+    folder.add_result(row, identity=("data", "poison", "method", "defense", "seed"))
     write_whole(folder.path / "evaluation.json", json.dumps({**values, "settings": run.record["evaluate"]}, indent=1))
     plot_probes(folder)
     log.info("results: %s", "  ".join(f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float)))

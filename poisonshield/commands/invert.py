@@ -45,7 +45,12 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
     """
     run = read_invert(config, overrides)
     engine = run.settings.engine
-    folder = RunFolder(run.settings.run.dir, overwrite=run.settings.run.overwrite)
+    folder = RunFolder(
+        run.settings.run.dir,
+        overwrite=run.settings.run.overwrite,
+        makes=("validation", "pictures", "pictures.png", "evaluation.json"),
+        keeps=("concepts*", "poisoned*", "prepared"),  # what `poisonshield poison`, or a stopped start, left here
+    )
     folder.check(run.record, resume=engine.resume)
     refuse_missing(engine)
     model = load_model(run.settings.model)
@@ -56,6 +61,7 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
     with processes(engine, seed=run.seed) as device:
         model.to(device)
         method, defenses = build_inversion(run, model, [c.name for c in clean])
+        together(folder.mark, what=f"claiming {folder.path}", only_first=True)  # before a poisoned set is put there
         concepts = for_training(run, poisoned(run, model, clean, folder.path))
         log.info("%s: %s of %d concepts on %s, poison %s, defense %s", run.origin, run.method.name, len(concepts),
                  run.settings.model.pipeline, run.poison_label, run.defense_label)  # fmt: skip
@@ -122,7 +128,7 @@ class Validation:
             t_min = floor_of(self.defenses)
             drawn = lambda name: generate(self.run, self.method, name, count=4, t_min=t_min, rows=rows)["recon"]
             pictures = {name: drawn(name) for name in self.method.placeholders}
-            draw_sheet(self.folder.validation / f"step-{step:06d}.png", pictures)
+            draw_sheet(self.folder.path / "validation" / f"step-{step:06d}.png", pictures)
         return {}
 
 

@@ -43,7 +43,12 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
         return invert(config, overrides)
     run = read_run(config, overrides)
     engine = run.settings.engine
-    folder = RunFolder(run.settings.run.dir, overwrite=run.settings.run.overwrite)
+    folder = RunFolder(
+        run.settings.run.dir,
+        overwrite=run.settings.run.overwrite,
+        makes=("evaluation.json", "probes.png", "results.png"),
+        keeps=("train", "*.poison.safetensors"),  # `poisonshield poison` may have written them here
+    )
     folder.check(run.record, resume=engine.resume)
     refuse_missing(engine)
     data = open_data(run)

@@ -50,7 +50,7 @@ def pretend(monkeypatch):
         top1 = None if run.method.name != "supervised" and not run.defenses else 10.0 * run.seed + 1
         folder.add_result({"data": "d", "poison": run.poison_label, "method": run.method.name, "defense": run.defense_label,
                            "seed": run.seed, "test_top1": top1, "knn_top1": 5.0, "linear_top1": 7.0, "steps": 3,
-                           "seconds": 2.0})  # fmt: skip
+                           "seconds": 2.0}, identity=("seed",))  # fmt: skip
         return folder.path
 
     monkeypatch.setattr(grid, "train", train)
