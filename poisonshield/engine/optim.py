@@ -41,7 +41,7 @@ class OptimConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _pairs_fit(self) -> "OptimConfig":
+    def _check_pairs(self) -> "OptimConfig":
         if self.nesterov and (self.name == "adamw" or self.momentum == 0):
             raise ValueError("nesterov needs name: sgd or lars, and a momentum above 0.")
         if self.legacy and self.name != "lars":

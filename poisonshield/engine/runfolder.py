@@ -55,7 +55,7 @@ class RunFolder:
         holds something, and no run.
         """
         self._refuse_a_folder_of_others()
-        changed = self._changes(record)
+        changed = self._find_changes(record)
         if self.overwrite:
             return resume is False or bool(changed)
         serious = changed if resume is False else [c for c in changed if not c.startswith(("engine.", "run."))]
@@ -82,7 +82,7 @@ class RunFolder:
         if self.check(record, resume=resume):
             self._empty()
         self.mark()
-        write_whole(self.config, yaml.safe_dump(_plain(record), sort_keys=False))
+        write_whole(self.config, yaml.safe_dump(_make_plain(record), sort_keys=False))
 
     def mark(self) -> None:
         """Write down which names runs make here; from then on the folder counts as a run's. Rank 0 only.
@@ -92,7 +92,7 @@ class RunFolder:
         """
         self._refuse_a_folder_of_others()
         self.path.mkdir(parents=True, exist_ok=True)
-        made = sorted({*self._made(), *self.makes})
+        made = sorted({*self._list_made(), *self.makes})
         write_whole(self.list, json.dumps({"made": made}, indent=1))
 
     def add_result(self, row: Mapping[str, Any], *, identity: Sequence[str]) -> None:
@@ -105,7 +105,7 @@ class RunFolder:
         write_whole(self.results, json.dumps([*rows, dict(row)], indent=1))
 
     def _refuse_a_folder_of_others(self) -> None:
-        if not self.path.is_dir() or self._made():
+        if not self.path.is_dir() or self._list_made():
             return
         names = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
         others = [name for name in names if not any(fnmatch(name, pattern) for pattern in self.keeps)]
@@ -117,10 +117,10 @@ class RunFolder:
                 "them away; run.overwrite=true does not touch them."
             )
 
-    def _made(self) -> tuple[str, ...]:
+    def _list_made(self) -> tuple[str, ...]:
         """Names that runs have made in this folder: those on the list, or what a run made that wrote none yet."""
         if not self.list.exists():
-            old = dict(_flat(self._old_record())) if self.config.exists() else {}
+            old = dict(_flatten(self._read_old_record())) if self.config.exists() else {}
             return _MADE_BEFORE_LISTS if "run.dir" in old and any(key.startswith("engine.") for key in old) else ()
         try:
             made = json.loads(self.list.read_text())["made"]
@@ -133,23 +133,23 @@ class RunFolder:
             ) from err
         return tuple(made)
 
-    def _old_record(self) -> Any:
+    def _read_old_record(self) -> Any:
         try:
             return yaml.safe_load(self.config.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as err:
             raise ConfigError(f"{self.config} is not readable as a run's settings: {err}") from err
 
-    def _changes(self, record: Mapping[str, Any]) -> list[str]:
+    def _find_changes(self, record: Mapping[str, Any]) -> list[str]:
         if not self.config.exists():
             return []
-        old = dict(_flat(self._old_record() or {}))
-        new = dict(_flat(_plain(record)))
+        old = dict(_flatten(self._read_old_record() or {}))
+        new = dict(_flatten(_make_plain(record)))
         keys = [*new, *(k for k in old if k not in new)]
         # A setting that is null is as good as absent, so that one that came with a later version changes no older run.
         return [k for k in keys if k not in _HOW_TO_START and old.get(k) != new.get(k)]
 
     def _empty(self) -> None:
-        for path in (self.path / name for name in self._made()):
+        for path in (self.path / name for name in self._list_made()):
             if path.is_dir():
                 log.warning("Starting anew: removing %s.", path)
                 shutil.rmtree(path)
@@ -157,15 +157,15 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
 
-def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+def _make_plain(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record as YAML gives it back: tuples are lists, paths are strings."""
     return json.loads(json.dumps(record, default=str))
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("a.b.0", leaf) for each leaf; an empty dict or list is a leaf."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if not isinstance(value, (dict, list)) or not value:
         yield prefix, value
     for key, item in items:
-        yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))

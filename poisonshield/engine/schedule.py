@@ -35,7 +35,7 @@ class ScheduleConfig(BaseModel):
     gamma: float = Field(0.2, gt=0, le=1, description="For step: what the rate is multiplied by at each milestone.")
 
     @model_validator(mode="after")
-    def _pairs_fit(self) -> "ScheduleConfig":
+    def _check_pairs(self) -> "ScheduleConfig":
         given = [n for n in ("warmup_steps", "warmup_epochs", "warmup_fraction") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say how long warm-up is: keep one.")
@@ -74,27 +74,27 @@ def lr_at(
     warmup = config.warmup_ticks(ticks, steps_per_epoch)
     if config.name == "one_cycle":
         final = config.final_fraction if decay else 1.0
-        return lr * _one_cycle(tick, ticks, warmup, config.start_fraction, final)
+        return lr * _follow_one_cycle(tick, ticks, warmup, config.start_fraction, final)
     if tick < warmup:
         return lr * tick / warmup
     if not decay:
         return lr
     if config.name == "cosine":
-        return lr * _between(1.0, config.final_fraction, (tick - 1) / ticks)
+        return lr * _interpolate(1.0, config.final_fraction, (tick - 1) / ticks)
     if config.name == "step":
         passed = sum(tick >= milestone * ticks - 1e-9 for milestone in config.milestones)
         return lr * config.gamma**passed
     return lr
 
 
-def _between(start: float, end: float, part: float) -> float:
+def _interpolate(start: float, end: float, part: float) -> float:
     """Half a cosine wave from start (part 0) to end (part 1)."""
     return end + (start - end) * (1.0 + math.cos(math.pi * part)) / 2.0
 
 
-def _one_cycle(tick: int, ticks: int, warmup: float, start: float, final: float) -> float:
+def _follow_one_cycle(tick: int, ticks: int, warmup: float, start: float, final: float) -> float:
     """Up from start to 1 over `warmup` ticks, then down to final at the last, each half a cosine wave (Smith 2018)."""
     top, last, now = warmup - 1, ticks - 1, tick - 1
     if now < top:
-        return _between(start, 1.0, now / top)
-    return _between(1.0, final, (now - top) / (last - top)) if last > top else 1.0
+        return _interpolate(start, 1.0, now / top)
+    return _interpolate(1.0, final, (now - top) / (last - top)) if last > top else 1.0

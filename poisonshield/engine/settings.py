@@ -59,7 +59,7 @@ class EngineConfig(BaseModel):
 
     @field_validator("backend")
     @classmethod
-    def _known_backend(cls, name: str) -> str:
+    def _check_backend(cls, name: str) -> str:
         known = backends.names()
         if name not in known:
             raise ValueError(f"{name!r} is not an engine backend.{suggest(name, known)}  Known: {', '.join(known)}")
@@ -67,22 +67,22 @@ class EngineConfig(BaseModel):
 
     @field_validator("resume", mode="before")
     @classmethod
-    def _resume_names_something(cls, value: object) -> object:
+    def _check_resume(cls, value: object) -> object:
         if value is True or value == "":
             raise ValueError("resume takes false, auto, or the path of a run folder or checkpoint.")
         return value
 
     @model_validator(mode="after")
-    def _pairs_fit(self) -> "EngineConfig":
+    def _check_pairs(self) -> "EngineConfig":
         if self.epochs is None and self.max_steps is None:
             raise ValueError("how long to train is not said: set epochs or max_steps.")
         chosen: Any = backends.get(self.backend)
         if self.zero_stage not in chosen.zero_stages:
-            able = _names(b for b in _all_backends() if self.zero_stage in b.zero_stages)
+            able = _join_names(b for b in _get_all_backends() if self.zero_stage in b.zero_stages)
             has = "shards nothing" if chosen.zero_stages == (0,) else f"has stages {chosen.zero_stages}"
             raise ValueError(f"zero_stage {self.zero_stage} needs backend: {able}; {self.backend} {has}.")
         if self.nonfinite == "skip" and not chosen.drops_steps:
-            able = _names(b for b in _all_backends() if b.drops_steps)
+            able = _join_names(b for b in _get_all_backends() if b.drops_steps)
             raise ValueError(
                 f"nonfinite: skip needs backend: {able}; {self.backend} cannot drop a step whole. Use stop."
             )
@@ -97,9 +97,9 @@ class EngineConfig(BaseModel):
         return max(1, self.epochs * steps_per_epoch // self.accumulate)
 
 
-def _all_backends() -> list[Any]:
+def _get_all_backends() -> list[Any]:
     return [backends.get(name) for name in backends.names()]
 
 
-def _names(found: Iterable[Any]) -> str:
+def _join_names(found: Iterable[Any]) -> str:
     return " or ".join(backend.name for backend in found)

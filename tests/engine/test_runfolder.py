@@ -291,8 +291,8 @@ def test_run_that_was_killed_between_list_and_settings_goes_on(folder):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"made": []}', '{"made": ["../other"]}', '{"made": [".."]}', '{"made": [""]}', '{"made": [3]}', '{"made": "a"}',
-     '{"made": ["/etc"]}'],
+    ["{", "[]", '{"made": []}', '{"made": ["../other"]}', '{"made": [".."]}', '{"made": [""]}', '{"made": [3]}',
+     '{"made": "a"}', '{"made": ["/etc"]}'],
 )  # fmt: skip
 def test_list_that_is_damaged_or_names_what_lies_elsewhere_is_refused(folder, text):
     folder.list.write_text(text)

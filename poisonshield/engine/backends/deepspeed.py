@@ -196,12 +196,12 @@ def _import_deepspeed() -> Any:
             "  pip install 'poisonshield[deepspeed]', or set engine.backend: plain."
         ) from err
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(_worth_saying)
+    logging.getLogger("DeepSpeed").addFilter(_is_worth_saying)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_worth_saying(record: logging.LogRecord) -> bool:
     """False for "ZeRO with an untested optimizer": SGD and AdamW are tested with every stage here."""
     return "untested optimizer" not in record.getMessage()
 
