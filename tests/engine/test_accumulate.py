@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from dist import run_dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -214,8 +213,8 @@ def two_ranks(rank, world, root):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return run_dist(two_ranks, 2, tmp_path_factory.mktemp("accumulate"), deepspeed=True, timeout_s=400)
+def shared(ask_two_ranks):
+    return ask_two_ranks(__name__).ranks
 
 
 def tensors(state):

@@ -14,7 +14,6 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from dist import run_dist
 
 from poisonshield import collectives
 from poisonshield.engine import checkpoint
@@ -313,7 +312,7 @@ def _set_patience(seconds):
     dist.distributed_c10d._get_default_store().set_timeout(patience)
 
 
-def _late_first_rank(rank, world):
+def two_ranks(rank, world, folder):
     """Rank 0 takes longer than the group's timeout; then it fails so."""
 
     def work():
@@ -334,7 +333,7 @@ def _late_first_rank(rank, world):
 
 
 @pytest.mark.dist
-def test_ranks_wait_longer_than_the_group_would_for_work_that_one_does_alone():
-    first, second = run_dist(_late_first_rank, 2)
+def test_ranks_wait_longer_than_the_group_would_for_work_that_one_does_alone(ask_two_ranks):
+    first, second = ask_two_ranks(__name__).ranks
     assert first == ("made", "ConfigError", "no such poison")
     assert second[:2] == ("made", "CheckpointError") and "another rank" in second[2]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from dist import run_dist
 from torch import nn
 
 from engine.tiny import AttackedMethod, TinyStream
@@ -102,8 +101,8 @@ def two_ranks(rank, world, root):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run_dist(two_ranks, 2, tmp_path_factory.mktemp("rates"), timeout_s=300)[0]
+def two(ask_two_ranks):
+    return ask_two_ranks(__name__).ranks[0]
 
 
 @pytest.fixture(scope="module")
