@@ -1,4 +1,4 @@
-"""Textual inversion from Python: some pictures in, learned words out, with the recipes of configs/invert as presets.
+"""Textual inversion from Python: some pictures in, learned words out, with files of configs/invert as presets.
 
 The same method, stream and trainer as `poisonshield train` uses, and the same checks of settings; only the config file
 is missing. The model comes back as it was: new words live in a copy of its tokenizer while they are trained.
@@ -12,7 +12,6 @@ import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from poisonshield import collectives
 from poisonshield.build_diffusion import build_inversion, build_trainer, for_training
-from poisonshield.config import Tree, load_tree
+from poisonshield.config import Tree, configs_folder, load_tree
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.engine.checkpoint import random_states, restore_random_states
@@ -32,9 +31,6 @@ from poisonshield.invert_config import InvertRun, check_invert
 from poisonshield.models.diffusion.embeddings import Learned
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.registry import suggest
-
-RECIPES = Path(str(resources.files("poisonshield"))) / "recipes"
-"""configs/invert, as it ships with the package."""
 
 PRESETS = ("diffusers", "sdv1", "szt", "szt_long")
 """Config files of configs/invert that stand for a recipe, and not for certain pictures."""
@@ -155,7 +151,7 @@ def _recipe(preset: str) -> dict[str, Any]:
     """What a preset's file says of training; its pictures, pipeline, word and prompts are the caller's affair."""
     if preset not in PRESETS:
         raise ConfigError(f"{preset!r} is no preset.{suggest(preset, list(PRESETS))}  Known: {', '.join(PRESETS)}")
-    said = load_tree(RECIPES / f"{preset}.yaml").values
+    said = load_tree(configs_folder() / "invert" / f"{preset}.yaml").values
     recipe = {name: said[name] for name in ("method", "defenses", "optimizer", "schedule", "engine") if name in said}
     if recipe["method"].get("init") == _EXAMPLE:
         del recipe["method"]["init"]

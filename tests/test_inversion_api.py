@@ -15,7 +15,6 @@ from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import CheckpointError, ConfigError, DataError
 from poisonshield.inversion import (
     PRESETS,
-    RECIPES,
     _refuse_another_gpu,
     preset_run,
     train_many,
@@ -74,11 +73,6 @@ def test_a_preset_is_the_config_of_its_name(model, preset):
         del config["method"]["init"], ours["method"]["init"]
     for section in ("seed", "data", "method", "defenses", "optimizer", "schedule", "engine"):
         assert ours[section] == config[section], section
-
-
-def test_the_package_ships_the_very_files_of_configs():
-    texts = lambda folder: [(folder / f"{name}.yaml").read_text() for name in PRESETS]
-    assert texts(RECIPES) == texts(CONFIGS / "invert")
 
 
 def test_a_model_on_another_gpu_is_refused_not_moved():

@@ -33,7 +33,7 @@ from pydantic import Field, field_validator
 from poisonshield.build import Run, read_run
 from poisonshield.commands.invert import embedding_file
 from poisonshield.commands.train import train
-from poisonshield.config import Checker, Settings, load_tree
+from poisonshield.config import Checker, Settings, find_config, load_tree
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import ConfigError, PoisonShieldError
@@ -107,7 +107,7 @@ def read_grid(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> 
     checker = Checker(tree)
     config = checker.settings(GridConfig, (), tree.values, owner="a grid")
     checker.finish()
-    base = Path(os.path.normpath(Path(path).parent / config.base))
+    base = Path(os.path.normpath(find_config(path).parent / config.base))
     read = read_invert if is_invert(base) else read_run
     cells, known = [], {}
     for block in config.blocks:
