@@ -70,7 +70,7 @@ def _backend(name: str) -> str:
     if name == "plain":
         return "ready: one process, or DDP where torchrun starts several"
     if importlib.util.find_spec(name) is None:
-        return f"not installed: pip install 'poisonshield[{name}]'"
+        return f"not installed: pip install '.[{name}]'"
     return "ready"
 
 

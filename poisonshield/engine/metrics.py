@@ -152,6 +152,6 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError as err:
         raise BackendError(
             "engine.tensorboard is true but tensorboard is not installed.\n"
-            "  pip install 'poisonshield[tensorboard]', or set it to false: metrics.jsonl holds the same numbers."
+            "  pip install '.[tensorboard]', or set it to false: metrics.jsonl holds the same numbers."
         ) from err
     return SummaryWriter(str(folder))

@@ -48,7 +48,7 @@ def refuse_missing(config: EngineConfig) -> None:
     """Raise BackendError for a package that the settings need and this environment lacks; nothing is imported."""
     for package, wanted in (("deepspeed", config.backend == "deepspeed"), ("tensorboard", config.tensorboard)):
         if wanted and importlib.util.find_spec(package) is None:
-            raise BackendError(f"{package} is asked for and not installed: pip install 'poisonshield[{package}]'.")
+            raise BackendError(f"{package} is asked for and not installed: pip install '.[{package}]'.")
 
 
 @contextmanager

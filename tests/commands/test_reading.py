@@ -67,8 +67,8 @@ def test_mask_values_are_means_over_the_concepts_own_pictures():
 def test_what_is_not_measured_is_said_once(caplog):
     reading._missing.cache_clear()
     for _ in range(3):
-        reading._missing("BRISQUE", "pip install poisonshield[brisque]")
-    assert caplog.text.count("BRISQUE is not measured: pip install poisonshield[brisque]") == 1
+        reading._missing("BRISQUE", "pip install '.[brisque]'")
+    assert caplog.text.count("BRISQUE is not measured: pip install '.[brisque]'") == 1
 
 
 def test_concepts_whose_names_look_alike_have_folders_of_their_own(tmp_path):

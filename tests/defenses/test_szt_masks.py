@@ -88,7 +88,7 @@ def test_grabcut_finds_a_disc_on_a_plain_ground():
 
 def test_grabcut_without_opencv_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ConfigError, match=r"pip install poisonshield\[opencv\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[opencv\]'"):
         GrabCut(seed=0, box=0.7)(photos())
 
 

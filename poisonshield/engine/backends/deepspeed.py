@@ -151,7 +151,7 @@ def _import_deepspeed() -> Any:
     except ImportError as err:
         raise BackendError(
             "engine.backend is deepspeed but deepspeed is not installed.\n"
-            "  pip install 'poisonshield[deepspeed]', or set engine.backend: plain."
+            "  pip install '.[deepspeed]', or set engine.backend: plain."
         ) from err
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_worth_saying)

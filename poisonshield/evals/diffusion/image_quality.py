@@ -96,7 +96,7 @@ def brisque(x: Tensor) -> dict[str, Any]:
     try:
         from brisque import BRISQUE
     except ImportError:  # the package itself, or OpenCV beneath it
-        return {"status": "unavailable", "needs": "pip install poisonshield[brisque]"}
+        return {"status": "unavailable", "needs": "pip install '.[brisque]'"}
     import warnings
 
     class Scorer(BRISQUE):

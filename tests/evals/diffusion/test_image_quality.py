@@ -108,7 +108,7 @@ def test_without_its_package_brisque_is_unavailable_in_words(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    assert brisque(pictures(1)) == {"status": "unavailable", "needs": "pip install poisonshield[brisque]"}
+    assert brisque(pictures(1)) == {"status": "unavailable", "needs": "pip install '.[brisque]'"}
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -50,6 +50,6 @@ def _opencv() -> Any:
         import cv2
     except ImportError as err:
         raise ConfigError(
-            "mask grabcut needs OpenCV: pip install poisonshield[opencv]. Or choose another mask, such as attention."
+            "mask grabcut needs OpenCV: pip install '.[opencv]'. Or choose another mask, such as attention."
         ) from err
     return cv2
