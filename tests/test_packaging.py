@@ -76,6 +76,21 @@ def test_the_source_distribution_holds_every_file_of_the_checkout(sdist):
     assert all(name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name for name in extra), extra
 
 
+def test_git_ignores_no_source_file():
+    """poisonshield/runs/ is a part of the package; runs/ at the top is where trainings go."""
+    tracked()
+    command = [
+        "git",
+        "check-ignore",
+        "--no-index",
+        "poisonshield/runs/a.py",
+        "tests/runs/a.py",
+        "poisonshield/build/a.py",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "" and done.returncode == 1, done.stdout + done.stderr
+
+
 def test_every_file_that_the_extension_includes_is_in_the_source_distribution(sdist):
     sources = sorted((sdist / "csrc").rglob("*.c*"))
     names = {

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from poisonshield.build import read_run
-from poisonshield.commands.grid import read_grid
+from poisonshield.cli import main
 from poisonshield.config import configs_folder, find_config, load_tree, shipped_configs
 from poisonshield.config import shipped as module
 from poisonshield.errors import ConfigError
@@ -51,12 +50,18 @@ def test_parents_are_looked_for_beside_the_shipped_file(elsewhere):
     assert load_tree("defend/vespr_cifar10_mini", ["seed=5"]).values == load_tree(VESPR, ["seed=5"]).values
 
 
-def test_runs_and_grids_are_read_by_name(elsewhere):
-    assert read_run("defend/vespr_cifar10_mini").record == read_run(VESPR).record
-    named, by_path = (
-        read_grid(path)[1] for path in ("grid/vespr_cifar10_mini", CONFIGS / "grid/vespr_cifar10_mini.yaml")
-    )
-    assert [c.labels for c in named] == [c.labels for c in by_path] and len(named) > 10
+@pytest.mark.parametrize(
+    ("command", "config", "more"),
+    [("train", "defend/vespr_cifar10_mini", "--print-config"), ("grid", "grid/vespr_cifar10_mini", "--list")],
+)
+def test_commands_take_a_name_for_the_path_that_it_stands_for(elsewhere, capsys, command, config, more):
+    told = []
+    for spelling in (config, str(CONFIGS / f"{config}.yaml")):
+        with pytest.raises(SystemExit) as end:
+            main([command, spelling, more])
+        told.append(capsys.readouterr().out)
+        assert end.value.code in (0, None)
+    assert told[0] == told[1] and len(told[0].splitlines()) > 10
 
 
 @pytest.mark.parametrize(
