@@ -21,7 +21,7 @@ from poisonshield.engine.optim import OptimConfig, parameter_groups
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.settings import EvaluateConfig
+from poisonshield.evals.parts.settings import EvaluateConfig
 from poisonshield.method import Method
 from poisonshield.models.backbones import BackboneConfig, build_encoder
 from poisonshield.models.batchnorm import synchronize

@@ -13,8 +13,8 @@ from runs import CONFIGS, SSL_METHODS, fit, opened
 
 from poisonshield.build import build_method, read_run
 from poisonshield.data import evaluate_batches
-from poisonshield.evals.features import Features, extract
 from poisonshield.evals.knn import knn
+from poisonshield.evals.parts.features import Features, extract
 from poisonshield.evals.spectrum import effective_rank
 
 BASE = str(CONFIGS / "base_cifar10_mini.yaml")

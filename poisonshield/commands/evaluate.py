@@ -19,9 +19,9 @@ from poisonshield.engine.processes import choose_device
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import CheckpointError, ConfigError
 from poisonshield.evals.classifier import classifier
-from poisonshield.evals.features import extract
 from poisonshield.evals.knn import knn
 from poisonshield.evals.linear import linear
+from poisonshield.evals.parts.features import extract
 from poisonshield.evals.robust import robust
 from poisonshield.invert_config import is_invert
 from poisonshield.method import Method

@@ -10,10 +10,10 @@ from torch import nn
 from poisonshield.attacks import frozen_stats
 from poisonshield.commands.samples import Samples
 from poisonshield.evals.alignment import alignment
-from poisonshield.evals.features import Features, extract
 from poisonshield.evals.linear import linear_sweep
 from poisonshield.evals.lipschitz import local_lipschitz
 from poisonshield.evals.pairs import pairs
+from poisonshield.evals.parts.features import Features, extract
 from poisonshield.evals.spectrum import effective_rank, log_of, rank_of, spectrum
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.defenses.base import Defense
 from poisonshield.errors import DataError
 from poisonshield.evals.diffusion.generation import latent_cosine, network_scores, round_trip_error, set_distances
-from poisonshield.evals.diffusion.image_quality import brisque, high_frequency
 from poisonshield.evals.diffusion.learned_words import word_report
+from poisonshield.evals.diffusion.parts.image_quality import brisque, high_frequency
 from poisonshield.invert_config import RENDERED, InvertRun, start_word
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.diffusion.pipeline import TINY

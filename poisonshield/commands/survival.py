@@ -14,7 +14,7 @@ from poisonshield.commands.protect import Photo, pictures_in, read_photo
 from poisonshield.defenses.purify.named import build_purifier, purifier_block, spelled
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.diffusion.survival import Picture, Poisoned, Purified, Report, edges_of, measure
+from poisonshield.evals.diffusion.parts.survival import Picture, Poisoned, Purified, Report, edges_of, measure
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from poisonshield.evals.features import Features
+from poisonshield.evals.parts.features import Features
 
 
 def knn(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.evals.features import Features
+from poisonshield.evals.parts.features import Features
 
 
 def linear(

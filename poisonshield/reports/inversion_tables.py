@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.evals.diffusion.learned_words import word_distance
-from poisonshield.evals.diffusion.recovery import by_group, clean_cost, recovery
+from poisonshield.evals.diffusion.parts.recovery import by_group, clean_cost, recovery
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.reports.sheets import draw_sheet
 

@@ -2,7 +2,7 @@
 
 A classifier that must name some shape names one for a mere texture too, and would call a failed inversion a success. This
 one has "none" in both of its heads and is trained on pictures that deserve it (judge_lessons.py). Its features also carry
-the distance between generated and real pictures (evals/diffusion/generation.py).
+the distance between generated and real pictures (evals/diffusion/distances.py).
 """
 
 import json

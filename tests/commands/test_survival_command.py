@@ -15,7 +15,7 @@ from poisonshield.cli import app
 from poisonshield.commands.survival import STANDARD, WITH_MODEL, chosen, survival, told
 from poisonshield.defenses.purify.named import purifier_block, spelled
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.diffusion.survival import FORMAT, Report
+from poisonshield.evals.diffusion.parts.survival import FORMAT, Report
 
 
 def write(folder, pictures):

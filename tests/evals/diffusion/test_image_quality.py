@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from poisonshield import world
 from poisonshield.errors import ShapeError
-from poisonshield.evals.diffusion.image_quality import brisque, difference, high_frequency, psnr, ssim
+from poisonshield.evals.diffusion.parts.image_quality import brisque, difference, high_frequency, psnr, ssim
 from poisonshield.ops.jpeg import jpeg
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from poisonshield.errors import ShapeError
-from poisonshield.evals.diffusion.image_quality import psnr
+from poisonshield.evals.diffusion.parts.image_quality import psnr
 
 FORMAT = "poisonshield-survival/2"
 
