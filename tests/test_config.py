@@ -53,6 +53,16 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path):
     assert f"{path}:3: inner.sise is not a setting of inner. Did you mean size?  Settings: size" in str(err.value)
 
 
+class Absent(Settings):
+    inner: Inner | None = None
+
+
+def test_unknown_key_of_a_block_that_may_be_null_names_the_nearest_too(tmp_path):
+    path = write(tmp_path, "a.yaml", "inner:\n  sise: 2\n")
+    with pytest.raises(ConfigError, match=r"inner.sise is not a setting of inner. Did you mean size\?  Settings: size"):
+        check(load_tree(path), Absent)
+
+
 def test_all_problems_come_at_once(tmp_path):
     path = write(tmp_path, "a.yaml", "eps: 4\nsteps: many\nstep: 1\n")
     with pytest.raises(ConfigError) as err:

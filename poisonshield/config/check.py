@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
@@ -140,6 +140,8 @@ class Checker:
 def _schema_at(schema: Any, loc: tuple) -> Any:
     for part in loc:
         schema = schema.model_fields[part].annotation if part in getattr(schema, "model_fields", {}) else schema
+        # Of a block that may be null, the block.
+        schema = next((kind for kind in get_args(schema) if hasattr(kind, "model_fields")), schema)
     return schema
 
 
