@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from poisonshield.build import DEFENSES, RunSection
 from poisonshield.config import Checker, Choice, Settings, Tree, dump, load_tree
@@ -18,6 +18,7 @@ from poisonshield.defenses.diffusion.szt import MASKS, SZT
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
+from poisonshield.evals.diffusion.parts.settings import WordEvaluateConfig
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.registry import Registry
 
@@ -75,8 +76,7 @@ class GenerateConfig(Settings):
     recon, compose: prompts with {} for the concept. count: pictures of a prompt group and concept. every_steps: pictures
     while training, at the next logged step; null for none. switch: below t_min, generate with the initial word.
     references: unseen pictures of a rendered concept to compare with; a folder's own pictures otherwise. clean: folder
-    of these before they were poisoned, where the run did not poison them itself. features: folders of feature networks
-    by name.
+    of these before they were poisoned, where the run did not poison them itself.
     """
 
     recon: tuple[str, ...] = Field(("a photo of a {}",), min_length=1)
@@ -89,7 +89,13 @@ class GenerateConfig(Settings):
     switch: bool = False
     references: int = Field(64, ge=1)
     clean: str | None = None
-    features: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _features_moved(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "features" in values:
+            raise ValueError("features is called evaluate.networks.folders now. Write that instead.")
+        return values
 
     @field_validator("recon", "compose")
     @classmethod
@@ -113,6 +119,7 @@ class InvertConfig(Settings):
     schedule: ScheduleConfig = ScheduleConfig(name="constant")
     engine: EngineConfig
     generate: GenerateConfig = GenerateConfig()
+    evaluate: WordEvaluateConfig = WordEvaluateConfig()
 
 
 @dataclass(frozen=True)

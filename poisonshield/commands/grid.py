@@ -37,9 +37,12 @@ from poisonshield.config import Checker, Settings, load_tree
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import ConfigError, PoisonShieldError
+from poisonshield.evals import EVALUATIONS
+from poisonshield.evals.base import Number
+from poisonshield.evals.parts.numbers import columns_of, numbers_of
 from poisonshield.invert_config import InvertRun, is_invert, read_invert, token_of
 from poisonshield.reports import inversion_tables
-from poisonshield.reports.plots import READOUTS
+from poisonshield.reports.tables import spreads
 
 log = logging.getLogger(__name__)
 
@@ -168,11 +171,11 @@ def table(cells: list[Cell]) -> str:
     common = [axis for axis in axes if all(axis in cell.place for cell in cells)]
     ablation = ["varied"] if len(common) < len(axes) else []
     places = _places(cells)
-    readouts = _readouts(cells, [row for _, rows, _, _ in places for row in rows])
-    head = [*common, *ablation, *readouts.values(), "seconds a run", "seeds done"]
+    columns = _columns(cells, [row for _, rows, _, _ in places for row in rows])
+    head = [*common, *ablation, *(number.title for number in columns), "seconds a run", "seeds done"]
     lines = [head, ["---"] * len(head)]
     for labels, rows, done, wanted in places:
-        numbers = [_spread([r.get(k) for r in rows]) for k in readouts]
+        numbers = spreads(rows, columns)
         cost = f"{mean(r['seconds'] for r in rows):.0f}" if rows else "-"
         varied = ", ".join(f"{a}: {label}" for a, label in labels.items() if a not in common)
         place = [*(labels[a] for a in common), *([varied] if ablation else [])]
@@ -194,7 +197,8 @@ def write_tables(folder: Path, cells: list[Cell]) -> None:
     writer = csv.writer(buffer)
     found = _rows(cells)
     concept = ["concept", "group"] if cells[0].inverts else []
-    keys = [*concept, *_readouts(cells, [row for rows in found for row in rows]), "steps", "seconds"]
+    columns = _columns(cells, [row for rows in found for row in rows])
+    keys = [*concept, *(number.key for number in columns), "steps", "seconds"]
     writer.writerow([*axes, "seed", *keys, "folder"])
     for cell, rows in zip(cells, found, strict=True):
         for row in rows:
@@ -246,18 +250,9 @@ def _rows(cells: list[Cell]) -> list[list[dict[str, Any]]]:
     return found
 
 
-def _readouts(cells: list[Cell], rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Which numbers of these rows the tables show, and how they call them."""
-    return inversion_tables.readouts(rows) if cells[0].inverts else READOUTS
-
-
-def _spread(values: list[float | None]) -> str:
-    known = [v for v in values if v is not None]
-    if not known:
-        return "-"
-    digits = 1 if max(abs(v) for v in known) > 1 else 2  # percent, or a share
-    told = lambda v: f"{v:.{digits}f}"
-    return told(mean(known)) + (f" ({told(min(known))} to {told(max(known))})" if len(known) > 1 else "")
+def _columns(cells: list[Cell], rows: list[dict[str, Any]]) -> tuple[Number, ...]:
+    """Which numbers of these rows the tables show."""
+    return inversion_tables.columns(rows) if cells[0].inverts else columns_of(numbers_of(EVALUATIONS), rows)
 
 
 def _choices(axis: str, choices: dict[str, dict[str, Any] | None] | list[Any]) -> list[tuple[str, dict[str, Any]]]:

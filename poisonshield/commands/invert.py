@@ -73,16 +73,17 @@ def invert(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> P
 
 
 def evaluate_inversion(folder: RunFolder, overrides: tuple[str, ...] | list[str] = ()) -> list[dict[str, Any]]:
-    """New pictures and numbers of a finished run, which replace the old ones; `generate.*` may say how they are made.
+    """New pictures and numbers of a finished run, which replace the old ones; `generate.*` and `evaluate.*` may say how.
 
     Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
     """
     if not folder.config.is_file() or not folder.results.is_file():
         raise CheckpointError(f"{folder.path} is not a finished run. Train it first, or go on with engine.resume=auto.")
     for text in overrides:
-        if not text.startswith(("generate.", "engine.device")):
+        if not text.startswith(("generate.", "evaluate.", "engine.device")):
             raise ConfigError(
-                f"{text}: a finished run keeps what it was trained with. generate.* and engine.device may change."
+                f"{text}: a finished run keeps what it was trained with. generate.*, evaluate.* and engine.device may "
+                "change."
             )
     run, old = read_invert(folder.config, overrides), json.loads(folder.results.read_text())
     model = load_model(run.settings.model).to(choose_device(run.settings.engine.device))
@@ -218,7 +219,8 @@ def finish(
             }
         )
     write_whole(folder.results, json.dumps(rows, indent=1))
-    write_whole(folder.path / "evaluation.json", json.dumps({"settings": run.record["generate"]}, indent=1))
+    settings = {**run.record["generate"], "evaluate": run.record["evaluate"]}
+    write_whole(folder.path / "evaluation.json", json.dumps({"settings": settings}, indent=1))
     log.info("results   %s", folder.results)
 
 

@@ -4,9 +4,8 @@ For the rendered world the judge that lies beside the pipeline says whether the 
 is missing, never guessed.
 """
 
-import logging
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,51 +18,58 @@ from poisonshield.data.concepts import Concept
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.defenses.base import Defense
 from poisonshield.errors import DataError
-from poisonshield.evals.diffusion.generation import latent_cosine, network_scores, round_trip_error, set_distances
-from poisonshield.evals.diffusion.learned_words import word_report
-from poisonshield.evals.diffusion.parts.image_quality import brisque, high_frequency
+from poisonshield.evals.diffusion import EVALUATIONS
+from poisonshield.evals.diffusion.base import LearnedWord
+from poisonshield.evals.parts import numbers
 from poisonshield.invert_config import RENDERED, InvertRun, start_word
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.diffusion.pipeline import TINY
 from poisonshield.world.judge import ConceptJudge
-
-log = logging.getLogger(__name__)
 
 JUDGE = "judge.safetensors"
 _REFERENCE_SEED = 2  # of renders that neither a pipeline nor a word was trained on
 
 
 def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: dict[str, Tensor]) -> dict[str, Any]:
-    """A row's numbers, of the `recon` pictures [N, 3, H, W]; None where a number does not apply.
+    """A row's numbers by every evaluation that the run asks for, to four digits, and their details."""
+    subject = word_of(run, method, clean, pictures)
+    measured = numbers.measure(subject, run.settings.evaluate, EVALUATIONS)
+    known = numbers.values_of(measured, EVALUATIONS)
+    row: dict[str, Any] = {key: None if value is None else float(f"{value:.4g}") for key, value in known.items()}
+    for block in numbers.details_of(measured, EVALUATIONS).values():
+        row |= block
+    return row
 
-    fidelity, shown: the judge's mean probability and the percentage of pictures above one half. feature_distance,
-    color_distance: to real pictures, each beside its ceiling (real pictures through the VAE). latent_cosine: to real
-    pictures. high_frequency: share of energy. brisque: None without its package, which the log says. round_trip_error:
-    of the concept's clean pictures through the VAE, what no word can draw. networks: scores of feature networks, or what
-    they lack. word: where the vectors lie.
-    """
-    x, model, settings = pictures["recon"].cpu(), method.model, run.settings.generate
+
+def word_of(run: InvertRun, method: TextualInversion, clean: Concept, pictures: dict[str, Tensor]) -> LearnedWord:
+    """What evaluations of a concept's word look at. pictures: generated ones by prompt group, [N, 3, H, W]."""
     judge = judge_of(run.settings.model.pipeline) if run.settings.data.train == RENDERED else None
-    values: dict[str, Any] = {"fidelity": None, "shown": None}
-    if judge is not None:
-        color, _, shape = clean.name.partition("_")
-        seen = judge.fidelity(x, color, shape)
-        values = {"fidelity": seen["joint"], "shown": 100 * seen["share"]}
-    real = references(run, clean, alone=len(method.placeholders) == 1)
-    if len(real) >= 4 and len(x) >= 2:
-        values |= set_distances(x, real, judge=judge, model=model)
-    if real.shape[1:] == x.shape[1:]:
-        values["latent_cosine"] = latent_cosine(model, x, real)
-    values["high_frequency"] = float(high_frequency(x).mean())
-    quality = brisque(x)
-    if quality["status"] != "ok":
-        _missing("BRISQUE", quality["needs"])
-    values["brisque"] = quality.get("value")
-    values["round_trip_error"] = float(round_trip_error(model, pixels_of(clean)).mean())
-    values = {k: None if v is None else float(f"{v:.4g}") for k, v in values.items()}
-    if settings.features:
-        values["networks"] = network_scores(settings.features, x, real, _class_prompts(run, clean.name, len(x)))
-    return values | {"word": word_report(method.rows(clean.name), model)}
+    return LearnedWord(
+        model=method.model,
+        pictures={group: x.cpu() for group, x in pictures.items()},
+        references=references(run, clean, alone=len(method.placeholders) == 1),
+        clean=pixels_of(clean),
+        rows=method.rows(clean.name),
+        judge=None if judge is None else JudgeOfConcept(judge, clean.name),
+        prompts=_class_prompts(run, clean.name, len(pictures["recon"])),
+    )
+
+
+@dataclass(frozen=True)
+class JudgeOfConcept:
+    """A judge of the rendered world who is asked about one concept, such as yellow_ring."""
+
+    judge: ConceptJudge
+    concept: str
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features [N, D] of pictures [N, 3, H, W]."""
+        return self.judge.features(x)
+
+    def fidelity(self, x: Tensor) -> dict[str, float]:
+        """How far pictures [N, 3, H, W] show the concept: see ConceptJudge.fidelity."""
+        color, _, shape = self.concept.partition("_")
+        return self.judge.fidelity(x, color, shape)
 
 
 def mask_values(defenses: Sequence[Defense], name: str, *, compared: bool) -> dict[str, float | None]:
@@ -81,19 +87,13 @@ def mask_values(defenses: Sequence[Defense], name: str, *, compared: bool) -> di
     return out
 
 
-@cache
-def _missing(what: str, needs: str) -> None:
-    """Says it once a process."""
-    log.warning("%s is not measured: %s", what, needs)
-
-
-def _class_prompts(run: InvertRun, name: str, count: int) -> list[str] | None:
+def _class_prompts(run: InvertRun, name: str, count: int) -> tuple[str, ...] | None:
     """What the pictures' prompts say with the word that learning started from; None where it started from numbers."""
     init, recon = run.method.config.init, run.settings.generate.recon
     word = start_word(init if isinstance(init, str) else init[name])
     if word is None:
         return None
-    return [recon[i % len(recon)].replace("{}", word) for i in range(count)]
+    return tuple(recon[i % len(recon)].replace("{}", word) for i in range(count))
 
 
 def judge_of(pipeline: str) -> ConceptJudge | None:
@@ -110,9 +110,9 @@ def references(run: InvertRun, concept: Concept, *, alone: bool = True) -> Tenso
     Raises DataError if generate.clean does not have the concept, or the picture.
     """
     if run.settings.data.train == RENDERED:
-        kind = tuple(concept.name.split("_"))
-        made = [world.render(i, seed=_REFERENCE_SEED, only=[kind]).x for i in range(run.settings.generate.references)]
-        return torch.stack(made)
+        color, _, shape = concept.name.partition("_")
+        count, only = run.settings.generate.references, [(color, shape)]
+        return torch.stack([world.render(i, seed=_REFERENCE_SEED, only=only).x for i in range(count)])
     left, where = run.settings.data.left_out, run.settings.generate.clean
     stem = None if left is None else concept.leave_out(left)[1].stem
     if where is not None:

@@ -1,4 +1,4 @@
-"""Which samples a readout or probe sees: the whole set in its order, or a draw that depends on the run's seed alone."""
+"""Which samples an evaluation sees: the whole set in its order, or a draw that depends on the run's seed alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,24 +9,22 @@ from poisonshield.batch import Batch
 from poisonshield.build import OpenData, Run, TrainingSet, build_defenses
 from poisonshield.data import Source, evaluate_batches, read_batch
 from poisonshield.data.views import Views, ViewsConfig
+from poisonshield.evals.base import Subject
 from poisonshield.method import Method
-
-# VESPR's authors evaluate on 20 and 5 batches of 512, and attack one of 1,024.
-LEGACY_BANK, LEGACY_QUERIES, LEGACY_ATTACKED = 10_240, 2_560, 1_024
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The data of a finished run and its method, on one device. count: None, or more than there are, takes all.
+    """The samples of a run on one device, in the forms that evaluations ask for (poisonshield.evals.base.Samples).
 
-    Where the run trained on another size than the images have (views.size), images are read off as the authors do: shorter
-    side to 256/224 of it, then the middle.
+    default_views: the augmentation that the run's method asks for. Where the run trained on another size than the
+    images have (views.size), images are seen as VESPR's authors do: shorter side to 256/224 of it, then the middle.
     """
 
     run: Run
     data: OpenData
     training: TrainingSet
-    method: Method
+    default_views: str
     device: torch.device
 
     def test(self, count: int | None = None) -> Iterator[Batch]:
@@ -42,22 +40,28 @@ class Samples:
         defenses = build_defenses(self.run, self.data.num_classes)
         return self._batches(self.data.train, count, (*(d.before for d in defenses), self._middle))
 
-    def augmented(self, count: int | None = None, *, view: int = 0, legacy_bank: bool = False) -> Iterator[Batch]:
-        """The samples of `train` with x a view of the run's own kind, or the resized crops that legacy k-NN compares with."""
-        config = self.run.settings.views
-        if legacy_bank:
-            config = config.model_copy(update={"name": "crop_flip", "random_resized_crop": True, "min_area": None})
+    def augmented(self, count: int | None = None, *, view: int = 0) -> Iterator[Batch]:
+        """The samples of `train`; x is that view of the run's own augmentation."""
+        return self._viewed(self.run.settings.views, count, view)
+
+    def crops(self, count: int | None = None) -> Iterator[Batch]:
+        """The samples of `train`; x is a flipped, resized crop, whatever the run's own augmentation is."""
+        changes = {"name": "crop_flip", "random_resized_crop": True, "min_area": None}
+        return self._viewed(self.run.settings.views.model_copy(update=changes), count, 0)
+
+    def _viewed(self, config: ViewsConfig, count: int | None, view: int) -> Iterator[Batch]:
         config = config.model_copy(update={"count": view + 1, "local": 0})
-        views = Views(config, default=self.method.default_views, count=view + 1, seed=self.run.seed)
+        views = Views(config, default=self.default_views, count=view + 1, seed=self.run.seed)
         for batch in self._batches(self.training.source, count, self.training.stages):
-            yield batch.replace(x=views(batch).views[view])
+            yield batch.replace(x=_view(views, batch, view))
 
     def _middle(self, batch: Batch) -> Batch:
         size = self.run.settings.views.size
-        if size is None or batch.x.shape[2:] == (size, size):
+        if size is None or batch.x is None or batch.x.shape[2:] == (size, size):
             return batch
-        views = Views(ViewsConfig(name="test", size=size), default="test", count=1, seed=self.run.seed)
-        return batch.replace(x=views(batch).views[0])
+        config = ViewsConfig.model_validate({"name": "test", "size": size})
+        views = Views(config, default="test", count=1, seed=self.run.seed)
+        return batch.replace(x=_view(views, batch, 0))
 
     def _batches(self, source: Source, count: int | None, stages: tuple = ()) -> Iterator[Batch]:
         size = self.run.settings.evaluate.batch_size
@@ -71,3 +75,21 @@ class Samples:
             for stage in stages:
                 batch = stage(batch)
             yield batch
+
+
+def _view(views: Views, batch: Batch, which: int) -> torch.Tensor:
+    made = views(batch).views
+    assert made is not None
+    return made[which]
+
+
+def subject_of(run: Run, data: OpenData, training: TrainingSet, method: Method, device: torch.device) -> Subject:
+    """What evaluations of this run look at."""
+    return Subject(
+        method,
+        Samples(run, data, training, method.default_views, device),
+        num_classes=data.num_classes,
+        seed=run.seed,
+        poisoned=run.poison is not None,
+        legacy=run.settings.evaluate.legacy,
+    )

@@ -19,11 +19,11 @@ from poisonshield.build import (
     spread_batch_norm,
 )
 from poisonshield.commands.evaluate import fresh_method, readouts, write_results
-from poisonshield.commands.probes import watch_pairs
-from poisonshield.commands.samples import Samples
+from poisonshield.commands.samples import subject_of
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
+from poisonshield.evals.pairs import watch_pairs
 from poisonshield.invert_config import is_invert, read_invert
 from poisonshield.reports.plots import plot_run
 
@@ -61,7 +61,7 @@ def train(config: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Pa
             run_folder=folder,
             seed=run.seed,
             fixed_record=run.record,
-            watch=watch_pairs(Samples(run, data, training, method, device)),
+            watch=watch_pairs(subject_of(run, data, training, method, device), run.settings.evaluate.watch_pairs),
         )
         done = trainer.fit()
         state = trainer.state_dict()

@@ -17,7 +17,7 @@ from poisonshield.commands.reading import references
 from poisonshield.commands.train import train
 from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.diffusion.parts.image_quality import brisque
+from poisonshield.evals.diffusion.brisque import brisque
 from poisonshield.invert_config import read_invert
 from poisonshield.world.rendered import rendered_concepts
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from poisonshield.commands import reading
 from poisonshield.commands.reading import mask_values, references
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.writer import write_concepts
@@ -62,13 +61,6 @@ def test_mask_values_are_means_over_the_concepts_own_pictures():
     assert mask_values([szt], "fox", compared=True) == mask_values([], "cup", compared=True) == {
         "mask_area": None, "mask_iou": None,
     }  # fmt: skip
-
-
-def test_what_is_not_measured_is_said_once(caplog):
-    reading._missing.cache_clear()
-    for _ in range(3):
-        reading._missing("BRISQUE", "pip install poisonshield[brisque]")
-    assert caplog.text.count("BRISQUE is not measured: pip install poisonshield[brisque]") == 1
 
 
 def test_concepts_whose_names_look_alike_have_folders_of_their_own(tmp_path):

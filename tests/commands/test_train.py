@@ -28,7 +28,7 @@ def invoke(*arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "vespr"
-    assert invoke("train", MINI, *TINY, "evaluate.robust_samples=50", f"run.dir={folder}").exit_code == 0
+    assert invoke("train", MINI, *TINY, "evaluate.robust.samples=50", f"run.dir={folder}").exit_code == 0
     return folder
 
 
@@ -68,7 +68,7 @@ def test_full_resnet_backbone_loads_strictly_into_timm_and_torchvision(tmp_path)
     from torchvision.models import resnet18
 
     over = ["model.name=resnet18", "model.stem=imagenet", "engine.max_steps=1", "data.batch_size=4", "defenses=[]",
-            "method.hidden=8", "method.out=8", "engine.device=cpu", "evaluate.robust_steps=0"]  # fmt: skip
+            "method.hidden=8", "method.out=8", "engine.device=cpu", "evaluate.robust=null"]  # fmt: skip
     from poisonshield.build import build_method, read_run
     from poisonshield.commands.train import export
     from poisonshield.engine.runfolder import RunFolder
@@ -85,8 +85,9 @@ def test_full_resnet_backbone_loads_strictly_into_timm_and_torchvision(tmp_path)
 def test_evaluation_again_gives_the_same_numbers(run):
     before = json.loads((run / "evaluation.json").read_text())
     out = invoke("evaluate", run).stdout
-    said = {k: float(v) for k, v in re.findall(r"^(\w+) +([\d.]+)$", out, re.MULTILINE)}
-    assert said == {k: pytest.approx(v, abs=0.006) for k, v in before.items() if k not in ("settings", "probes")}
+    said = {k: float(v) for k, v in re.findall(r"^(\w+_top1) +([\d.]+) %", out, re.MULTILINE)}
+    blocks = [block for name, block in before.items() if name != "settings" and block is not None]
+    assert said == {k: pytest.approx(v, abs=0.006) for block in blocks for k, v in block.items() if k in said}
     assert set(said) == {"test_top1", "train_top1", "knn_top1", "linear_top1", "robust_top1"}
 
 
@@ -150,7 +151,7 @@ def test_summary_states_the_share_that_came_back():
 
 def test_shortcut_is_watched_during_training_without_changing_it(tmp_path):
     """The log shows the poisoned image costing the classifier less than the clean one; weights are those of a blind run."""
-    common = ["engine.max_steps=16", "engine.log_every_steps=4", "engine.device=cpu", "evaluate.robust_steps=0",
+    common = ["engine.max_steps=16", "engine.log_every_steps=4", "engine.device=cpu", "evaluate.robust=null",
               "method={name: supervised}", "defenses=[]"]  # fmt: skip
     weights = {}
     for count in (0, 64):

@@ -19,7 +19,7 @@ from poisonshield.methods.supervised import Supervised
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LIGHT = ["engine.device=cpu", "engine.log_every_steps=1", "engine.threads=1", "model.widths=[4,4,4,8]",
-         "evaluate.robust_steps=0"]  # fmt: skip
+         "evaluate.robust=null"]  # fmt: skip
 
 
 @pytest.fixture

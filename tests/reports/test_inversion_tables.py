@@ -10,7 +10,7 @@ import yaml
 from poisonshield.commands import grid
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
-from poisonshield.reports.inversion_tables import LearnedRun, add_word_distances, concept_table, flat, readouts, table
+from poisonshield.reports.inversion_tables import LearnedRun, add_word_distances, columns, concept_table, flat, table
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "invert" / "rendered.yaml"
 CONCEPTS = {"cup": "id", "hat": "id", "fox": "od", "owl": "od"}
@@ -29,6 +29,11 @@ def place(poison, defense, found, **axes):
 def spread(at):
     """About `at`, so that intervals are not empty."""
     return {c: at + 0.01 * i for i, c in enumerate(CONCEPTS)}
+
+
+def names(rows):
+    """{key: head} of the columns that tables of these rows have."""
+    return {number.key: number.title for number in columns(rows)}
 
 
 def cells(text, *starts):
@@ -88,7 +93,7 @@ def test_without_a_judge_the_effect_is_read_off_a_feature_network_and_else_off_l
         "networks": {"dino_i": {"status": "ok", "value": 0.5, "network": "d"}, "clip_i": {"status": "unavailable"}}
     }
     known = [flat(row) for row in rows(None, **scored)]
-    assert known[0]["dino_i"] == 0.5 and "clip_i" not in known[0] and readouts(known)["dino_i"] == "dino i"
+    assert known[0]["dino_i"] == 0.5 and "clip_i" not in known[0] and names(known)["dino_i"] == "dino i"
     dino = [
         (labels, [r | {"fidelity": None, "dino_i": r["fidelity"], **scored} for r in found]) for labels, found in GRID
     ]
@@ -99,6 +104,14 @@ def test_without_a_judge_the_effect_is_read_off_a_feature_network_and_else_off_l
     assert "By latent cosine" in table(latent)
 
 
+def test_columns_are_the_always_shown_then_the_known_in_a_fixed_order():
+    always = ["fidelity", "shown, %", "feature distance", "colour distance", "latent cosine", "high frequencies"]
+    assert list(names([{"fidelity": 0.5, "round_trip_error": 0.1}]).values()) == always
+    scores = {"other_i": {"status": "ok", "value": 0.5}, "dino_i": {"status": "ok", "value": 0.4}}
+    row = flat({"brisque": 1.0, "word_l2": 2.0, "mask_area": 0.5, "dino_i": None, "networks": scores})
+    assert list(names([row]).values())[6:] == ["BRISQUE", "dino i", "mask area", "distance to clean word", "other i"]
+
+
 def test_no_table_without_clean_training_or_without_numbers():
     assert table(GRID[2:]) == "" and table([]) == ""
     assert table([(labels, [r | {"fidelity": None} for r in found]) for labels, found in GRID]) == ""
@@ -106,12 +119,12 @@ def test_no_table_without_clean_training_or_without_numbers():
 
 def test_columns_that_no_row_fills_are_left_out_and_older_rows_do_not_miss_them():
     old = {"concept": "cup", "group": None, "seed": 0, "fidelity": 0.5}
-    assert "brisque" not in readouts([old]) and "mask_iou" not in readouts([old | {"mask_iou": None}])
-    names = readouts([old, old | {"brisque": 30.0, "mask_iou": 0.9}])
-    assert names["brisque"] == "BRISQUE" and names["mask_iou"] == "mask IoU"
+    assert "brisque" not in names([old]) and "mask_iou" not in names([old | {"mask_iou": None}])
+    found = names([old, old | {"brisque": 30.0, "mask_iou": 0.9}])
+    assert found["brisque"] == "BRISQUE" and found["mask_iou"] == "mask IoU"
     word = {"word": {"nearest": [[["ring", 0.4], ["o", 0.3]], [["yellow", 0.5]]]}}
     text = concept_table([old | word, old | {"concept": "hat", "group": "od", "brisque": 31.25} | word])
-    assert cells(text, "cup")[:2] == ["-", "0.5"] and cells(text, "cup")[-2:] == ["-", "ring, yellow"]
+    assert cells(text, "cup")[:2] == ["-", "0.500"] and cells(text, "cup")[-2:] == ["-", "ring, yellow"]
     assert cells(text, "hat")[-2:] == ["31.25", "ring, yellow"]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch
+from poisonshield.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,15 @@ def extract(encoder: nn.Module, batches: Iterable[Batch]) -> Features:
     training = encoder.training
     encoder.eval()
     try:
-        pairs = [(encoder(b.x.contiguous(memory_format=torch.channels_last)).float(), b.y) for b in batches]
+        labelled = (pixels_and_labels(batch) for batch in batches)
+        pairs = [(encoder(x.contiguous(memory_format=torch.channels_last)).float(), y) for x, y in labelled]
     finally:
         encoder.train(training)
     return Features(torch.cat([h for h, _ in pairs]), torch.cat([y for _, y in pairs]))
+
+
+def pixels_and_labels(batch: Batch) -> tuple[Tensor, Tensor]:
+    """x [B, 3, H, W] and y [B] of a batch. Raises DataError for a batch without them."""
+    if batch.x is None or batch.y is None:
+        raise DataError("a batch without pixels or labels came to an evaluation. Give batches that have x and y.")
+    return batch.x, batch.y

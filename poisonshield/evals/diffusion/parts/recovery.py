@@ -16,11 +16,11 @@ from torch import Tensor
 from poisonshield.errors import DataError
 
 Values = Mapping[str, float]
-"""Concept -> value, e.g. the mean over seeds. Where several seeds should count apart, use concept and seed as the key."""
+"""Concept -> value, e.g. the mean over seeds. Where several seeds should count apart, the key is concept and seed."""
 
 
 def mean_with_interval(values: Values, *, level: float = 0.95, draws: int = 4000, seed: int = 0) -> dict[str, Any]:
-    """{"value": mean, "low", "high": bootstrap interval over concepts or None for a single one, "concepts": how many}."""
+    """{"value": mean, "low", "high": bootstrap interval over concepts, None for a single one, "concepts": how many}."""
     names, (v,) = _paired(values)
     interval = _interval(lambda rows: v[rows].mean(1), len(names), level=level, draws=draws, seed=seed)
     return {"value": float(v.mean()), "low": interval[0], "high": interval[1], "concepts": len(names)}
@@ -35,7 +35,7 @@ def recovery(
     "why", "damage"}. A single concept has no interval and is undefined too. Raises DataError if concepts differ.
     """
     names, (c, p, d) = _paired(clean, poisoned, defended)
-    damage = mean_with_interval(dict(zip(names, (c - p).tolist())), level=level, draws=draws, seed=seed)
+    damage = mean_with_interval(dict(zip(names, (c - p).tolist(), strict=True)), level=level, draws=draws, seed=seed)
     if damage["low"] is None:
         return {"status": "undefined", "why": "one concept has no interval; at least 2 are needed", "damage": damage}
     if damage["low"] <= 0 <= damage["high"]:
@@ -65,11 +65,11 @@ def clean_cost(
     """mean_with_interval of what the defense takes away where there is no poison; positive is a loss."""
     names, (c, d) = _paired(clean, defended_clean)
     lost = (c - d) if higher_is_better else (d - c)
-    return mean_with_interval(dict(zip(names, lost.tolist())), level=level, draws=draws, seed=seed)
+    return mean_with_interval(dict(zip(names, lost.tolist(), strict=True)), level=level, draws=draws, seed=seed)
 
 
 def by_group(values: Values, groups: Mapping[str, str | None]) -> dict[str, Values]:
-    """The values of "all" concepts and of each named group, such as "id" and "od". A group without values is left out."""
+    """The values of "all" concepts and of each named group, such as "id" and "od"; no group without values."""
     out: dict[str, Values] = {"all": values}
     for group in sorted({g for name, g in groups.items() if g is not None and name in values}):
         out[group] = {name: v for name, v in values.items() if groups.get(name) == group}

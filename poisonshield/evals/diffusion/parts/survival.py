@@ -88,7 +88,7 @@ class Poisoned(Record):
 
 
 class Report(Record):
-    """Poisons under the same purifiers. edges: where bands begin, in cycles a pixel; model: of purifiers that use one."""
+    """Poisons under the same purifiers. edges: where bands begin, in cycles a pixel; model: of purifiers with one."""
 
     format: str = FORMAT
     clean: str
@@ -150,7 +150,7 @@ def measure(
     share, bands = survival(clean, poisoned, purified, purified_clean, edges=edges)
     return Picture(
         key=key,
-        size=tuple(clean.shape[1:]),
+        size=(clean.shape[1], clean.shape[2]),
         max_levels=int((poisoned.int() - clean.int()).abs().max()),
         psnr_poisoned=_decibels(poisoned, clean),
         psnr_purified=_decibels(purified, clean),

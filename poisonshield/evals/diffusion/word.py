@@ -1,13 +1,24 @@
 """Where a learned word lies: beside the word that clean training gave, and among the vocabulary."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from poisonshield.errors import ShapeError
+from poisonshield.evals.diffusion.base import LearnedWord, WordEvaluation
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
+
+
+class Word(WordEvaluation):
+    """Where the word's vectors lie among the vocabulary."""
+
+    name = "word"
+
+    def __call__(self, subject: LearnedWord) -> dict[str, Any]:
+        """No numbers, but lists under "word" with an entry for each vector: see word_report."""
+        return {"word": word_report(subject.rows, subject.model)}
 
 
 def word_report(vectors: Tensor, model: LatentDiffusion, *, nearest: int = 5) -> dict[str, Any]:
@@ -45,14 +56,15 @@ def vocabulary(model: LatentDiffusion) -> tuple[list[str], Tensor]:
 
     What is only the beginning of words, to this tokenizer, ends in "-".
     """
-    table = model.text_encoder.get_input_embeddings().weight[: model.vocabulary].detach().double().cpu()
-    names = {i: word for word, i in model.tokenizer.get_vocab().items() if i < model.vocabulary}
-    special = set(model.tokenizer.all_special_ids)
-    kept = [i for i in sorted(names) if i not in special]
-    return [n.removesuffix("</w>") if n.endswith("</w>") else f"{n}-" for n in map(names.get, kept)], table[kept]
+    encoder, tokenizer = cast(Any, model.text_encoder), cast(Any, model.tokenizer)
+    table = encoder.get_input_embeddings().weight[: model.vocabulary].detach().double().cpu()
+    names: dict[int, str] = {i: word for word, i in tokenizer.get_vocab().items() if i < model.vocabulary}
+    kept = sorted(names.keys() - set(tokenizer.all_special_ids))
+    words = (names[i] for i in kept)
+    return [w.removesuffix("</w>") if w.endswith("</w>") else f"{w}-" for w in words], table[kept]
 
 
 def _nearest(vector: Tensor, words: Sequence[str], table: Tensor, *, count: int) -> list[list[str | float]]:
     cosines = F.cosine_similarity(table, vector[None], dim=1)
     best = cosines.topk(min(count, len(words)))
-    return [[words[i], float(c)] for c, i in zip(best.values, best.indices.tolist())]
+    return [[words[i], float(c)] for c, i in zip(best.values, best.indices.tolist(), strict=True)]
