@@ -20,7 +20,7 @@ from poisonshield.defenses.base import Defense
 from poisonshield.errors import DataError
 from poisonshield.evals.diffusion import EVALUATIONS
 from poisonshield.evals.diffusion.base import LearnedWord
-from poisonshield.evals.parts import numbers
+from poisonshield.evals.parts.numbers import measure as evaluate
 from poisonshield.invert_config import RENDERED, InvertRun, start_word
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.diffusion.pipeline import TINY
@@ -32,13 +32,9 @@ _REFERENCE_SEED = 2  # of renders that neither a pipeline nor a word was trained
 
 def measure(run: InvertRun, method: TextualInversion, clean: Concept, pictures: dict[str, Tensor]) -> dict[str, Any]:
     """A row's numbers by every evaluation that the run asks for, to four digits, and their details."""
-    subject = word_of(run, method, clean, pictures)
-    measured = numbers.measure(subject, run.settings.evaluate, EVALUATIONS)
-    known = numbers.values_of(measured, EVALUATIONS)
-    row: dict[str, Any] = {key: None if value is None else float(f"{value:.4g}") for key, value in known.items()}
-    for block in numbers.details_of(measured, EVALUATIONS).values():
-        row |= block
-    return row
+    measured = evaluate(word_of(run, method, clean, pictures), run.settings.evaluate, EVALUATIONS)
+    given = {key: value for block in measured.values() if block is not None for key, value in block.items()}
+    return {key: float(f"{value:.4g}") if isinstance(value, (int, float)) else value for key, value in given.items()}
 
 
 def word_of(run: InvertRun, method: TextualInversion, clean: Concept, pictures: dict[str, Tensor]) -> LearnedWord:

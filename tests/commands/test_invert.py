@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from poisonshield.build_diffusion import for_training, load_model, open_concepts
 from poisonshield.cli import app
 from poisonshield.commands import demo_szt
-from poisonshield.commands.evaluate import evaluate
+from poisonshield.commands.evaluate import evaluate, told
 from poisonshield.commands.invert import invert
 from poisonshield.commands.reading import references
 from poisonshield.commands.train import train
@@ -111,6 +111,15 @@ def test_evaluate_prints_a_line_for_each_concept(settings):
     assert out.count("\n| purple_star | od |") == out.count("\n| yellow_ring | od |") == 1
 
 
+def test_evaluations_of_words_may_be_switched_and_old_settings_are_told_their_names(settings):
+    folder = invert(CONFIG, settings)
+    (row,) = evaluate(folder, ["evaluate.word=null", "evaluate.networks.folders={clip: nowhere}"])
+    assert "word" not in row and row["clip_i"] is None and row["networks"]["clip_i"]["status"] == "unavailable"
+    assert told([row]).endswith(" |  |")  # no nearest words
+    with pytest.raises(ConfigError, match="generate: features is called evaluate.networks.folders now"):
+        evaluate(folder, ["generate.features={clip: nowhere}"])
+
+
 def test_masks_of_a_reference_measure_those_that_szt_makes_and_change_nothing(tmp_path, settings):
     made = ["defenses=[{name: szt, mask: box}]", f"run.dir={json.dumps(str(tmp_path / 'made'))}"]
     plain, measured = (
@@ -138,7 +147,7 @@ def test_a_picture_left_out_is_not_learned_from_and_alone_compared_with(tmp_path
     ]  # fmt: skip
     folder = invert(CONFIG, given)
     (row,) = json.loads((folder / "results.json").read_text())
-    assert row["left_out"] == 2 and "feature_distance" not in row and -1 <= row["latent_cosine"] <= 1
+    assert row["left_out"] == 2 and row["feature_distance"] is None and -1 <= row["latent_cosine"] <= 1
     run = read_invert(CONFIG, given)
     whole = open_concepts(run, load_model(run.settings.model))
     (rest,) = for_training(run, whole)

@@ -119,7 +119,7 @@ def test_joint_run_is_probed_from_its_folder(tmp_path):
     with pytest.raises(ConfigError, match=r"model.stem_stride 2 \(here 1\)"):
         build_method(read_run(probe, [*asked, "model.stem_stride=1"]), 10)
     shutil.rmtree(first)  # a finished probe has its weights, and needs that run no more
-    assert evaluate(second)["test_top1"] == pytest.approx(
+    assert evaluate(second)["classifier"]["test_top1"] == pytest.approx(
         json.loads((second / "results.json").read_text())[-1]["test_top1"], abs=0.005
     )
 
