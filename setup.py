@@ -4,7 +4,7 @@ POISONSHIELD_BUILD_CUDA decides about the compiled CUDA operators in csrc: `auto
 be imported and an nvcc of its CUDA version is found, and otherwise installs the pure package; `0` never; `1` builds or
 fails. A GPU is not needed. The reason for a pure package is kept for `poisonshield doctor`. Building needs
 `pip install --no-build-isolation`, since torch is not fetched a second time for it. TORCH_CUDA_ARCH_LIST overrides
-9.0+PTX.
+9.0+PTX. Either way the shipped configs go into the package: configs/ becomes poisonshield/configs.
 """
 
 import os
@@ -15,13 +15,39 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 REASON = ROOT / "poisonshield" / "_no_cuda.txt"
 
 
 class CannotBuild(Exception):
-    pass
+    """Why the CUDA operators cannot be built here, and the way out."""
+
+
+class BuildWithConfigs(build_py):
+    """Copies configs/ into the package. In a checkout and an editable install they stay where they are."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for target, source in self.configs().items():
+                self.mkpath(str(Path(target).parent))
+                self.copy_file(source, target)
+
+    def configs(self):
+        """Built file -> file of the checkout, relative to it."""
+        folder = Path(self.build_lib, "poisonshield")
+        return {str(folder / p): str(p) for p in sorted(Path("configs").glob("**/*")) if p.is_file()}
+
+    def get_outputs(self, include_bytecode=True):
+        """All files that are built."""
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, *self.configs()]
+
+    def get_output_mapping(self):
+        """The same with their sources, which a strict editable install links."""
+        return {**super().get_output_mapping(), **self.configs()}
 
 
 def toolkit():
@@ -66,10 +92,9 @@ def extension():
         extra_compile_args={"cxx": ["-O2", "-std=c++20", *stable], "nvcc": ["-O3", "-std=c++20", *stable]},
         py_limited_api=True,
     )
-    build_ext = cpp_extension.BuildExtension
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": build_ext},
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -110,4 +135,6 @@ def choice():
         return {}
 
 
-setup(**choice())
+arguments = choice()
+arguments["cmdclass"] = {"build_py": BuildWithConfigs, **arguments.get("cmdclass", {})}
+setup(**arguments)

@@ -1,3 +1,3 @@
-"""poisonshield: train safely on data that may be poisoned, and forge such data to test that you do."""
+"""poisonshield: train safely on data that may be poisoned, and poison such data to test that you do."""
 
 __version__ = "0.1.0"

@@ -15,10 +15,13 @@ class Batch:
     """Some samples of one epoch, known by key. What is absent is None, never fake.
 
     x [B, 3, H, W] float32 in [0, 1]; views a tuple of such (sizes may differ); y int64 [B];
-    mask [B, 1, H, W] in [0, 1], how much each pixel belongs to the concept; t_range [first, end) of diffusion timesteps.
-    captions: a text each.
+    mask [B, 1, H, W] in [0, 1], how much each pixel belongs to the concept; t_range [first, end) of
+    diffusion timesteps; captions: a text each.
     rank_sizes: how many samples of this global batch each rank holds; None when there is one rank. It travels with
     the batch because every rank knows it from the plan, so that no loss has to ask the others.
+    epoch: how many times the whole data set came before. draw: random numbers are drawn anew for each draw, and are the
+    same within one: a shard stream shows a sample once an epoch and counts epochs, a concept stream may show a picture
+    in every step and counts steps. Whoever makes batches that come again sets it.
     """
 
     keys: tuple[str, ...]
@@ -30,6 +33,7 @@ class Batch:
     captions: tuple[str, ...] | None = None
     rank_sizes: tuple[int, ...] | None = None
     epoch: int = 0
+    draw: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -48,8 +52,8 @@ class Batch:
         return self.replace(x=move(self.x), y=move(self.y), mask=move(self.mask), views=views)
 
     def random(self, seed: int, device: torch.device | None = None) -> KeyedRandom:
-        """Random numbers that depend on (seed, epoch, key) only: not on batch position, size or rank."""
-        rng = KeyedRandom(seed, sample_ids(self.keys), self.epoch)
+        """Random numbers that depend on (seed, draw, key) only: not on batch position, size or rank."""
+        rng = KeyedRandom(seed, sample_ids(self.keys), self.draw)
         return rng if device is None else rng.to(device)
 
 

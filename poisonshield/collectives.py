@@ -27,7 +27,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _alone() -> bool:
+def _is_alone() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
@@ -102,18 +102,18 @@ def gather(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """
     if sizes is not None and (len(sizes) != world_size() or len(x) != sizes[rank()]):
         raise ShapeError(f"gather got {len(x)} rows on rank {rank()} of {world_size()}; the sizes are {tuple(sizes)}.")
-    if _alone():
+    if _is_alone():
         return x
     if sizes is None or len(set(sizes)) == 1:
         return _Gather.apply(x)
     longest = max(sizes)
     padded = torch.cat([x, x.new_zeros((longest - len(x), *x.shape[1:]))])
     blocks = _Gather.apply(padded).split(longest)
-    return torch.cat([block[:size] for block, size in zip(blocks, sizes)])
+    return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
 
 def mean(per_sample: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """This rank's share of the global mean of per_sample [sizes[rank()]], times W, so that the ranks' mean is the global.
+    """This rank's share of the global mean of per_sample [sizes[rank()]], times W: the ranks' mean is the global one.
 
     Nothing is sent. With equal sizes it is the plain mean; with unequal ones no rank's samples weigh more than others'.
     """
@@ -124,7 +124,7 @@ def mean(per_sample: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over ranks, same shape, with gradient. Not in place."""
-    return x if _alone() else _AllReduceSum.apply(x)
+    return x if _is_alone() else _AllReduceSum.apply(x)
 
 
 @torch.no_grad()
@@ -133,37 +133,37 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not values:
         return {}
     packed = torch.stack([v.detach().to(torch.float32).reshape(()) for v in values.values()])
-    if not _alone():
+    if not _is_alone():
         dist.all_reduce(packed)
         packed /= world_size()
-    return dict(zip(values, packed.unbind()))
+    return dict(zip(values, packed.unbind(), strict=True))
 
 
-def _message_device() -> torch.device:
+def _choose_message_device() -> torch.device:
     """Where small messages must live: NCCL sends from the current GPU only, gloo from memory."""
-    on_gpu = not _alone() and "nccl" in dist.get_backend()
+    on_gpu = not _is_alone() and "nccl" in dist.get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 @torch.no_grad()
 def any_rank(flag: Tensor | bool, *, patient: bool = False) -> Tensor:
-    """True where any rank says true, bool of the shape of `flag`. All ranks must call; reading it waits for the device.
+    """True where any rank says true, bool of the shape of `flag`. All ranks must call; reading waits for the device.
 
     patient: others may come later than the process group's timeout allows, days later.
     """
     flag = torch.as_tensor(flag)
-    if _alone():
+    if _is_alone():
         return flag.bool()
-    device = torch.device("cpu") if patient else _message_device()
+    device = torch.device("cpu") if patient else _choose_message_device()
     votes = flag.to(device=device, dtype=torch.int32, copy=True)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_patient_group() if patient else None)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_get_patient_group() if patient else None)
     return votes.bool()
 
 
 _patient: dict[Any, Any] = {}  # default group -> its patient twin
 
 
-def _patient_group() -> Any:
+def _get_patient_group() -> Any:
     """A gloo group of all ranks whose members wait for days; made when first asked for, which all ranks do together."""
     whole = dist.group.WORLD
     if whole not in _patient:
@@ -174,14 +174,14 @@ def _patient_group() -> Any:
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if not _alone():
+    if not _is_alone():
         dist.barrier()
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The `value` of rank `source` on every rank. Sent pickled between our own processes: small records only."""
-    if _alone():
+    if _is_alone():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source, device=_message_device())
+    dist.broadcast_object_list(box, src=source, device=_choose_message_device())
     return box[0]

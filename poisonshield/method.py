@@ -6,13 +6,13 @@ these contracts; nobody asks for its class.
 """
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.zone import Zone
-from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.models.diffusion.pipeline import LatentDiffusion, Placeholder
 
 
 class Method(nn.Module):
@@ -76,12 +76,25 @@ class SSLMethod(Method):
 class DiffusionMethod(Method):
     """A way to learn words for a frozen diffusion pipeline.
 
+    Built as `SomeMethod(config, model=model, tokens={concept: placeholder}, seed=seed, samples=samples of a concept in a
+    step)`. placeholders: concept -> its place in the vocabulary. vectors: what is learned, all concepts' together.
     zone, t_sampler: where the loss counts and how timesteps are drawn; a defense sets them.
     """
 
     trains_words = True
     zone: Zone | None = None
     t_sampler: str = "uniform"
+    vectors: nn.Parameter
+    placeholders: dict[str, Placeholder]
+
+    @classmethod
+    def check(cls, config: Any, *, zero_stage: int) -> None:
+        """Raise ConfigError for settings that do not work where the optimiser's state is sharded so."""
+
+    @classmethod
+    def start_word(cls, config: Any, concept: str | None = None) -> str | None:
+        """The word that learning of a concept (None: of any) starts from; None where it starts from numbers."""
+        return None
 
     @property
     @abstractmethod
@@ -89,5 +102,5 @@ class DiffusionMethod(Method):
         """The frozen pipeline."""
 
     @abstractmethod
-    def start_words(self) -> tuple[str | None, ...]:
-        """The word that each concept's learning starts from, in order; None where it starts from numbers."""
+    def rows(self, name: str) -> Tensor:
+        """The vectors [k, d] of a concept."""

@@ -20,6 +20,11 @@ def suggest(word: str, known: list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
+def with_article(noun: str) -> str:
+    """'a poison', 'an attack'."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 class Registry:
     """The classes of one folder, e.g. `Registry("poisonshield.poisons", kind="poison")`."""
 
@@ -39,7 +44,8 @@ class Registry:
         """The class called `name`. Raises ConfigError with the nearest name."""
         if not isinstance(name, str) or name not in self.names():
             raise ConfigError(
-                f"{name!r} is not a {self.kind}.{suggest(str(name), self.names())}  Known: {', '.join(self.names())}"
+                f"{name!r} is not {with_article(self.kind)}.{suggest(str(name), self.names())}  "
+                f"Known: {', '.join(self.names())}"
             )
         module = importlib.import_module(f"{self.package}.{name}")
         found = [
@@ -49,6 +55,7 @@ class Registry:
         ]
         if len(found) != 1:
             raise ConfigError(
-                f"{module.__file__} must define one class with name = {name!r} to be a {self.kind}; it has {len(found)}."
+                f"{module.__file__} must define one class with name = {name!r} to be {with_article(self.kind)}; "
+                f"it has {len(found)}."
             )
         return found[0]

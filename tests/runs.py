@@ -6,20 +6,22 @@ from pathlib import Path
 
 from torch import nn
 
-from poisonshield.build import build_method, build_stream, build_training_set, open_data, read_run, spread_batch_norm
 from poisonshield.engine.processes import processes
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import Classify, build_method, build_stream, spread_batch_norm
+from poisonshield.runs.parts.image_data import build_training_set, open_data
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MINI = str(CONFIGS / "defend" / "vespr_cifar10_mini.yaml")
-SSL_METHODS = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "dino", "mec")
+SSL_METHODS = tuple(n for n in Classify.methods.names() if not Classify.methods.get(n).has_classifier)
 
 
 @functools.cache
 def opened(config=MINI, *overrides):
     """The data of every run of a config, and its training set."""
-    run = read_run(config, ["method.name=simclr", "run.dir=unused", *overrides])
+    run = read_experiment(config, ["method.name=simclr", "run.dir=unused", *overrides])
     data = open_data(run)
     return data, build_training_set(run, data)
 
@@ -39,7 +41,7 @@ def fit(folder, overrides, *, config=MINI, data=None, change=lambda method: meth
 
     data: what `opened` gives, where it is not the config's own.
     """
-    run = read_run(config, [*overrides, f"run.dir={folder}"])
+    run = read_experiment(config, [*overrides, f"run.dir={folder}"])
     data, training = data or opened(config)
     with processes(run.settings.engine, seed=run.seed) as device:
         method = spread_batch_norm(run, change(build_method(run, data.num_classes)), device)

@@ -53,6 +53,16 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path):
     assert f"{path}:3: inner.sise is not a setting of inner. Did you mean size?  Settings: size" in str(err.value)
 
 
+class Absent(Settings):
+    inner: Inner | None = None
+
+
+def test_unknown_key_of_a_block_that_may_be_null_names_the_nearest_too(tmp_path):
+    path = write(tmp_path, "a.yaml", "inner:\n  sise: 2\n")
+    with pytest.raises(ConfigError, match=r"inner.sise is not a setting of inner. Did you mean size\?  Settings: size"):
+        check(load_tree(path), Absent)
+
+
 def test_all_problems_come_at_once(tmp_path):
     path = write(tmp_path, "a.yaml", "eps: 4\nsteps: many\nstep: 1\n")
     with pytest.raises(ConfigError) as err:
@@ -126,6 +136,8 @@ def test_broken_yaml_names_the_file(tmp_path):
 
 
 class FakeRegistry:
+    kind = "defense"
+
     class Thing:
         Config: ClassVar = Demo
 
@@ -133,8 +145,7 @@ class FakeRegistry:
         return ["vespr"]
 
     def get(self, name):
-        if name != "vespr":
-            raise ConfigError(f"{name!r} is not a defense. Did you mean vespr?")
+        assert name == "vespr"
         return self.Thing
 
 
@@ -142,7 +153,7 @@ def test_choice_picks_the_class_and_checks_its_settings(tmp_path):
     path = write(tmp_path, "a.yaml", "defenses:\n  - name: vespr\n    step: 3\n  - name: vesper\n  - {}\n")
     checker = Checker(load_tree(path))
     for i, block in enumerate(checker.tree.values["defenses"]):
-        checker.choice(FakeRegistry(), ("defenses", i), block)
+        checker.choice((FakeRegistry(),), ("defenses", i), block)
     assert len(checker.problems) == 3
     assert "a.yaml:3: defenses[0].step is not a setting of vespr. Did you mean steps?" in checker.problems[0]
     assert "a.yaml:4: defenses[1].name: 'vesper' is not a defense. Did you mean vespr?" in checker.problems[1]

@@ -8,13 +8,14 @@ from dist import run_dist
 from runs import MINI, apart, fit, logged, opened, smooth
 
 from poisonshield import collectives
-from poisonshield.build import build_method, build_stream, read_run, spread_batch_norm
 from poisonshield.engine.processes import processes
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import build_method, build_stream, spread_batch_norm
 
 # 2 ranks of 32. At lr 0.001 rounding grows less than tenfold in 20 steps; at 0.1 it does so in each of the first ones.
 SHORT = ("engine.max_steps=5", "engine.log_every_steps=1", "engine.device=cpu", "schedule.name=constant",
          "optimizer.lr=0.001", "model.widths=[8,16,16,32]", "method.hidden=64", "method.out=64")  # fmt: skip
-ATTACK = ("defenses.0.eps=4/255", "defenses.0.step_size=0.6/255", "defenses.0.steps=4")
+ATTACK = ("defenses.0.eps=4/255", "defenses.0.attack.step_size=0.6/255", "defenses.0.attack.steps=4")
 NO_ATTACK = ("defenses.0.attack_views=[]",)
 BACKENDS = {
     "plain": (),
@@ -35,7 +36,7 @@ def both(folder, overrides):
 
 def exact_losses(rank, world, lr):
     """The losses of 20 steps of the shipped network, ReLU and all, in float64, where no rounding reaches a kink."""
-    run = read_run(MINI, [*SHORT, *ATTACK, "method.hidden=64"])
+    run = read_experiment(MINI, [*SHORT, *ATTACK, "method.hidden=64"])
     data, training = opened()
     with processes(run.settings.engine, seed=run.seed) as device:
         method = spread_batch_norm(run, build_method(run, data.num_classes).double(), device).train()

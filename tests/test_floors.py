@@ -1,6 +1,7 @@
 """Arrows point down: who may import whom, as a table, and what `import poisonshield` may load."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "poisonshield"
 
 FLOORS = {
     "errors": 0, "registry": 0, "config": 0,
-    "ops": 1, "batch": 1, "collectives": 1, "random": 1,
+    "ops": 1, "batch": 1, "collectives": 1, "random": 1, "keys": 1,
     "losses": 2, "attacks": 2, "models": 2, "data": 2, "method": 2,
     "methods": 3, "defenses": 3, "poisons": 3, "evals": 3, "world": 3,
     "engine": 4,
-    "build": 5, "build_diffusion": 5, "invert_config": 5, "inversion": 5, "reports": 5,
+    "runs": 5, "api": 5, "reports": 5,
     "commands": 6, "bench": 6, "cli": 6,
 }  # fmt: skip
 
 # Same floor, and still allowed: foundations that their whole floor stands on.
 BESIDE = {
     ("config", "errors"), ("config", "registry"), ("registry", "errors"),
-    ("batch", "random"), ("ops", "random"), ("method", "losses"), ("method", "models"), ("world", "methods"), ("invert_config", "build"),
-    ("build_diffusion", "invert_config"), ("inversion", "invert_config"), ("inversion", "build_diffusion"),
-    ("cli", "commands"), ("cli", "bench"), ("bench", "commands"), ("reports", "build"), ("reports", "invert_config"),
+    ("batch", "random"), ("ops", "random"), ("method", "losses"), ("method", "models"), ("world", "methods"),
+    ("runs", "reports"), ("api", "runs"), ("api", "reports"), ("commands", "bench"), ("cli", "commands"),
 }  # fmt: skip
 
 # Heavy packages and the files that are their doors.
@@ -32,7 +32,8 @@ DOORS = {
     "deepspeed": {"engine/backends/deepspeed.py"},
     "webdataset": {"data/tars.py"},
     "timm": {"models/backbones.py"},
-    "triton": {f"ops/{room}/triton_kernels.py" for room in ("jpeg", "pgd", "diffusion")} | {"ops/trigonometry.py"},
+    "triton": {f"ops/{path.parent.name}/{path.name}" for path in PACKAGE.glob("ops/*/triton_*.py")}
+    | {"ops/trigonometry.py"},
     "diffusers": {
         "bench/diffusion.py",
         "models/diffusion/pipeline.py",
@@ -42,6 +43,10 @@ DOORS = {
     "transformers": {"models/diffusion/pipeline.py", "models/feature_networks.py", "world/small_pipeline.py"},
     "wandb": set(),
 }
+
+# Rooms whose files never import each other in a circle, and the arrows that are let off: file -> files it may import.
+ROOMS_WITHOUT_CIRCLES = {"poisons"}
+CIRCLES_ALLOWED: dict[str, set[str]] = {}
 
 
 def modules():
@@ -80,6 +85,33 @@ def upward_imports(relative, tree):
             yield f"{relative} ({FLOORS[own]}) imports {'.'.join(parts[1:])} ({FLOORS[other]})"
 
 
+def files_imported(tree, known):
+    """Those of the known files that a file imports at any depth, inside functions and for types alone too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    paths = {name.removeprefix("poisonshield.").replace(".", "/") for name in names if name.startswith("poisonshield.")}
+    return {f"{path}{end}" for path in paths for end in (".py", "/__init__.py")} & set(known)
+
+
+def import_graph():
+    """(file, files that it imports), within the rooms where arrows run one way already."""
+    trees = {name: tree for name, tree in modules() if part_of(name) in ROOMS_WITHOUT_CIRCLES}
+    return [(name, files_imported(tree, trees)) for name, tree in trees.items()]
+
+
+def first_circle(graph):
+    """The files of one circle of imports, none if arrows run one way."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as err:
+        return err.args[1]
+    return []
+
+
 def test_imports_point_down():
     wrong = [line for relative, tree in modules() for line in upward_imports(relative, tree)]
     assert not wrong, "\n".join(wrong)
@@ -97,11 +129,21 @@ def test_only_the_top_floor_and_data_itself_import_data():
     wrong = [
         relative
         for relative, tree in modules()
-        if part_of(relative)
-        not in ("data", "world", "build", "build_diffusion", "inversion", "reports", "commands", "bench", "cli")
+        if part_of(relative) not in ("data", "world", "runs", "api", "reports", "commands", "bench", "cli")
         and any(n.startswith("poisonshield.data") for n in imported(tree))
     ]
     assert not wrong
+
+
+def test_no_file_imports_itself_around_a_corner():
+    tangle = first_circle({name: arrows - CIRCLES_ALLOWED.get(name, set()) for name, arrows in import_graph()})
+    assert not tangle, " -> ".join(tangle)
+
+
+def test_a_circle_is_found_however_it_is_imported():
+    files = {"a.py": "def f():\n    import poisonshield.b", "b.py": "if TYPE_CHECKING:\n    from poisonshield import a"}
+    graph = {name: files_imported(ast.parse(text), files.keys()) for name, text in files.items()}
+    assert set(first_circle(graph)) == {"a.py", "b.py"} and not first_circle({**graph, "b.py": set()})
 
 
 def test_every_part_has_a_floor():
@@ -149,7 +191,7 @@ def test_import_takes_under_a_second_beyond_torch():
 
 def test_import_loads_no_heavy_package():
     loaded = run_python(
-        "import sys, poisonshield, poisonshield.build; print(*{m.split('.')[0] for m in sys.modules})"
+        "import sys, poisonshield, poisonshield.api; print(*{m.split('.')[0] for m in sys.modules})"
     ).split()
     assert "torch" in loaded
     assert not set(loaded) & {"triton", "deepspeed", "diffusers", "webdataset", "timm", "matplotlib"}

@@ -13,7 +13,7 @@ from poisonshield.data import ShardSet
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = [f"n{i:08d}" for i in range(100)]
 LIGHT = ["data.batch_size=4", "data.workers=0", "engine.precision=fp32", "engine.max_steps=1", "engine.device=cpu",
-         "engine.log_every_steps=1", "evaluate.robust_steps=0", "evaluate.batch_size=25"]  # fmt: skip
+         "engine.log_every_steps=1", "evaluate.robust=null", "evaluate.batch_size=25"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_poison_then_vespr_runs_on_it(imported, tmp_path):
     assert poisoned.manifest.poison["poisoned"] == 100
     assert measured["l2_max"] == pytest.approx(16 / 255 * (3 * 224 * 224) ** 0.5, rel=0.02)
     data = [f"data.train={tmp_path / 'lsp' / 'train'}", f"data.test={imported}"]
-    attack = ["defenses.0.steps=1", f"run.dir={tmp_path / 'vespr'}"]
+    attack = ["defenses.0.attack.steps=1", f"run.dir={tmp_path / 'vespr'}"]
     command(["train", ROOT / "configs/defend/vespr_in100.yaml", *data, *LIGHT, *attack])
     (row,) = json.loads((tmp_path / "vespr" / "results.json").read_text())
     assert (row["poison"], row["method"], row["defense"], row["steps"]) == ("lsp", "simclr", "vespr", 1)

@@ -9,22 +9,21 @@ from runs import CONFIGS
 from safetensors.torch import load_file
 from tiny import tiny_folder, tiny_model
 
-from poisonshield.commands.invert import invert
-from poisonshield.data.concepts import Concept, ConceptImage
-from poisonshield.defenses.diffusion.szt import SZT
-from poisonshield.errors import CheckpointError, ConfigError, DataError
-from poisonshield.inversion import (
+from poisonshield.api import train
+from poisonshield.api.words import (
     PRESETS,
-    RECIPES,
     _refuse_another_gpu,
     preset_run,
     train_many,
     train_textual_inversion,
     words,
 )
-from poisonshield.invert_config import read_invert
+from poisonshield.data.concepts import Concept, ConceptImage
+from poisonshield.defenses.diffusion.szt import SZT
+from poisonshield.errors import CheckpointError, ConfigError, DataError
 from poisonshield.models.diffusion.embeddings import Learned
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
+from poisonshield.runs import read_experiment
 from poisonshield.world.rendered import rendered_concepts
 
 NAMES = ("yellow_ring", "purple_star", "red_cross")
@@ -63,7 +62,7 @@ def start(model, name, **method):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_the_config_of_its_name(model, preset):
     """All settings but the data's place, its cut, the pipeline, and the word that one concept starts from."""
-    config = read_invert(CONFIGS / "invert" / f"{preset}.yaml").record
+    config = read_experiment(CONFIGS / "invert" / f"{preset}.yaml").record
     ours = preset_run(model, preset=preset).record
     for data in (config["data"], ours["data"]):
         del data["train"], data["crop"]
@@ -74,11 +73,6 @@ def test_a_preset_is_the_config_of_its_name(model, preset):
         del config["method"]["init"], ours["method"]["init"]
     for section in ("seed", "data", "method", "defenses", "optimizer", "schedule", "engine"):
         assert ours[section] == config[section], section
-
-
-def test_the_package_ships_the_very_files_of_configs():
-    texts = lambda folder: [(folder / f"{name}.yaml").read_text() for name in PRESETS]
-    assert texts(RECIPES) == texts(CONFIGS / "invert")
 
 
 def test_a_model_on_another_gpu_is_refused_not_moved():
@@ -109,7 +103,7 @@ def test_it_is_what_the_command_trains(tmp_path):
         "engine.max_steps=5", "data.batch_size=2", "data.count=3", "generate.count=1", "generate.steps=1", "data.masks=file",
         "defenses=[{name: szt, mask: file}]",
     ]  # fmt: skip
-    invert(str(CONFIGS / "invert" / "rendered.yaml"), overrides)
+    train(str(CONFIGS / "invert" / "rendered.yaml"), overrides)
     theirs = load_file(tmp_path / "run" / "export" / "yellow-ring" / "learned_embeds.safetensors")["<yellow-ring>"]
     (concept,) = rendered_concepts(3, seed=1, kinds=[("yellow", "ring")])
     ours = train_textual_inversion(LatentDiffusion.load(folder), concept, vectors=2, **SHORT)
@@ -255,7 +249,7 @@ def test_thirty_subjects_of_photographs_train_in_one_batch(tmp_path, dreambooth_
         f"run.dir={json.dumps(str(tmp_path / 'run'))}", "engine.device=cpu", "engine.max_steps=2", "engine.log_every_steps=1",
         "generate.count=1", "generate.steps=1",
     ]  # fmt: skip
-    folder = invert(str(CONFIGS / "invert" / "szt_dreambooth_tiny.yaml"), overrides)
+    folder = train(str(CONFIGS / "invert" / "szt_dreambooth_tiny.yaml"), overrides)
     subjects = sorted(p.name for p in dreambooth_folder.iterdir() if p.is_dir())
     assert len(subjects) == 30
     rows = json.loads((folder / "results.json").read_text())

@@ -17,7 +17,7 @@ from runs import CONFIGS, logged
 from safetensors.torch import load_file
 from tiny import tiny_folder
 
-from poisonshield.commands.invert import invert
+from poisonshield.api import train
 from poisonshield.errors import ConfigError
 
 CONFIG = str(CONFIGS / "invert" / "rendered.yaml")
@@ -61,7 +61,7 @@ def learned(folder):
 def everything(rank, world, folder, pipeline):
     """All runs, one after the other."""
     for case, backend in RUNS:
-        run = lambda over, case=case, backend=backend: invert(
+        run = lambda over, case=case, backend=backend: train(
             CONFIG, settings(f"{folder}/{case}-{backend}", pipeline, *CASES[case], *over)
         )
         in_pieces(run, BACKENDS["zero3"]) if backend == PIECES else run(BACKENDS[backend])
@@ -95,7 +95,7 @@ def pipeline(tmp_path_factory):
 def start(tmp_path_factory, pipeline):
     """The vectors that all runs begin with: those of a run at rate 0."""
     return learned(
-        invert(
+        train(
             CONFIG, settings(tmp_path_factory.mktemp("start") / "r", pipeline, "optimizer.lr=0", "engine.max_steps=1")
         )
     )
@@ -104,7 +104,7 @@ def start(tmp_path_factory, pipeline):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, pipeline):
     folder = tmp_path_factory.mktemp("alone")
-    return {name: invert(CONFIG, settings(folder / name, pipeline, *more)) for name, more in CASES.items()}
+    return {name: train(CONFIG, settings(folder / name, pipeline, *more)) for name, more in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +151,13 @@ def test_rank_0_leaves_all_that_one_process_leaves(alone, shared):
 def test_sharding_that_would_undo_a_method_s_own_moves_is_refused(tmp_path, pipeline, stage):
     sharded = ("method.keep_norm=true", "engine.backend=deepspeed", f"engine.zero_stage={stage}")
     with pytest.raises(ConfigError, match=f"engine.zero_stage {stage} would put them back. Set zero_stage: 0"):
-        invert(CONFIG, settings(tmp_path / "r", pipeline, *sharded))
+        train(CONFIG, settings(tmp_path / "r", pipeline, *sharded))
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, pipeline, monkeypatch):
     monkeypatch.setattr("poisonshield.collectives.world_size", lambda: 3)
     with pytest.raises(ConfigError, match="multiple of the ranks"):
-        invert(CONFIG, settings(tmp_path / "r", pipeline))
+        train(CONFIG, settings(tmp_path / "r", pipeline))
 
 
 def launch(command, folder, pipeline, *more):

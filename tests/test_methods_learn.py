@@ -11,11 +11,12 @@ import pytest
 import torch
 from runs import CONFIGS, SSL_METHODS, fit, opened
 
-from poisonshield.build import build_method, read_run
 from poisonshield.data import evaluate_batches
-from poisonshield.evals.features import Features, extract
 from poisonshield.evals.knn import knn
+from poisonshield.evals.parts.features import Features, extract
 from poisonshield.evals.spectrum import effective_rank
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import build_method
 
 BASE = str(CONFIGS / "base_cifar10_mini.yaml")
 MARGIN = 3.0  # points of k-NN accuracy; the standard error of one accuracy on 1,000 test images is 1.3
@@ -54,7 +55,7 @@ def readings(encoder, *, on_test):
 def before_and_after(name, folder, more=(), *, on_test):
     """Readings of the encoder as built and as trained, in evaluation mode both."""
     settings = overrides(name, more)
-    untrained = build_method(read_run(BASE, [*settings, f"run.dir={folder}"]), 10).encoder
+    untrained = build_method(read_experiment(BASE, [*settings, f"run.dir={folder}"]), 10).encoder
     trained = fit(folder, settings, config=BASE).method.encoder
     return readings(untrained, on_test=on_test), readings(trained, on_test=on_test)
 

@@ -15,15 +15,18 @@ from runs import MINI, SSL_METHODS, fit, logged, opened, smooth
 from test_equality import NO_ATTACK, SHORT
 
 from poisonshield import collectives
-from poisonshield.build import METHODS, build_method, build_stream, read_run, spread_batch_norm
 from poisonshield.engine.processes import processes
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import Classify, build_method, build_stream, spread_batch_norm
+
+METHODS = Classify.methods
 
 CASES = {name: (f"method.name={name}",) for name in SSL_METHODS} | {
     "byol directset": ("method.name=byol", "method.directset=0.5"),
 }
 # For methods that have them. At this momentum a target that stood still would show: by 2e-5 in 3 steps, 1e-3 in 20.
 OPTIONS = {"predictor": 32, "bottleneck": 32, "momentum": 0.5}
-ATTACK = ("defenses.0.eps=4/255", "defenses.0.step_size=1/255", "defenses.0.steps=3")
+ATTACK = ("defenses.0.eps=4/255", "defenses.0.attack.step_size=1/255", "defenses.0.attack.steps=3")
 BACKENDS = {"plain": (), "zero2": ("engine.backend=deepspeed", "engine.zero_stage=2")}
 # Gradients at the start are 1 to 20 long, but Barlow's is 300: for it 0.001 would be a training rate, at which one process
 # in float32 leaves its own float64 by 2e-5 in 4 steps.
@@ -49,7 +52,7 @@ def losses(folder, case, steps, more=()):
 
 def exact(case, steps):
     """The losses of the shipped method, ReLU and all, in float64 at a hundred times the rate, with attack."""
-    run = read_run(MINI, [*settings(case, steps, True), "run.dir=unused"])
+    run = read_experiment(MINI, [*settings(case, steps, True), "run.dir=unused"])
     data, training = opened()
     with processes(run.settings.engine, seed=run.seed) as device:
         method = spread_batch_norm(run, build_method(run, data.num_classes).double(), device).train()

@@ -9,10 +9,12 @@ import torch
 from runs import MINI, SSL_METHODS, fit, logged, opened
 from torch import nn
 
-from poisonshield.build import METHODS
 from poisonshield.data.writer import ShardWriter
 from poisonshield.engine.checkpoint import load_plain
 from poisonshield.engine.processes import seed_everything
+from poisonshield.runs.classify import Classify
+
+METHODS = Classify.methods
 
 # What each case adds to its method: all state that a method may hold is in one of them.
 EXTRAS = {
@@ -30,7 +32,7 @@ STATE = {
 COMMON = (
     "data.batch_size=8", "data.poison=null", "model.widths=[8,8,8,8]", "method.hidden=16", "method.out=12",
     "engine.max_steps=7", "engine.checkpoint_every_steps=1", "engine.keep_checkpoints=9", "engine.log_every_steps=1",
-    "engine.device=cpu", "defenses.0.steps=2", "defenses.0.step_size=4/255",
+    "engine.device=cpu", "defenses.0.attack.steps=2", "defenses.0.attack.step_size=4/255",
 )  # fmt: skip
 
 

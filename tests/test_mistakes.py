@@ -87,8 +87,8 @@ def change_member(folder, shard, ending, change):
 
 
 def test_unknown_key():
-    text = said("defenses.0.step_sise=1/255")
-    assert "defenses[0].step_sise is not a setting of vespr. Did you mean step_size?  Settings: attack_" in text
+    text = said("defenses.0.attack.step_sise=1/255")
+    assert "defenses[0].attack: step_sise is not a setting of pgd. Did you mean step_size?  Settings: random" in text
 
 
 def test_wrong_type():
@@ -156,7 +156,7 @@ def test_missing_config_file():
 def test_good_data_is_trained_on(data, tmp_path):
     _, status, text = run(
         f"data.train={data}", f"run.dir={tmp_path / 'run'}", "engine.max_steps=1", "data.batch_size=20",
-        "model.widths=[8,8,8,8]", "evaluate.robust_steps=0", ranks=1,
+        "model.widths=[8,8,8,8]", "evaluate.robust=null", ranks=1,
     )  # fmt: skip
     assert status == 0, text
     assert (tmp_path / "run" / "results.json").is_file()

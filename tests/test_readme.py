@@ -14,16 +14,23 @@ import poisonshield.defenses.diffusion.masks
 import poisonshield.poisons
 import poisonshield.poisons.diffusion
 from poisonshield import world
+from poisonshield.api import resolve_config
 from poisonshield.batch import Batch
-from poisonshield.build import DEFENSES, METHODS, POISONS, read_run
 from poisonshield.cli import app
-from poisonshield.commands.train import resolved
 from poisonshield.defenses.diffusion.szt import GIVEN, MASKS, SZT
-from poisonshield.invert_config import DIFFUSION_DEFENSES, DIFFUSION_POISONS, read_invert
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import check_budget
 from poisonshield.poisons.diffusion.attack.presets import PRESETS, SPELLINGS, resolve
 from poisonshield.poisons.release.measured import MeasuredBudget
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import Classify
+from poisonshield.runs.invert import Invert
+
+DEFENSES = Classify.defenses_from[0]
+DIFFUSION_DEFENSES = Invert.defenses_from[0]
+DIFFUSION_POISONS = Invert.poisons
+METHODS = Classify.methods
+POISONS = Classify.poisons
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "poisonshield"
@@ -86,8 +93,8 @@ def pictures():
 
 
 def test_example_poison_works_in_a_config_and_keeps_its_budget(as_file):
-    stripes = as_file(block("top", "class Stripes(Poison)"), "stripes", poisonshield.poisons)
-    run = read_run(ROOT / "configs/poison/lsp_cifar10_mini.yaml", [f"data.poison={stripes}"])
+    stripes = as_file(block("top", "class Stripes(KeyedPoison)"), "stripes", poisonshield.poisons)
+    run = read_experiment(ROOT / "configs/poison/lsp_cifar10_mini.yaml", [f"data.poison={stripes}"])
     assert run.poison_label == "stripes"
     poison = POISONS.get(stripes)(run.poison.config, num_classes=3, image_size=(8, 8), seed=0)
     x = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
@@ -101,7 +108,7 @@ def test_example_poison_works_in_a_config_and_keeps_its_budget(as_file):
 
 def test_example_diffusion_poison_works_in_a_config_and_raises_its_objective_within_its_budget(as_file):
     flat = as_file(block("top", "class Flat(DiffusionPoison)"), "flat", poisonshield.poisons.diffusion)
-    run = read_invert(ROOT / "configs/invert/szt_rendered.yaml", [f"data.poison={{name: {flat}, eps_levels: 6}}"])
+    run = read_experiment(ROOT / "configs/invert/szt_rendered.yaml", [f"data.poison={{name: {flat}, eps_levels: 6}}"])
     assert run.poison_label == "flat"
     cls, config = resolve(flat, None, {"eps_levels": 6, "steps": 12})
     poison, photos = cls(config, model=LatentDiffusion.load("tiny")), dict(zip("ab", pictures()))
@@ -114,9 +121,9 @@ def test_example_diffusion_poison_works_in_a_config_and_raises_its_objective_wit
 def test_example_purifier_works_in_a_config_alone_and_within_szt(as_file):
     halved = as_file(block("defenses", "class Halved(Defense)"), "halved", poisonshield.defenses)
     config = ROOT / "configs/invert/szt_rendered.yaml"
-    assert read_invert(config, [f"defenses=[{halved}]", "data.masks=null"]).defense_label == "halved"
+    assert read_experiment(config, [f"defenses=[{halved}]", "data.masks=null"]).defense_label == "halved"
     assert (
-        read_invert(config, [f"defenses.0.purifier={halved}"]).defense_label
+        read_experiment(config, [f"defenses.0.purifier={halved}"]).defense_label
         == "szt(halved, t500, mask, mask_floor 0.3, mask_dilate 2)"
     )
     cls, x = DEFENSES.get(halved), torch.rand(2, 3, 13, 22)
@@ -175,13 +182,13 @@ def test_every_training_command_has_settings_that_its_config_takes():
     given = [(words[2], words[3:]) for words in CALLS if words[1] in ("train", "poison") and "CONFIG" not in words]
     assert len(given) >= 6
     for config, overrides in given:
-        resolved(ROOT / config, overrides)
+        resolve_config(ROOT / config, overrides)
 
 
 @pytest.mark.parametrize(("where", "config", "settings"), NAMED)
 def test_settings_that_are_named_by_themselves_exist(where, config, settings):
     assert f"`{settings}`" in TEXTS[where]
-    resolved(ROOT / f"configs/{config}.yaml", shlex.split(settings))
+    resolve_config(ROOT / f"configs/{config}.yaml", shlex.split(settings))
 
 
 def test_every_file_that_is_named_exists():

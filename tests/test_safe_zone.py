@@ -5,14 +5,14 @@ from statistics import median
 import pytest
 import torch
 
-from poisonshield.commands.reading import judge_of
+from poisonshield.api.words import train_textual_inversion, words
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.defenses.diffusion.szt import SZT
-from poisonshield.inversion import train_textual_inversion, words
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
 from poisonshield.models.diffusion.timesteps import timestep_profile
 from poisonshield.poisons.diffusion.advdm import AdvDM
+from poisonshield.runs.parts.reading import judge_of
 from poisonshield.world.rendered import rendered_concepts
 
 pytestmark = pytest.mark.slow

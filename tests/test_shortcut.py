@@ -38,7 +38,7 @@ def build(kind, seed):
         return Supervised(Supervised.Config(), encoder=TinyEncoder(), num_classes=CLASSES)
     ssl = SimCLR(SimCLR.Config(hidden=32, out=16), encoder=TinyEncoder(), num_classes=CLASSES)
     views = {"ssl+ce": "none", "vespr": 0}[kind]
-    settings = VESPR.Config(eps=8 / 255, step_size=8 / 255, steps=1, attack_views=views)
+    settings = VESPR.Config(eps=8 / 255, attack={"steps": 1, "step_size": 8 / 255}, attack_views=views)
     return VESPR(settings, Context(seed, CLASSES)).wrap(ssl)
 
 
@@ -60,7 +60,7 @@ def accuracy(kind, seed, *, poisoned=True):
             noise = 0.05 * torch.randn((64, *x.shape[1:]), generator=draw)
             views.append((torch.roll(x[rows], shift, (2, 3)) + noise).clamp(0, 1))
         keys = tuple(str(r) for r in rows.tolist())
-        loss = method(Batch(keys, x[rows], tuple(views), y[rows], epoch=step)).loss
+        loss = method(Batch(keys, x[rows], tuple(views), y[rows], draw=step)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

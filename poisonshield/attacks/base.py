@@ -1,55 +1,124 @@
-"""The Attack contract: `attack(objective, x, budget, rng) -> x_adv`, and the guard that keeps a model still under it."""
+"""The Attack contract: `SomeAttack(config)`, then `attack(objective, x, budget, rng) -> x_adv`.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+An attack sees an objective, which gives a loss for each sample, and never a model. It names the norms that it can move
+in and the options that it takes, so that whatever it does not support is refused in words, before any work.
+"""
 
-import torch
-from torch import Tensor, nn
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from poisonshield.attacks.budgets import Budget
+from torch import Tensor
+
+from poisonshield.attacks.parts.budgets import Budget
+from poisonshield.config import Settings
+from poisonshield.errors import ConfigError
 from poisonshield.random import KeyedRandom
 
 Objective = Callable[..., Tensor]
-"""Pixels [B, 3, H, W] in [0, 1] -> the loss of each sample, [B]; attacks ascend it. Some attacks also say which rows these are."""
+"""Pixels [B, 3, H, W] in [0, 1] -> the loss of each sample, [B]; attacks ascend it.
+
+With `stop_loss` it is also told which rows of the batch these pixels are, as a second argument.
+"""
+
+Success = Callable[[Tensor], Tensor]
+"""Pixels [B, 3, H, W] -> bool [B]: which samples are where the caller wants them, such as misclassified."""
 
 
-class Attack(Protocol):
-    """Finds pixels inside the budget around x, and inside [0, 1], that raise the objective. Returns them detached."""
+class Attack(ABC):
+    """Finds pixels inside the budget around x, and inside [0, 1], that raise the objective.
 
-    def __call__(self, objective: Objective, x: Tensor, budget: Budget, rng: KeyedRandom) -> Tensor: ...
-
-
-@contextmanager
-def frozen_stats(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside (batch statistics and dropout stand still); each submodule's own mode comes back after."""
-    training = [m for module in modules for m in module.modules() if m.training]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-@contextmanager
-def batch_stats(*modules: nn.Module) -> Iterator[None]:
-    """Training mode inside (batch norm reads the attacked batch's statistics); buffers and modes come back after.
-
-    Whatever a forward moves in training mode (running statistics, centres, queues) is as before; costs one copy of
-    the buffers.
+    Built from its Config, or from the settings themselves: `PGD(config)`, `PGD(steps=5)`. A subclass has a Config and
+    fills `passes` and `ascend`.
     """
-    resting = [m for module in modules for m in module.modules() if not m.training]
-    buffers = [b for module in modules for b in module.buffers()]
-    before = [b.clone() for b in buffers]
-    for module in modules:
-        module.train()
-    try:
-        yield
-    finally:
-        for m in resting:
-            m.training = False
-        with torch.no_grad():
-            for buffer, old in zip(buffers, before, strict=True):
-                buffer.copy_(old)
+
+    name: ClassVar[str]
+    """The file's name."""
+    norms: ClassVar[tuple[str, ...]]
+    """Budgets that it can move in."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Which of `stop_loss` (at construction) and `success` (in a call) it takes."""
+    lengths: ClassVar[tuple[str, ...]] = ()
+    """Settings that are a length in pixel units of the budget's norm."""
+    compares_losses: ClassVar[bool] = False
+    """Whether each sample's own loss decides how it moves, which needs an objective that ties no samples together."""
+    Config: ClassVar[type[Settings]]
+
+    def __init__(
+        self,
+        config: Settings | None = None,
+        /,
+        *,
+        grad_scale: float = 1.0,
+        stop_loss: float | None = None,
+        **settings: Any,
+    ) -> None:
+        """grad_scale multiplies the loss before it is differentiated, for half precision.
+
+        stop_loss: samples that reach this loss are left where they are and cost nothing more; the objective is then
+        called with the rows that remain as its second argument. Raises ConfigError for an option that the attack does
+        not take, and pydantic's ValidationError for wrong settings.
+        """
+        if config is not None and not isinstance(config, self.Config):
+            kind = type(self).__name__
+            raise ConfigError(
+                f"{kind} was given {config!r}. Give a {kind}.Config, or settings by name: {kind}(key=value)."
+            )
+        if config is not None and settings:
+            raise ConfigError(
+                f"{type(self).__name__} was given a Config and {', '.join(settings)} too. Give one of them."
+            )
+        self.check(stop_loss=stop_loss)
+        self.config: Any = self.Config(**settings) if config is None else config
+        self.grad_scale, self.stop_loss = grad_scale, stop_loss
+
+    @classmethod
+    def check(cls, *, norm: str | None = None, **options: Any) -> None:
+        """Raise ConfigError for a norm, or an option that is not None, which the attack does not have."""
+        if norm is not None and norm not in cls.norms:
+            raise ConfigError(f"{cls.name} has no steps for the norm {norm}; it has them for {', '.join(cls.norms)}.")
+        for option in (name for name, value in options.items() if value is not None and name not in cls.options):
+            known = ", ".join(cls.options) or "none"
+            raise ConfigError(f"{cls.name} does not take {option} (options that it takes: {known}). Leave it out.")
+
+    def __call__(
+        self,
+        objective: Objective,
+        x: Tensor,
+        budget: Budget,
+        rng: KeyedRandom,
+        *,
+        start: Tensor | None = None,
+        success: Success | None = None,
+    ) -> Tensor:
+        """x and result [B, 3, H, W] in [0, 1]; the result is detached.
+
+        start: where the first ascent begins. It must lie inside the budget and replaces the random start; restarts stay
+        random. success: a point that it accepts is kept before any other. Raises ConfigError for a norm or an option
+        that the attack does not have.
+        """
+        self.check(norm=budget.norm, success=success)
+        return self.ascend(
+            objective, x.detach(), budget, rng, start=None if start is None else start.detach(), success=success
+        )
+
+    @classmethod
+    @abstractmethod
+    def passes(cls, config: Any) -> int:
+        """The most gradients, each a forward and a backward pass, that a call with this Config asks for."""
+
+    @abstractmethod
+    def ascend(
+        self,
+        objective: Objective,
+        x: Tensor,
+        budget: Budget,
+        rng: KeyedRandom,
+        *,
+        start: Tensor | None,
+        success: Success | None,
+    ) -> Tensor:
+        """What the attack does: `__call__` without its checks; x and start are detached."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.config)})"

@@ -49,7 +49,7 @@ def _case(norm: str, textbook: Callable[[Tensor, Tensor, Tensor], Tensor], x0: T
 
     for name in ("reference", "compiled", "triton", "cuda"):
         x = x0.clone()
-        missing = _ROOM.refusal(name, "pgd_step_", x, 0)
+        missing = _ROOM.missing(name, x.device)
 
         def run(name: str = name, x: Tensor = x) -> Tensor:
             return pgd_step_(x, grad, x0, step=step, eps=eps, norm=norm, backend=name)

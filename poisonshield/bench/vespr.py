@@ -45,7 +45,7 @@ def example(quick: bool, steps: int, heads: tuple[int, int] = HEADS[0]) -> tuple
     widths, size, side = ((8, 8, 16, 16), 6, 16) if quick else ((16, 32, 64, 128), 64, 32)
     encoder = build_encoder(BackboneConfig(name="resnet_mini", widths=widths))
     hidden, width = (32, 16) if quick else heads
-    defense = VESPR(VESPR.Config(steps=steps), Context(SEED, CLASSES))
+    defense = VESPR(VESPR.Config(attack={"steps": steps}), Context(SEED, CLASSES))
     ssl = SimCLR(SimCLR.Config(hidden=hidden, out=width), encoder=encoder, num_classes=CLASSES)
     model = defense.wrap(ssl).train()
     views = tuple(torch.rand(size, 3, side, side) for _ in range(2))
@@ -70,19 +70,19 @@ def reference_loss(model: VESPRMethod, views: list[Tensor], batch: Batch, *, ssl
 
 def reference_attack(model: VESPRMethod, batch: Batch, noise: dict[int, Tensor] | None = None) -> list[Tensor]:
     """The views after PGD on the flagged ones, at the full cost. noise: each flagged view's start, else drawn here."""
-    eps, step_size, flagged = model.config.eps, model.config.step_size, model.config.attack_views
+    eps, flagged, pgd = model.config.eps, model.config.attack_views, model.config.attack.config
     if noise is None:
         noise = {i: (2 * torch.rand_like(batch.views[i]) - 1) * eps for i in flagged}
     views = list(batch.views)
     for i in flagged:
         views[i] = (batch.views[i] + noise[i].clamp(-eps, eps)).clamp(0, 1)
     model.eval()
-    for _ in range(model.config.steps):
+    for _ in range(pgd.steps):
         leaves = [v.detach().clone().requires_grad_(i in flagged) for i, v in enumerate(views)]
         model.zero_grad()
         reference_loss(model, leaves, batch, ssl=0.0, ce=1.0).backward()
         for i in flagged:
-            moved = views[i] + step_size * leaves[i].grad.sign()
+            moved = views[i] + pgd.step_size * leaves[i].grad.sign()
             views[i] = moved.clamp(batch.views[i] - eps, batch.views[i] + eps).clamp(0, 1)
     model.zero_grad()
     model.train()
@@ -192,7 +192,8 @@ def case(model: VESPRMethod, batch: Batch) -> Case:
         return Provider(name, lambda: step(mine, optimizer, given), found)
 
     kinds = ((OURS, our_step, check), (CHANNELS_LAST, our_step, check_layout), (THEIRS, reference_step, check))
-    name = f"vespr joint step, {model.config.steps} attack steps, projector {model.method.config.hidden}-{model.method.config.out}"
+    steps, heads = model.config.attack.config.steps, model.method.config
+    name = f"vespr joint step, {steps} attack steps, projector {heads.hidden}-{heads.out}"
     return Case(name, tuple(batch.views[0].shape), 0, THEIRS, [provider(*kind) for kind in kinds])
 
 

@@ -1,21 +1,25 @@
-"""`poisonshield convert`: a learned word's file in another tool's form."""
+"""`poisonshield convert`."""
 
 from pathlib import Path
+from typing import Annotated
 
-from poisonshield.errors import ConfigError
-from poisonshield.models.diffusion.embeddings import Form, Learned, load_embedding, save_embedding
+import typer
+
+from poisonshield.commands.base import WORDS, Out
+
+GROUP = WORDS
 
 
-def convert(embedding: str | Path, out: str | Path, *, form: Form, token: str | None = None) -> Learned:
-    """Writes the word of a file in any form that is read to `out` in the form asked for, and returns it.
+def convert(
+    embedding: Annotated[Path, typer.Argument(help="The file of a learned word: .safetensors, .pt or .bin.")],
+    out: Out,
+    form: Annotated[str, typer.Option(help="diffusers or kohya (.safetensors), or a1111 (.pt).")] = "diffusers",
+    token: Annotated[
+        str | None, typer.Option(help="What to call the word, or which one of several; the file's own if none.")
+    ] = None,
+) -> None:
+    """Write a learned word in the form that another tool reads; a file that exists is kept."""
+    from poisonshield.api.convert import convert as run
 
-    token: what to call it, by default what the file says; of several words in a file, the one to take.
-    Raises ConfigError if `out` exists, or for an unknown form or an ending that is not the form's; DataError naming the
-    file that cannot be read.
-    """
-    out = Path(out)
-    if out.exists():
-        raise ConfigError(f"{out} exists already and is not overwritten. Choose another name, or remove it first.")
-    learned = load_embedding(embedding, token)
-    save_embedding(learned, out, form)
-    return learned
+    learned = run(embedding, out, form=form, token=token)
+    print(f"{out}  {learned.token}, {len(learned.vectors)} vectors of {learned.vectors.shape[1]}")

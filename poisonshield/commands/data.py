@@ -1,28 +1,39 @@
 """`poisonshield data import` and `poisonshield data verify`."""
 
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import typer
 
-from poisonshield.data.manifest import FILE_NAME, Manifest
-from poisonshield.errors import DataError
+from poisonshield.commands.base import DATA, Out, Overwrite
+
+GROUP = DATA
+app = typer.Typer(no_args_is_help=True, help="Import and check data sets (tar shards with a manifest).")
 
 
+@app.command("import")
 def import_data(
-    src: str | Path,
-    out: str | Path,
-    *,
-    size: int | None = None,
-    jpeg_quality: int | None = None,
-    class_list: str | Path | None = None,
-    pattern: str = "*",
-    skip_broken: bool = False,
-    overwrite: bool = False,
-    samples_per_shard: int = 5000,
-) -> dict[str, Manifest]:
-    """Bring images into `out` and print what was written. See data.importer.import_data for the arguments."""
+    src: Annotated[Path, typer.Argument(help="A class-folder tree, torchvision's CIFAR-10 folder, or tar shards.")],
+    out: Out,
+    size: Annotated[
+        int | None, typer.Option(help="Resize the shorter side and centre-crop to this many pixels.")
+    ] = None,
+    class_list: Annotated[
+        Path | None, typer.Option(help="File with one class folder a line: order and subset.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="Which tars, as a file name pattern.")] = "*",
+    jpeg_quality: Annotated[int | None, typer.Option(help="Write resized images as JPEG instead of PNG.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(help="Images in one tar.")] = 5000,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Drop images that do not decode, and list them in the manifest.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn images into a data set of tar shards."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     from poisonshield.data import importer
 
     manifests = importer.import_data(
@@ -52,15 +63,16 @@ def import_data(
     Console().print(table)
     if any(m.image_size is None for m in manifests.values()):
         Console().print("Image sizes differ. Training needs one size: import again with --size, e.g. --size 224.")
-    return manifests
 
 
-def verify(folder: str | Path) -> int:
-    """Check every byte and every image of a data set, or of the data sets in its subfolders; print all problems.
+@app.command("verify")
+def verify(folder: Annotated[Path, typer.Argument(help="A data set, or a folder with train/ and test/.")]) -> None:
+    """Check hashes and decode every sample; lists every problem, and ends with status 1 if there is one."""
+    from rich.console import Console
 
-    Returns how many there are. Raises DataError if the folder holds no data set.
-    """
     from poisonshield.data.check import problems
+    from poisonshield.data.manifest import FILE_NAME, Manifest
+    from poisonshield.errors import DataError
 
     root = Path(folder)
     folders = [root] if (root / FILE_NAME).exists() else sorted(p.parent for p in root.glob(f"*/{FILE_NAME}"))
@@ -82,4 +94,4 @@ def verify(folder: str | Path) -> int:
             Console().print(sound, markup=False, soft_wrap=True)
     if count:
         Console().print(f"{count} problems", style="bold red")
-    return count
+        raise typer.Exit(1)

@@ -1,157 +1,44 @@
-"""The whole story on one page: clean, poisoned, SSL+CE and VESPR, trained side by side on bundled images.
+"""`poisonshield demo`."""
 
-A 300,000-parameter network on 5,000 images, so that it takes minutes on a CPU; the numbers are this network's, and the
-report says so.
-"""
-
-import base64
-import io
-import json
-import logging
-import time
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
-import torch
+import typer
 
-from poisonshield import __version__
-from poisonshield.build import build_poison, open_data, read_run
-from poisonshield.commands.train import train
-from poisonshield.data import read_batch
-from poisonshield.reports.plots import plot_comparison
+from poisonshield.commands.base import TRAINING, Seed
 
-log = logging.getLogger(__name__)
-
-CONFIG = resources.files("poisonshield.reports") / "templates" / "demo.yaml"
-TEMPLATE = resources.files("poisonshield.reports") / "templates" / "report.html"
-
-SIMCLR = ("method.name=simclr", "method.hidden=256", "method.out=128")
-VESPR = ("defenses=[{name: vespr, eps: 8/255, step_size: 8/255, steps: 1}]",)
-NO_ATTACK = ("defenses=[{name: vespr, attack_views: []}]",)
+GROUP = TRAINING
 
 
-@dataclass(frozen=True)
-class Story:
-    """One run of the demo: its folder, how the table calls it, and what it changes in demo.yaml."""
+def demo(
+    which: Annotated[str, typer.Argument(help="vespr, szt, or both.")] = "both",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for runs, pictures and reports.")] = Path(
+        "poisonshield-demo"
+    ),
+    seed: Seed = 0,
+) -> None:
+    """What poisons do and what training brings back: classifiers and VESPR (vespr), learned words and SZT (szt).
 
-    folder: str
-    title: str
-    overrides: tuple[str, ...]
-
-
-STORIES = (
-    Story("supervised-clean", "supervised, clean data", ("data.poison=null",)),
-    Story("supervised-poisoned", "supervised, poisoned data", ()),
-    Story("ssl-ce-poisoned", "SSL + CE without attack, poisoned data", SIMCLR + NO_ATTACK),
-    Story("vespr-poisoned", "VESPR, poisoned data", SIMCLR + VESPR),
-)
-
-
-def demo(out: Path, seed: int = 0) -> list[dict]:
-    """Runs the four stories into folders under `out`; writes results.json, results.png and report.html there."""
+    Runs on bundled images and the shipped pipeline, in minutes on a CPU.
+    """
     from rich.console import Console
-
-    console = Console()
-    start = time.perf_counter()
-    rows = []
-    for i, story in enumerate(STORIES):
-        console.print(f"[bold]{i + 1} of {len(STORIES)}: {story.title}")
-        folder = train(
-            str(CONFIG), [f"seed={seed}", f"run.dir={json.dumps(str(out / story.folder))}", *story.overrides]
-        )
-        rows.append(json.loads((folder / "results.json").read_text())[-1])
-    minutes = (time.perf_counter() - start) / 60
-    titles = [s.title for s in STORIES]
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
-    plot_comparison(rows, titles, out / "results.png")
-    write_report(out, rows, titles, seed=seed, minutes=minutes)
-    _print_table(console, rows, titles)
-    console.print(summary(rows))
-    console.print(f"{minutes:.1f} minutes. Report: {out / 'report.html'}   Figures: {out / 'results.png'}")
-    return rows
-
-
-def summary(rows: list[dict]) -> str:
-    """Two sentences with this run's own numbers: the damage, and the share of it that VESPR brings back."""
-    clean, poisoned, _, vespr = (row["test_top1"] for row in rows)
-    gap = clean - poisoned
-    text = (
-        f"The poison costs supervised training {gap:.1f} points of clean-test accuracy ({clean:.1f} to {poisoned:.1f})."
-    )
-    if gap > 0:
-        text += f" VESPR, on the same poisoned images, reaches {vespr:.1f}: {100 * (vespr - poisoned) / gap:.0f} % of the loss is back."
-    return text
-
-
-def _print_table(console, rows: list[dict], titles: list[str]) -> None:  # noqa: ANN001
     from rich.table import Table
 
-    table = Table(title="Accuracy on clean test images, % (small network, 5,000 training images)")
-    for name in ("training", "classifier", "k-NN", "linear probe", "seconds"):
-        table.add_column(name, justify="left" if name == "training" else "right")
-    for row, title in zip(rows, titles, strict=True):
-        table.add_row(
-            title, *(f"{row[k]:.1f}" for k in ("test_top1", "knn_top1", "linear_top1")), f"{row['seconds']:.0f}"
-        )
-    console.print(table)
+    from poisonshield.api import demo as vespr
+    from poisonshield.api import demo_szt as szt
 
-
-def write_report(out: Path, rows: list[dict], titles: list[str], *, seed: int, minutes: float) -> Path:
-    """One self-contained HTML file: table, bars, example images with the perturbation magnified, and how to read them."""
-    import jinja2
-
-    run = read_run(str(CONFIG), [f"seed={seed}"])
-    page = jinja2.Template(TEMPLATE.read_text(), autoescape=True).render(
-        rows=list(zip(titles, rows, strict=True)),
-        summary=summary(rows),
-        poison=run.record["data"]["poison"],
-        bars=_data_uri((out / "results.png").read_bytes()),
-        examples=_data_uri(_example_sheet(run)),
-        magnification=_MAGNIFICATION,
-        seed=seed,
-        minutes=minutes,
-        version=__version__,
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-    )
-    path = out / "report.html"
-    path.write_text(page)
-    return path
-
-
-_MAGNIFICATION = 12
-
-
-def _example_sheet(run) -> bytes:  # noqa: ANN001
-    """PNG: the first image of each class, the same poisoned, and their difference magnified around grey."""
-    from matplotlib import pyplot
-
-    data = open_data(run)
-    labels = data.train.labels
-    batch = read_batch(data.train, torch.stack([(labels == k).nonzero()[0, 0] for k in range(data.num_classes)]))
-    poisoned = build_poison(run, data.train).apply(batch)
-    pictures = {
-        "clean": batch.x,
-        "poisoned": poisoned.x,
-        f"difference x {_MAGNIFICATION}": (0.5 + _MAGNIFICATION * (poisoned.x - batch.x)).clamp(0, 1),
-    }
-    figure, axes = pyplot.subplots(
-        len(pictures), data.num_classes, figsize=(data.num_classes, 3.4), constrained_layout=True
-    )
-    for line, (name, x) in zip(axes, pictures.items(), strict=True):
-        line[0].set_ylabel(name, fontsize=8)
-        for axis, image, label in zip(line, x, data.train.classes, strict=True):
-            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_xticks([], [])
-            axis.set_yticks([], [])
-            if name == "clean":
-                axis.set_title(label, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    demos = {"vespr": vespr.demo, "szt": szt.demo}
+    if which not in (*demos, "both"):
+        raise typer.BadParameter(f"{which!r} is none of vespr, szt, both.")
+    for name, run in demos.items():
+        if which in (name, "both"):
+            shown = run(out / name, seed)
+            table = Table(title=shown.title)
+            for i, column in enumerate(shown.head):
+                table.add_column(column, justify="right" if i else "left")
+            for title, cells in zip(shown.titles, shown.cells, strict=True):
+                table.add_row(title, *cells)
+            console = Console()
+            console.print(table)
+            console.print(shown.summary)
+            console.print(f"{shown.minutes:.1f} minutes. Report: {shown.report}   Figure: {shown.figure}")

@@ -1,174 +1,38 @@
-"""`poisonshield generate`: pictures from a pipeline and learned words, one PNG each, a sheet, and a record of how.
+"""`poisonshield generate`."""
 
-The starting noise belongs to (seed, prompt as it was written, number of the picture). A prompt with {} is spoken once
-for every word, so all words share its noise, and pictures of one number differ by the word alone.
-"""
+from typing import Annotated
 
-import json
-import logging
-import re
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import typer
 
-import torch
-from torch import Tensor
+from poisonshield.commands.base import WORDS, Device, Dtype, Model, Out, Overwrite, Seed, Size
 
-from poisonshield import __version__
-from poisonshield.engine.checkpoint import sha256, write_whole
-from poisonshield.engine.processes import choose_device
-from poisonshield.errors import ConfigError
-from poisonshield.models.diffusion.embeddings import load_embedding
-from poisonshield.models.diffusion.pipeline import LatentDiffusion
-from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
-from poisonshield.reports.sheets import draw_sheet, to_image
-
-log = logging.getLogger(__name__)
-
-RECORD = "generate.json"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """A row of pictures: the prompt as it was written, as it is spoken, and what is spoken below the switch."""
-
-    written: str
-    spoken: str
-    below: str | None
-
-    @property
-    def folder(self) -> str:
-        """A name for its folder, not unique by itself."""
-        return "".join(c if c.isalnum() else "_" for c in self.spoken).strip("_")[:60]
+GROUP = WORDS
 
 
 def generate(
-    pipeline: str | Path,
-    out: str | Path,
-    *,
-    embeddings: Sequence[str | Path] = (),
-    prompts: Sequence[str] = ("a photo of a {}",),
-    count: int = 8,
-    steps: int = 50,
-    guidance: float = 7.5,
-    seed: int = 42,
-    switch: int | None = None,
-    switch_word: str | None = None,
-    size: int | None = None,
-    dtype: str = "fp32",
-    device: str = "auto",
-    micro_batch: int = 16,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Writes `count` pictures of every prompt into `out` and returns the record, which generate.json holds too.
+    out: Out,
+    model: Model = "tiny",
+    embedding: Annotated[
+        list[str] | None, typer.Option(help="FILE of a learned word, or WORD=FILE to call it otherwise; repeatable.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="{} stands for each word in turn; repeatable.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    seed: Seed = 42,
+    switch: Annotated[
+        int | None, typer.Option(help="Below this timestep, --switch-word speaks in place of learned words.")
+    ] = None,
+    switch_word: Annotated[str | None, typer.Option(help="E.g. the word that learning started from.")] = None,
+    size: Size = None,
+    dtype: Dtype = "fp32",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw pictures of learned words, or of any prompt, with noise that all words share."""
+    from poisonshield.api.generate import generate as run
 
-    pipeline: a Stable Diffusion folder, or tiny. embeddings: files of learned words, each FILE or WORD=FILE to call it
-    otherwise. prompts: {} stands for each word in turn; others are spoken once, and may name a word. switch: below this
-    timestep, switch_word speaks in place of every learned word. size: pixels a side, by default the pipeline's.
-    dtype: fp32, bf16 or fp16, of the networks. Raises ConfigError, DataError; nothing is written if anything is wrong.
-    """
-    start, out = time.perf_counter(), Path(out)
-    if (out / RECORD).is_file() and not overwrite:
-        raise ConfigError(f"{out} holds pictures already. Give another folder, or --overwrite to write over them.")
-    if count < 1 or dtype not in _DTYPES:
-        raise ConfigError(f"count {count} and dtype {dtype!r}: at least 1, and one of {', '.join(_DTYPES)} are wanted.")
-    model = LatentDiffusion.load(pipeline, dtype=_DTYPES[dtype]).to(choose_device(device))
-    words, rows = add_words(model, embeddings)
-    said = spoken(prompts, [w["token"] for w in words], switch=switch, switch_word=switch_word)
-    # Every prompt is read before the first picture, so that a mistake in the last one costs no work.
-    contexts = [(model.prompts([s.spoken], rows), None if s.below is None else model.prompts([s.below])) for s in said]
-    made: dict[str, Tensor] = {}
-    entries = []
-    old = _files_of_record(out)
-    for number, (row, (context, below)) in enumerate(zip(said, contexts, strict=True)):
-        keys = [f"{row.written}/{i}" for i in range(count)]
-        x = sample(
-            model,
-            context.expand(count, -1, -1),
-            noise=start_noise(keys, latent_shape(model, size), seed=seed, device=context.device),
-            steps=steps,
-            guidance=guidance,
-            switch=None if below is None else (switch, below.expand(count, -1, -1)),
-            micro_batch=micro_batch,
-        )
-        made[f"{number}: {row.spoken}"] = x
-        files = _write(out, f"{number:02d}-{row.folder}", x)
-        entries.append({"written": row.written, "spoken": row.spoken, "below_switch": row.below, "files": files})
-        log.info("%3d/%d  %s", number + 1, len(said), row.spoken)
-    for file in old - {out / f for e in entries for f in e["files"]}:
-        file.unlink(missing_ok=True)
-    draw_sheet(out / "sheet.png", made)
-    settings = {"count": count, "steps": steps, "guidance": guidance, "seed": seed, "switch": switch, "dtype": dtype}
-    settings |= {"switch_word": switch_word, "size": x.shape[-1], "device": str(context.device)}
-    record = {
-        "version": __version__,
-        "pipeline": str(pipeline),
-        "pipeline_digest": model.digest(),
-        "words": words,
-        "prompts": entries,
-        "settings": settings,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    write_whole(out / RECORD, json.dumps(record, indent=1))
-    return record
-
-
-def add_words(model: LatentDiffusion, embeddings: Sequence[str | Path]) -> tuple[list[dict[str, Any]], Tensor | None]:
-    """Makes each file's word known to the model: what was read, in order, and all vectors [R, d], None without files."""
-    words, vectors = [], []
-    for given in embeddings:
-        token, path = None, Path(given)
-        if "=" in str(given) and not path.is_file():
-            token, _, name = str(given).partition("=")
-            path = Path(name)
-        learned = load_embedding(path, token, width=model.width)
-        placeholder = model.add_placeholder(learned.token, len(learned.vectors))
-        words.append(
-            {"token": placeholder.token, "file": str(path), "sha256": sha256(path), "vectors": placeholder.count}
-        )
-        vectors.append(learned.vectors)
-    return words, torch.cat(vectors).to(model.alphas_cumprod.device) if vectors else None
-
-
-def spoken(
-    prompts: Sequence[str], words: Sequence[str], *, switch: int | None = None, switch_word: str | None = None
-) -> list[Spoken]:
-    """The rows of pictures that prompts and words make together, prompt by prompt."""
-    if (switch is None) != (switch_word is None):
-        raise ConfigError("switch and switch_word belong together: below the timestep `switch`, `switch_word` speaks.")
-    if not prompts:
-        raise ConfigError("no prompt was given; {} stands for each learned word, as in 'a photo of a {}'.")
-    rows = []
-    for prompt in prompts:
-        if "{}" in prompt and not words:
-            raise ConfigError(f"{prompt!r} has a place for a learned word, and no embedding was given.")
-        for word in words if "{}" in prompt else (None,):
-            text = prompt if word is None else prompt.replace("{}", word)
-            below = None
-            if switch is not None:
-                # In one pass, the longest first: a word may lie within another, or within what is spoken in its place.
-                known = "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True))
-                below = re.sub(known, lambda _: switch_word, text) if known else text
-            rows.append(Spoken(prompt, text, below))
-    return rows
-
-
-def _files_of_record(out: Path) -> set[Path]:
-    """The pictures that the record in `out` names, so that none of an older run stays among the new ones."""
-    if not (out / RECORD).is_file():
-        return set()
-    record = json.loads((out / RECORD).read_text())
-    files = {out / file for entry in record["prompts"] for file in entry["files"]}
-    return {file for file in files if file.resolve().is_relative_to(out.resolve())}
-
-
-def _write(out: Path, folder: str, x: Tensor) -> list[str]:
-    """The files of a row's pictures, by their paths from `out`."""
-    (out / folder).mkdir(parents=True, exist_ok=True)
-    files = [f"{folder}/{i:03d}.png" for i in range(len(x))]
-    for file, picture in zip(files, x, strict=True):
-        to_image(picture).save(out / file)
-    return files
+    run(model, out, embeddings=embedding or [], prompts=prompt or ["a photo of a {}"], count=count, steps=steps,
+        guidance=guidance, seed=seed, switch=switch, switch_word=switch_word, size=size, dtype=dtype, device=device,
+        overwrite=overwrite)  # fmt: skip
+    print(out / "sheet.png")

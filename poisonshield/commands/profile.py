@@ -1,139 +1,33 @@
-"""`poisonshield profile`: at which timesteps a word is learned and a poison bends its gradient, and where to start."""
+"""`poisonshield profile`."""
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
-from torch import Tensor
+import typer
 
-from poisonshield.batch import Batch
-from poisonshield.commands.sensitivity import add_learned, filled, load_pictures, matching
-from poisonshield.defenses.purify.named import build_purifier, purifier_block
-from poisonshield.engine.checkpoint import write_whole
-from poisonshield.engine.processes import choose_device
-from poisonshield.models.diffusion.pipeline import LatentDiffusion
-from poisonshield.models.diffusion.timesteps import Profile, choose_t_min, timestep_profile
+from poisonshield.commands.base import WORDS, Device, Embedding, Images, Masks, Model, Out, Prompt, Seed, Size
+
+GROUP = WORDS
 
 
 def profile(
-    pipeline: str | Path,
-    images: str | Path | Sequence[str | Path],
-    embedding: str | Path,
-    out: str | Path,
-    *,
-    reference: str | Path | Sequence[str | Path] | None = None,
-    masks: str | Path | None = None,
-    prompt: str = "a photo of a {}",
-    token: str | None = None,
-    bins: int = 20,
-    noises: int = 16,
-    seed: int = 0,
-    size: int | None = None,
-    tau: float = 0.25,
-    min_pressure: float = 0.02,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """The record of profile.json: every measure of models/diffusion/timesteps.py by bin, and with a reference the chosen t_min.
+    images: Images,
+    embedding: Embedding,
+    out: Out,
+    model: Model = "tiny",
+    reference: Annotated[
+        str | None, typer.Option(help="Folder of the same pictures clean, or a purifier such as jpeg:25.")
+    ] = None,
+    masks: Masks = None,
+    prompt: Prompt = "a photo of a {}",
+    bins: Annotated[int, typer.Option(min=1, help="Parts of the timesteps.")] = 20,
+    noises: Annotated[int, typer.Option(min=2, help="Draws of timestep and noise per picture and bin.")] = 16,
+    size: Size = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """At which timesteps a word is learned and a poison bends its gradient, and the first timestep to train from."""
+    from poisonshield.api.profile import profile as run
 
-    pipeline: a diffusers folder, or tiny. images: picture files or a folder of them. reference: the same ones clean, by
-    file name; or jpeg:QUALITY, for who has no clean ones: the pictures compressed. masks: a folder of masks by file
-    name; the loss counts there only. embedding: the word's file, where training stands; the gradient of a word that has
-    learned these pictures vanishes, so one near its start tells more. tau, min_pressure: see choose_t_min.
-    Also writes profile.png. Raises ConfigError, DataError, ShapeError.
-    """
-    out, where = Path(out), choose_device(device)
-    model = LatentDiffusion.load(pipeline).to(where)
-    rows, word = add_learned(model, embedding, token)
-    size = size or model.unet.config.sample_size * model.factor
-    pictures, ref = load_pictures(images, size=size, masks=masks), None
-    if isinstance(reference, str) and ":" in reference and not Path(reference).exists():
-        purifier = build_purifier(purifier_block(reference), seed=seed)
-        ref = purifier.before(Batch(pictures.names, pictures.x)).x
-    elif reference is not None:
-        ref = matching(pictures, load_pictures(reference, size=size), "reference").x
-    settings = {"bins": bins, "noises": noises, "seed": seed}
-    found = timestep_profile(
-        model,
-        pictures.x.to(where),
-        rows=rows,
-        prompts=filled(prompt, word),
-        ref=None if ref is None else ref.to(where),
-        mask=pictures.mask,
-        keys=pictures.names,
-        **settings,
-    )
-    t_min = None if ref is None else choose_t_min(found, tau=tau, min_pressure=min_pressure)
-    record = {"pipeline": str(pipeline), "embedding": str(embedding), "reference": _shown(reference), "prompt": prompt}
-    record |= {"size": size, **settings, "tau": tau, "min_pressure": min_pressure, "pictures": pictures.names}
-    record = _plain(record | {"t_min": t_min} | measures(found))
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "profile.json", json.dumps(record, indent=1, allow_nan=False))
-    draw_profile(out / "profile.png", found, tau=tau, t_min=t_min)
-    return record
-
-
-def measures(found: Profile) -> dict[str, Any]:
-    """Lists by bin, under the names of Profile and Moments."""
-    values: dict[str, Any] = {"edges": list(found.edges), "pressure": found.pressure}
-    for name in ("x", "ref", "difference"):
-        moments = getattr(found, name)
-        if moments is not None:
-            values[name] = {**asdict(moments), "coherence": moments.coherence, "steady": moments.steady}
-    if found.ref is not None:
-        values |= {"distance": found.distance, "corrected": found.corrected}
-        values |= {name: getattr(found, name) for name in ("cosine", "energy", "bands")}
-    return values
-
-
-def draw_profile(path: Path, found: Profile, *, tau: float, t_min: int | None) -> Path:
-    """One PNG: gradients by timestep; with a reference also how far apart they are, and the poison's energy by band."""
-    from matplotlib.figure import Figure
-
-    t, count = found.centers, 1 if found.ref is None else 3
-    figure = Figure(figsize=(4.8 * count, 3.6), layout="constrained")
-    first, *others = figure.subplots(1, count, squeeze=False)[0]
-    for name, moments in (("pictures", found.x), ("reference", found.ref)):
-        if moments is not None:
-            line = first.plot(t, moments.length, "--", label=f"{name}: one draw")[0]
-            first.plot(t, _positive(moments.steady), color=line.get_color(), label=f"{name}: what draws agree on")
-    first.set(yscale="log", title="norm of the gradient")
-    if others:
-        distance, energy = others
-        distance.plot(t, found.distance, "--", label="measured")
-        distance.plot(t, _positive(found.corrected), label="without noise")
-        distance.plot(t, found.cosine.clamp(min=1e-3), ":", label="cosine")
-        distance.axhline(tau, color="grey", linewidth=0.8)
-        distance.axvline(t_min, color="grey", linewidth=0.8)
-        distance.set(yscale="log", title=f"distance to the reference's; t_min = {t_min}")
-        for k, band in enumerate(found.bands.T):
-            energy.plot(t, _positive(band), label=f"{k}/{found.bands.shape[1]} of Nyquist and up")
-        energy.set(yscale="log", title="energy of the difference, SNR x mean square")
-    for axis in (first, *others):
-        axis.set(xlabel="timestep")
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _positive(values: Tensor) -> Tensor:
-    """For a logarithmic axis: what is not positive or not finite is left out."""
-    return torch.where((values > 0) & values.isfinite(), values, torch.full_like(values, math.nan))
-
-
-def _shown(reference: Any) -> Any:
-    return [str(p) for p in reference] if isinstance(reference, list | tuple) else reference and str(reference)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors as lists, and null for what JSON has no number for."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    record = run(model, images, embedding, out, reference=reference, masks=masks, prompt=prompt, bins=bins,
+                 noises=noises, size=size, device=device, seed=seed)  # fmt: skip
+    print(out if record["t_min"] is None else f"{out}  t_min {record['t_min']}")

@@ -1,374 +1,56 @@
-"""`poisonshield protect`: poison photographs before they are published, so that a model learns them badly.
+"""`poisonshield protect`."""
 
-A photo becomes a PNG of its own size under its own stem, with a manifest beside it that says how it was made and what
-was measured on the file. The budget is checked on the file as it was read back. Both are moved into place whole; a
-command that was stopped goes on where it was, and pictures that are done are left alone.
-"""
-
-import hashlib
-import io
-import json
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-import numpy as np
-import torch
-import yaml
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
+import typer
 
-from poisonshield.data.masks import read_mask, too_deep
-from poisonshield.engine.checkpoint import flush, write_whole
-from poisonshield.errors import ConfigError, DataError
-from poisonshield.models.diffusion.pipeline import LatentDiffusion
-from poisonshield.poisons.diffusion.attack.manifest import manifest
-from poisonshield.poisons.diffusion.attack.presets import resolve
-from poisonshield.poisons.diffusion.base import DiffusionPoison
-from poisonshield.poisons.diffusion.fsmg import FSMG
+from poisonshield.commands.base import PHOTOS, Device, Dtype, Model, Out, Overwrite, Seed
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-STATE = ".poisonshield-state"
-ENDING = ".poison.json"
-
-TINY_NOTE = (
-    "note: `tiny` is a pipeline of rendered shapes. What is made with it protects against nothing real:\n"
-    "  give --model the folder of the model that pictures are to be protected from."
-)
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A picture file, turned as its EXIF data says: pixels uint8 [3, H, W], alpha and colour profile as they are."""
-
-    path: Path
-    out: Path
-    pixels: Tensor
-    alpha: "Image.Image | None"
-    profile: bytes | None
-    sha256: str
-
-    @property
-    def key(self) -> str:
-        """What random numbers go by: the stem, whatever folder the file is in."""
-        return self.path.stem
+GROUP = PHOTOS
 
 
 def protect(
-    images: Sequence[Path],
-    out: Path,
-    *,
-    method: str | None = None,
-    preset: str | None = None,
-    eps_levels: float | None = None,
-    steps: int | None = None,
-    prompt: str | None = None,
-    settings: Sequence[str] = (),
-    model: str | Path = "tiny",
-    dtype: str = "float32",
-    device: str | None = None,
-    seed: int = 0,
-    mask: Path | None = None,
-    target: Path | None = None,
-    reference: Sequence[Path] = (),
-    class_images: Sequence[Path] = (),
-    tile: int = 512,
-    micro_batch: int = 1,
-    measure: bool = False,
-    overwrite: bool = False,
-) -> list[Path]:
-    """The PNG files written, one for each of `images` (files, or folders of them), in their order.
-
-    out: a folder, or for one picture a name that ends in .png. method and preset as in poisons/diffusion/attack/presets.py,
-    "advdm" if neither is given; eps_levels, steps, prompt and settings ("key=value") override the preset's. mask: a
-    file, or a folder with a mask of each stem. target: a picture to pull towards. reference, class_images: for methods
-    that train a surrogate. tile: larger sides are attacked in tiles, 0 never. measure: also write the objective before
-    and after into the manifest. overwrite: replace pictures that were made otherwise.
-
-    Raises ConfigError, DataError for files that are not whole 8-bit RGB or grey pictures, BudgetError, CheckpointError.
-    """
-    given = {"eps_levels": eps_levels, "steps": steps, "prompt": prompt}
-    given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
-    if tile:
-        given.setdefault("tile", tile)
-    cls, config = resolve(method or (None if preset else "advdm"), preset, given)
-    paths = pictures_in(images)
-    outs = _places(paths, out)
-    network = LatentDiffusion.load(model, dtype=_dtype(dtype)).to(_device(device))
-    if str(model) == "tiny":
-        print(TINY_NOTE)
-    extra: dict[str, Any] = {}
-    if target is not None:
-        extra["target"] = read_photo(target, target).pixels
-    for name, files in (("reference", reference), ("class_images", class_images)):
-        if files:
-            extra[name] = {p.stem: read_photo(p, p).pixels for p in _one_of_each_stem(pictures_in(files), name)}
-    if (reference or class_images) and not issubclass(cls, FSMG):
-        raise ConfigError(
-            f"{cls.name} trains no surrogate: leave reference and class images out, or take fsmg or aspl."
-        )
-    poison = cls(config, model=network, seed=seed, **extra)
-    size = len(paths) if poison.coupled else micro_batch
-    places = list(zip(paths, outs, strict=True))
-    if not poison.coupled:  # hours may lie between the first photo and the last: look at all of them before
-        for path, place in places:
-            _check(poison, read_photo(path, place), mask, overwrite=overwrite)
-    for start in range(0, len(paths), size):
-        photos = [read_photo(path, place) for path, place in places[start : start + size]]
-        masks = _masks(photos, mask)
-        _protect(poison, photos, masks, preset, micro_batch=micro_batch, measure=measure, overwrite=overwrite)
-    return outs
-
-
-def _protect(
-    poison: DiffusionPoison,
-    photos: Sequence[Photo],
-    masks: Mapping[str, Tensor] | None,
-    preset: str | None,
-    *,
-    micro_batch: int,
-    measure: bool,
-    overwrite: bool,
+    images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files, or folders of them.")],
+    out: Out,
+    method: Annotated[
+        str | None, typer.Option(help="e.g. advdm, advdm-, sds-, mist-joint, pid, aspl, adaptive-szt; advdm if none.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings of published code, e.g. mist or anti-dreambooth.")
+    ] = None,
+    eps_levels: Annotated[float | None, typer.Option(help="Radius in 8-bit levels; 8, or the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps on pixels; the method's own if none.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a victim would write.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. t_range=[500,1000].")
+    ] = None,
+    model: Model = "tiny",
+    dtype: Dtype = "fp32",
+    device: Device = "auto",
+    seed: Seed = 0,
+    mask: Annotated[Path | None, typer.Option(help="A mask file, or a folder with one of each stem.")] = None,
+    target: Annotated[Path | None, typer.Option(help="A picture to pull towards; a pattern if none.")] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="Pictures that fsmg or aspl learn the subject from.")
+    ] = None,
+    class_images: Annotated[
+        list[Path] | None, typer.Option(help="Other pictures of the class, for prior_weight.")
+    ] = None,
+    tile: Annotated[int, typer.Option(help="Larger sides are attacked in tiles of this side; 0 for never.")] = 512,
+    micro_batch: Annotated[int, typer.Option(help="Pictures of one size that are computed together.")] = 1,
+    measure: Annotated[bool, typer.Option("--measure", help="Also measure the objective before and after.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Attack some photos and write what comes out, each as soon as it is there."""
-    together = poison.identity({p.key: p.pixels for p in photos}, masks) if poison.coupled else None
-    names = {p.key: together or poison.identity({p.key: p.pixels}, masks) for p in photos}
-    done = [p for p in photos if not overwrite and _is_done(p, names[p.key])]
-    if len(done) == len(photos) or not poison.coupled:
-        for photo in done:
-            print(f"{photo.out}  is there already, made in this very way")
-        photos = [p for p in photos if p not in done]
-    by_key = {p.key: p for p in photos}
-    if not photos:
-        return
-    for folder in {p.out.parent for p in photos}:
-        folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    pixels = {p.key: p.pixels for p in photos}
-    with _progress(", ".join(by_key)) as progress:
-        run = poison.run(
-            pixels, masks=masks, micro_batch=micro_batch, state_folder=photos[0].out.parent / STATE, progress=progress
-        )
-        for key, result in run:
-            photo = by_key[key]
-            record = manifest(poison, key, photo.pixels, result, preset=preset)
-            if measure:
-                record["objective"] = _objective(poison, key, photo.pixels, result, masks)
-            _write(photo, result, {**record, "identity": names[key]}, poison)
-            m, took = record["measured"], time.perf_counter() - start
-            print(f"{photo.out}  max {m['max']}  mean {m['mean_abs']:.2f}  PSNR {_db(m['psnr_db'])}  {took:.1f} s")
+    """Poison photographs against a diffusion model: PNG of the same size, budget checked on the file, manifest beside it."""
+    from poisonshield.api.protect import TINY_NOTE
+    from poisonshield.api.protect import protect as run
 
-
-def _check(poison: DiffusionPoison, photo: Photo, mask: Path | None, *, overwrite: bool) -> None:
-    """Raises what `_protect` would when this photo's turn comes: no mask for it, or an output that was made otherwise."""
-    masks = _masks([photo], mask)
-    if photo.out.exists() and not overwrite:
-        _is_done(photo, poison.identity({photo.key: photo.pixels}, masks))
-
-
-def _objective(
-    poison: DiffusionPoison, key: str, source: Tensor, result: Tensor, masks: Mapping[str, Tensor] | None
-) -> dict[str, float]:
-    clean = {key: source}
-    before, after = (poison.measure({key: x}, clean=clean, masks=masks, micro_batch=1)[key] for x in (source, result))
-    return {"before": before, "after": after, "draws": 32}
-
-
-def _write(photo: Photo, result: Tensor, record: dict[str, Any], poison: DiffusionPoison) -> None:
-    """The PNG and its manifest in place, after the file was read back: same pixels, budget kept."""
-    draft = photo.out.with_name(f".{photo.out.name}.tmp")
-    try:
-        _image(result, photo.alpha).save(draft, format="PNG", icc_profile=photo.profile)
-        stored = read_photo(draft, photo.out, format="PNG")
-        record = {**record, **manifest(poison, photo.key, photo.pixels, stored.pixels, preset=record["preset"])}
-        kept = photo.alpha is None if stored.alpha is None else photo.alpha is not None
-        if not torch.equal(stored.pixels, result) or not kept or (kept and not _equal(stored.alpha, photo.alpha)):
-            raise DataError(f"{draft} does not hold what was written to it. Look at the disk and repeat the command.")
-        record["source"] = {"file": photo.path.name, "sha256": photo.sha256}
-        record["png_sha256"] = stored.sha256
-        flush(draft)
-        # The manifest first: one without its picture is merely redone; a picture without one could be anybody's.
-        write_whole(manifest_of(photo.out), json.dumps(record, indent=1) + "\n")
-        os.replace(draft, photo.out)
-        flush(photo.out.parent)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def manifest_of(png: Path) -> Path:
-    """Where the manifest of a protected picture lies."""
-    return png.with_name(f"{png.stem}{ENDING}")
-
-
-def _is_done(photo: Photo, name: str) -> bool:
-    """Whether the output is there, whole, and made in the very same way. Raises ConfigError if it is something else."""
-    if not photo.out.exists():
-        return False
-    try:
-        record = json.loads(manifest_of(photo.out).read_text())
-        if record["identity"] == name and record["png_sha256"] == hashlib.sha256(photo.out.read_bytes()).hexdigest():
-            return True
-    except (OSError, ValueError, KeyError):
-        pass
-    raise ConfigError(f"{photo.out} exists and was made otherwise. Choose another folder, or give --overwrite.")
-
-
-def read_photo(path: Path, out: Path, *, format: str | None = None) -> Photo:
-    """A JPEG, PNG or WebP file. Raises DataError for other files, animations, CMYK, and more than 8 bits a channel."""
-    from PIL import Image, ImageOps
-
-    data = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"] if format is None else [format]) as file:
-            frames, kind = getattr(file, "n_frames", 1), file.format
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        raise DataError(f"{path} cannot be read as a JPEG, PNG or WebP picture ({err}).") from err
-    if frames > 1 and kind != "MPO":  # phones write JPEGs with further pictures in them
-        raise DataError(f"{path} is an animation of {frames} frames; give its frames one by one.")
-    if too_deep(data, image):
-        raise DataError(f"{path} has more than 8 bits a channel. Convert it to 8 bits first: radii are of 256 levels.")
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        raise DataError(f"{path} is {image.mode}. Convert it to RGB first, since that changes its colours.")
-    # A grey profile does not fit the RGB that is written.
-    alpha, profile = None, image.info.get("icc_profile") if image.mode not in ("1", "L", "LA") else None
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        alpha, image = rgba.getchannel("A"), rgba
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    return Photo(path, out, pixels, alpha, profile, hashlib.sha256(data).hexdigest())
-
-
-def pictures_in(given: Sequence[Path]) -> list[Path]:
-    """The files given, and those of folders, sorted. Raises DataError if there is none, or a name is no picture's."""
-    found: list[Path] = []
-    for path in map(Path, given):
-        if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS and not p.name.startswith("."))
-        elif not path.is_file():
-            raise DataError(f"{path} does not exist. Give picture files, or folders of them.")
-        elif path.suffix.lower() not in FORMATS:
-            raise DataError(f"{path} is none of {', '.join(FORMATS)}. Convert it first.")
-        else:
-            found.append(path)
-    if not found:
-        raise DataError(
-            f"no pictures in {', '.join(map(str, given)) or 'an empty list'}. Give files or folders of them."
-        )
-    return found
-
-
-def _one_of_each_stem(paths: Sequence[Path], what: str) -> Sequence[Path]:
-    """The paths. Raises ConfigError for two of one stem, by which pictures are known."""
-    by_stem: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in by_stem:
-            raise ConfigError(
-                f"{what}: {by_stem[path.stem]} and {path} are both called {path.stem}. Rename one of them."
-            )
-        by_stem[path.stem] = path
-    return paths
-
-
-def _places(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Where each picture goes. Raises ConfigError for other formats than PNG and for places that clash."""
-    suffix = out.suffix.lower()
-    if suffix in (".jpg", ".jpeg"):
-        raise ConfigError(
-            f"{out}: a JPEG would undo the protection, since lossy compression is a defense against it.\n"
-            "  Give a folder or a name that ends in .png, and do not convert the result."
-        )
-    if suffix in (".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"):
-        raise ConfigError(f"{out}: PNG is what is written. Give a folder or a name that ends in .png.")
-    if suffix == ".png" and not out.is_dir():
-        if len(paths) > 1:
-            raise ConfigError(f"{out} is one file, and {len(paths)} pictures were given. Give a folder.")
-        outs = [out]
-    else:
-        outs = [out / f"{p.stem}.png" for p in paths]
-    by_place: dict[Path, Path] = {}
-    for path, place in zip(paths, outs, strict=True):
-        if place in by_place:
-            raise ConfigError(f"{by_place[place]} and {path} would both become {place}. Rename one of them.")
-        by_place[place] = path
-        if place.resolve() == path.resolve():
-            raise ConfigError(f"{place} is the picture itself. Give another folder: the original is needed to measure.")
-    return outs
-
-
-def _masks(photos: Sequence[Photo], given: Path | None) -> dict[str, Tensor] | None:
-    """[1, H, W] in [0, 1] by key, from a file for all or a folder with `<stem>.png` or `<stem>.mask.png`."""
-    if given is None:
-        return None
-    masks = {}
-    for photo in photos:
-        names = [given] if not given.is_dir() else [given / f"{photo.key}.png", given / f"{photo.key}.mask.png"]
-        path = next((p for p in names if p.is_file()), None)
-        if path is None:
-            raise DataError(f"{photo.path.name} has no mask: {' and '.join(map(str, names))} are missing.")
-        height, width = photo.pixels.shape[1:]
-        grey = read_mask(path.read_bytes(), name=str(path), size=(width, height))
-        masks[photo.key] = torch.from_numpy(np.array(grey))[None].float() / 255
-    return masks
-
-
-def _settings(overrides: Sequence[str]) -> dict[str, Any]:
-    out = {}
-    for text in overrides:
-        name, equals, raw = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{text!r} is not a setting. Write name=value, for example t_range=[500,1000].")
-        try:
-            out[name] = yaml.safe_load(raw)
-        except yaml.YAMLError as err:
-            raise ConfigError(f"{text!r}: the value is not valid YAML: {err}") from err
-    return out
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise ConfigError(f"dtype {name!r} is unknown. Known: {', '.join(known)}; float16 overflows in some VAEs.")
-    return known[name]
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _image(pixels: Tensor, alpha: "Image.Image | None") -> "Image.Image":
-    from PIL import Image
-
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    if alpha is not None:
-        image.putalpha(alpha)
-    return image
-
-
-def _equal(a: "Image.Image | None", b: "Image.Image | None") -> bool:
-    return a is b if a is None or b is None else a.tobytes() == b.tobytes()
-
-
-def _db(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} dB"
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A bar in a terminal, and nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(what[:40], total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    if model == "tiny":
+        print(TINY_NOTE)
+    run(
+        images, out, method=method, preset=preset, eps_levels=eps_levels, steps=steps, prompt=prompt,
+        settings=setting or [], model=model, dtype=dtype, device=device, seed=seed, mask=mask, target=target,
+        reference=reference or [], class_images=class_images or [], tile=tile, micro_batch=micro_batch,
+        measure=measure, overwrite=overwrite, say=print,
+    )  # fmt: skip

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from poisonshield.config.tree import Tree
 from poisonshield.config.types import FRACTION
 from poisonshield.errors import ConfigError
-from poisonshield.registry import Registry, suggest
+from poisonshield.registry import Registry, suggest, with_article
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Choice:
     """A block with a `name:`: the class that the name picks, and its checked Config."""
 
     name: str
-    cls: type
+    cls: Any
     config: Any
 
     @property
@@ -38,7 +38,7 @@ class From:
         self.registries, self.also = registries, also
 
     def __call__(self, value: Any) -> Choice | str | None:
-        """The Choice. Raises ConfigError with every problem, and the nearest name."""
+        """The Choice. Raises ConfigError for a name, pydantic's ValidationError with every problem of its settings."""
         if isinstance(value, Choice) or (isinstance(value, str | None) and value in self.also):
             return value
         block = {"name": value} if isinstance(value, str) else value
@@ -51,7 +51,7 @@ class From:
         rest = {key: setting for key, setting in block.items() if key != "name"}
         config = checker.settings(cls.Config, (), rest, owner=block["name"])
         if config is None:
-            raise ConfigError("; ".join(problem.removeprefix("config: ") for problem in checker.problems))
+            raise ValidationError.from_exception_data(block["name"], [_inside(*told) for told in checker.told])
         return Choice(block["name"], cls, config)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -65,6 +65,18 @@ def _plain(value: Choice | str | None) -> dict[str, Any] | str | None:
     return value.block if isinstance(value, Choice) else value
 
 
+_INSIDE = "inside_choice"  # the type of a complaint that is worded already; its place is within the block
+
+
+def _inside(path: tuple, text: str) -> InitErrorDetails:
+    """A worded problem at a path within a block, for pydantic to carry to the outer Checker with its place."""
+    return {
+        "type": PydanticCustomError(_INSIDE, "{text}", {"text": text, "inner": len(path)}),
+        "loc": path,
+        "input": {},
+    }
+
+
 def pick(registries: Sequence[Registry], name: str, *, also: Sequence[str] = ()) -> Any:
     """The class of this name from the first registry that has it. Raises ConfigError with the nearest of all names.
 
@@ -74,14 +86,18 @@ def pick(registries: Sequence[Registry], name: str, *, also: Sequence[str] = ())
         if name in registry.names():
             return registry.get(name)
     known = [*also, *sorted(known for registry in registries for known in registry.names())]
-    raise ConfigError(f"{name!r} is not a {registries[0].kind}.{suggest(name, known)}  Known: {', '.join(known)}")
+    raise ConfigError(
+        f"{name!r} is not {with_article(registries[0].kind)}.{suggest(name, known)}  Known: {', '.join(known)}"
+    )
 
 
 class Checker:
     """Checks parts of a tree against Settings classes and collects every problem before raising once."""
 
     def __init__(self, tree: Tree) -> None:
-        self.tree, self.problems = tree, []
+        self.tree = tree
+        self.problems: list[str] = []
+        self.told: list[tuple[tuple, str]] = []  # the same, path and text apart
 
     def settings(self, schema: type[BaseModel], path: tuple, values: Any, *, owner: str) -> Any:
         """The schema filled with values, or None with the problems noted. owner is the name used in messages."""
@@ -92,16 +108,17 @@ class Checker:
                 self._note(schema, path, item, owner)
             return None
 
-    def choice(self, registry: Registry, path: tuple, values: Any) -> Choice | None:
+    def choice(self, registries: Sequence[Registry], path: tuple, values: Any) -> Choice | None:
         """The class and Config of a block with `name:`, or None with the problems noted."""
         label = _dotted(path)
         if isinstance(values, str):
             values = {"name": values}
         if not isinstance(values, dict) or "name" not in values:
-            self.problem(path, f"{label} needs `name:`, one of {', '.join(registry.names())}.")
+            known = ", ".join(name for registry in registries for name in registry.names())
+            self.problem(path, f"{label} needs `name:`, one of {known}.")
             return None
         try:
-            cls = registry.get(values["name"])
+            cls = pick(registries, str(values["name"]))
         except ConfigError as err:
             self.problem((*path, "name"), f"{label}.name: {err}")
             return None
@@ -111,6 +128,7 @@ class Checker:
 
     def problem(self, path: tuple, text: str) -> None:
         """Note a problem at a path."""
+        self.told.append((path, text))
         self.problems.append(f"{self.tree.where(path)}: {text}")
 
     def finish(self) -> None:
@@ -121,7 +139,9 @@ class Checker:
     def _note(self, schema: type[BaseModel], base: tuple, item: dict[str, Any], owner: str) -> None:
         path = (*base, *item["loc"])
         label = _dotted(path)
-        if item["type"] == "extra_forbidden":
+        if item["type"] == _INSIDE:
+            text = f"{_dotted(path[: len(path) - item['ctx']['inner']])}: {item['msg']}"
+        elif item["type"] == "extra_forbidden":
             fields, name = _fields_at(schema, item["loc"][:-1]), owner
             inner = _dotted((*base, *item["loc"][:-1]))
             if len(item["loc"]) > 1:
@@ -149,6 +169,8 @@ class Checker:
 def _schema_at(schema: Any, loc: tuple) -> Any:
     for part in loc:
         schema = schema.model_fields[part].annotation if part in getattr(schema, "model_fields", {}) else schema
+        # Of a block that may be null, the block.
+        schema = next((kind for kind in get_args(schema) if hasattr(kind, "model_fields")), schema)
     return schema
 
 

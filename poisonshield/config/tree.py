@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from poisonshield.config.shipped import find_config
 from poisonshield.errors import ConfigError
 
 
@@ -33,10 +34,11 @@ class Tree:
 def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
     """The merged tree of a YAML file, its `extends:` parents and `key.path=value` overrides.
 
+    path: of a file, or the name of a shipped config, such as `defend/vespr_in100`.
     Dicts merge, anything else replaces. A changed `name:` starts its block afresh, since the other settings of the
     block belonged to the old name. Raises ConfigError for missing files, bad YAML and impossible overrides.
     """
-    tree = _load_file(Path(path), ())
+    tree = _load_file(find_config(path), ())
     for text in _names_first(overrides):
         _override(tree, text)
     return tree
@@ -58,8 +60,9 @@ def _load_file(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `extends:` leads back to the same file. Remove one of the two lines.")
     if not path.is_file():
-        asked = f" (named by `extends:` in {seen[-1]})" if seen else ""
-        raise ConfigError(f"{path} does not exist{asked}. Give the path of a YAML file, for example from configs/.")
+        raise ConfigError(
+            f"{path} does not exist (named by `extends:` in {seen[-1]}). Give a path relative to the file that says it."
+        )
     try:
         node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
         tree = Tree()

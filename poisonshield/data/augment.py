@@ -1,7 +1,7 @@
 """Augmentations on batches of tensors, every sample with its own parameters. Differentiable in the pixels.
 
 All take x [B, 3, H, W] in [0, 1] and per-sample uniforms u [B, n] in [0, 1), and return pixels in [0, 1] of the dtype
-of x. Nothing here draws random numbers, so the caller decides what they depend on (seed, epoch, key). Crops and blurs
+of x. Nothing here draws random numbers, so the caller decides what they depend on (seed, draw, key). Crops and blurs
 are two batched matrix products with per-sample matrices: exact antialiased bilinear resampling, at B*(H*S + W*S) extra
 floats. Coordinates, weights and colours are computed in float32 at least, so that bfloat16 costs pixels only.
 Sources: torchvision's transforms for the meaning of each parameter.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,18 +21,23 @@ def problems(folder: str | Path) -> list[str]:
     can be walked, because naming the broken image helps more than naming the file. Images of samples whose fields,
     labels or keys are wrong are not decoded.
     """
-    folder, found, parts = Path(folder), [], []
+    folder = Path(folder)
+    found: list[str] = []
+    parts: list[Index] = []
     try:
         manifest = Manifest.load(folder)
     except DataError as err:
         return [str(err)]
     names = list(manifest.shards)
-    _note(found, lambda: refuse_missing(folder, manifest))
+    _note(found, partial(refuse_missing, folder, manifest))
     for number, name in enumerate(names):
         if (folder / name).is_file():
-            _note(found, lambda name=name: verify_file(folder, manifest, name))
+            _note(found, partial(verify_file, folder, manifest, name))
             faults: list[DataError] = []
-            _note(found, lambda number=number: parts.append(index_shard(folder, manifest, number, faults=faults)))
+            try:
+                parts.append(index_shard(folder, manifest, number, faults=faults))
+            except DataError as err:
+                found.append(str(err))
             found += map(str, faults)
     if parts:
         index = Index.join(parts)

@@ -1,47 +1,35 @@
-"""Encoded bytes to pixels and back. JPEG, and writing, by torchvision; both libraries are imported on first use.
+"""Samples of shards: encoded bytes to pixels and back. Picture files of people are read by data/pictures.py.
 
-PNG is read by Pillow, which costs twice the time of torchvision for a 32x32 image (0.2 ms) and as much for a large one:
-torchvision's decode_png (0.29) ends the process with a segmentation fault where a PNG is damaged behind its header.
-Its encoders do the same for sides that the format does not have, so those are refused first.
+JPEG, and writing, by torchvision; it and Pillow are imported on first use. PNG is read by Pillow, which costs twice the
+time of torchvision for a 32x32 image (0.2 ms) and as much for a large one: torchvision's decode_png (0.29) ends the
+process with a segmentation fault where a PNG is damaged behind its header. Its encoders do the same for sides that the
+format does not have, so those are refused first.
 """
 
-import io
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from poisonshield.data.pictures import PNG_SIGNATURE, damage_error, depth_error, read_picture, refuse_large
 from poisonshield.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 MAX_SIDE = 65_500  # JPEG's limit; PNG's is a million
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG markers before which height and width stand
 
 
 def decode(data: bytes, extension: str, *, name: str) -> Tensor:
-    """The image as uint8 [3, H, W], RGB; grey is repeated, alpha dropped, EXIF rotation ignored (as torchvision does).
+    """The image as uint8 [3, H, W], RGB; grey is repeated, alpha dropped, and pixels stay as they are stored.
 
+    EXIF's turn is not for here: `data import` has made it, and shards of before keep the pixels that they always had.
     name: how the sample is called in an error, e.g. "sample cat-1 in shard-00000.tar".
-    Raises DataError if the bytes are not a whole image of this kind, or hold more than 8 bits a channel.
+    Raises DataError if the bytes are not a whole image of this kind, hold more than 8 bits a channel, or claim more
+    pixels than data/pictures.py takes.
     """
     return _decode_png(data, name) if extension == "png" else _decode_jpeg(data, extension, name)
-
-
-def decode_by_pillow(data: bytes, *, name: str, formats: tuple[str, ...] | None = None) -> Tensor:
-    """The same for any format that Pillow reads; of an animation the first frame. formats: only these."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            mode = image.mode
-            image.info.pop("transparency", None)  # dropped, as alpha is
-            array = np.array(image if mode == "RGB" else image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        raise _not_whole(data, "PNG " if formats == ("PNG",) else "", name, err) from err
-    if mode[:1] in "IF":  # 16 or 32 bits, which Pillow cuts off at 255
-        raise _too_deep(name, f"mode {mode}")
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 def _decode_jpeg(data: bytes, extension: str, name: str) -> Tensor:
@@ -50,19 +38,32 @@ def _decode_jpeg(data: bytes, extension: str, name: str) -> Tensor:
     try:
         if not data:
             raise RuntimeError("it is empty")
+        for height, width in _jpeg_sizes(data):
+            refuse_large(width, height, name=name)
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError as err:
-        raise _not_whole(data, f"{extension.upper()} ", name, err) from err
+        raise damage_error(data, err, name=name, kind=f"{extension.upper()} ") from err
+
+
+def _jpeg_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """(height, width) of each frame header before the pixels: the decoder takes memory for what it says."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _FRAMES:
+            yield int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        bare = marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01  # no length follows
+        at += (1 if marker == 0xFF else 2) if bare else 2 + length
 
 
 def _decode_png(data: bytes, name: str) -> Tensor:
     try:
         _check_png(data)
     except ValueError as err:
-        raise _not_whole(data, "PNG ", name, err) from err
+        raise damage_error(data, err, name=name, kind="PNG ") from err
     if data[24] == 16:
-        raise _too_deep(name, "16 bits")
-    return decode_by_pillow(data, name=name, formats=("PNG",))
+        raise depth_error(name, "16 bits")
+    return read_picture(data, name=name, formats=("PNG",), upright=False).pixels
 
 
 def _check_png(data: bytes) -> None:
@@ -78,21 +79,6 @@ def _check_png(data: bytes) -> None:
         if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise ValueError(f"its chunk {kind.decode(errors='replace')} is damaged")
         start = end + 4
-
-
-def _not_whole(data: bytes, kind: str, name: str, err: Exception) -> DataError:
-    reason = (str(err).strip() or type(err).__name__).splitlines()[0]
-    return DataError(
-        f"{name}: {len(data)} bytes are not a whole {kind}image ({reason}).\n"
-        "  Restore the file from its source, or import it again with --skip-broken to go on without it."
-    )
-
-
-def _too_deep(name: str, what: str) -> DataError:
-    return DataError(
-        f"{name} has more than 8 bits a channel ({what}), 8 were wanted.\n"
-        "  Convert it first: budgets are stated for 256 levels."
-    )
 
 
 def encode_png(image: Tensor, *, name: str = "the image") -> bytes:

@@ -1,4 +1,4 @@
-"""One image on its way into a data set: told apart by its first bytes, checked by decoding, resized if asked."""
+"""One image on its way into a data set: told apart by content, checked by decoding, turned, resized if asked."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,11 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poisonshield.data.decode import decode, decode_by_pillow, encode_jpeg, encode_png
+from poisonshield.data.decode import decode, encode_jpeg, encode_png
+from poisonshield.data.pictures import read_head, read_picture, turn
 from poisonshield.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
+"""Formats whose files are stored as they are: by content, not by name, as ImageNet holds a PNG that is called .JPEG."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,10 @@ class Encoded:
 class Preparation:
     """What import does to each image.
 
-    size: shorter side resized to it (antialiased), then a centre square; None keeps the original pixels and, for JPEG
-    and PNG, the original bytes. jpeg_quality: store resized images as JPEG of this quality; None stores PNG.
+    Each is turned as its EXIF data says, once and for all: what reads a data set knows nothing of EXIF. size: shorter
+    side resized to it (antialiased), then a centre square; None keeps all pixels, and the very bytes of JPEG and PNG
+    files that need no turn. Whatever changes is stored as PNG, without loss. jpeg_quality: store resized images as JPEG
+    of this quality instead.
     """
 
     size: int | None = None
@@ -41,18 +47,21 @@ class Preparation:
             raise ConfigError(f"jpeg_quality is {self.jpeg_quality}: 1 to 100 was wanted, and only together with size.")
 
     def __call__(self, data: bytes, *, name: str) -> Encoded:
-        """The image to store. Raises DataError calling it `name` if it cannot be decoded."""
-        extension = _kind(data)
-        pixels = decode(data, extension, name=name) if extension else decode_by_pillow(data, name=name)
-        if self.size is None and extension:
-            return Encoded(data, extension, tuple(pixels.shape[1:]))
-        return self.pixels(pixels, name=name)
+        """The image to store. Raises DataError calling it `name` if data/pictures.py refuses it."""
+        head = read_head(data, name=name)
+        extension = _STORED.get(head.format)
+        if extension is None:
+            return self.pixels(read_picture(data, name=name).pixels, name=name)
+        pixels = decode(data, extension, name=name)
+        if self.size is None and head.orientation == 1:
+            return Encoded(data, extension, _size(pixels))
+        return self.pixels(turn(pixels, head.orientation), name=name)
 
     def pixels(self, pixels: Tensor, *, name: str) -> Encoded:
         """The same for an image that is already decoded, uint8 [3, H, W]."""
         if self.size is not None:
             pixels = resize_and_crop(pixels, self.size)
-        size = tuple(pixels.shape[1:])
+        size = _size(pixels)
         if self.jpeg_quality is not None:
             return Encoded(encode_jpeg(pixels, quality=self.jpeg_quality, name=name), "jpg", size)
         return Encoded(encode_png(pixels, name=name), "png", size)
@@ -60,7 +69,7 @@ class Preparation:
     def describe(self) -> str:
         """One phrase for the provenance."""
         if self.size is None:
-            return "original files (other formats than JPEG and PNG stored as PNG)"
+            return "original files (other formats than JPEG and PNG, and images that EXIF turns, stored as PNG)"
         stored = "PNG" if self.jpeg_quality is None else f"JPEG of quality {self.jpeg_quality}"
         resized = f"shorter side resized to {self.size} (bilinear, antialiased)"
         return f"{resized}, centre {self.size}x{self.size}, stored as {stored}"
@@ -87,8 +96,6 @@ def fit(image: "Image.Image", size: int, crop: str, *, nearest: bool = False) ->
     return torch.from_numpy(array).view(size, size, -1).permute(2, 0, 1).contiguous()
 
 
-def _kind(data: bytes) -> str:
-    """By content, not by name: ImageNet holds a PNG that is called .JPEG."""
-    if data.startswith(b"\xff\xd8"):
-        return "jpg"
-    return "png" if data.startswith(b"\x89PNG") else ""
+def _size(pixels: Tensor) -> tuple[int, int]:
+    height, width = pixels.shape[1:]
+    return height, width

@@ -89,7 +89,9 @@ def import_folder_tree(
     with ExitStack() as writers:
         for split, folder in splits.items():
             tree = list_tree(folder, root=src, classes=classes, exact=class_list is None)
-            classes = classes or dict(zip(tree.folders, tree.names))  # both splits have the classes of the first
+            classes = classes or dict(
+                zip(tree.folders, tree.names, strict=True)
+            )  # both splits have the classes of the first
             samples = ((key, path.read_bytes(), label) for key, path, label in tree.samples)
             note = f"from the class-folder tree {src.name}/{split}".rstrip("/")
             if tree.left_out:
@@ -172,9 +174,9 @@ def _write(
 
     def ready(sample: tuple[str, bytes | Tensor, int]) -> Encoded | DataError:
         key, image, _ = sample
-        prepared = prepare.pixels if isinstance(image, Tensor) else prepare
+        name = f"sample {key}"
         try:
-            return prepared(image, name=f"sample {key}")
+            return prepare(image, name=name) if isinstance(image, bytes) else prepare.pixels(image, name=name)
         except DataError as err:
             return err
 
@@ -190,7 +192,7 @@ def _write(
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in _chunks(samples, 64):
-            for (key, _, label), image in zip(chunk, pool.map(ready, chunk)):
+            for (key, _, label), image in zip(chunk, pool.map(ready, chunk), strict=True):
                 if isinstance(image, DataError):
                     broken.append((key, str(image).splitlines()[0]))
                 else:

@@ -1,17 +1,16 @@
-"""Mask files: which file is one, and reading it strictly. A mask says how much each pixel belongs to the concept.
+"""Mask files: which file is one, and what its pixels must be. A mask says how much each pixel belongs to the concept.
 
 Binary or 8-bit grey, as large as its picture. A mask that is silently misread spoils a run without a trace, so colours,
 palettes with colours, transparency and 16 bits are refused instead of converted.
 """
 
-import io
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from poisonshield.data.decode import PNG_SIGNATURE
+from poisonshield.data.pictures import read_picture
 from poisonshield.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,29 +36,20 @@ def stem_of_mask(path: PurePath) -> str | None:
     return path.stem if any(is_mask_folder(part) for part in path.parts[:-1]) else None
 
 
-def read_mask(data: bytes, *, name: str, size: tuple[int, int]) -> "Image.Image":
+def read_mask(source: Path | bytes, *, name: str, size: tuple[int, int]) -> "Image.Image":
     """The mask as a grey Pillow image, 0 (not the concept) to 255. A file of zeros and ones is taken as binary.
 
-    size: (width, height) of its picture. Raises DataError calling it `name` if it cannot be read, has another size,
-    or is coloured, transparent, deeper than 8 bits or empty.
+    Read as pictures are, and turned as its own EXIF data says. size: (width, height) of its picture. Raises DataError
+    calling it `name` if it cannot be read, has another size, or is coloured, transparent, deeper than 8 bits or empty.
     """
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            file.load()
-            image = file.copy()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        raise DataError(
-            f"mask {name} cannot be read as an image ({err}). Write it again as an 8-bit grey PNG."
-        ) from err
+    image = read_picture(source, name=f"mask {name}").image
     if image.size != size:
         raise DataError(
-            f"mask {name} is {image.width}x{image.height} pixels and its picture {size[0]}x{size[1]}; they must be equal.\n"
-            "  Make the mask from this very file, after any rotation that its EXIF data asks for."
+            f"mask {name} is {image.width}x{image.height} pixels and its picture {size[0]}x{size[1]}; they must be "
+            "equal.\n  Make the mask from this very file, after any rotation that its EXIF data asks for."
         )
-    if too_deep(data, image):
-        raise DataError(f"mask {name} has more than 8 bits a pixel; {_WANTED}")
     return Image.fromarray(_grey(image, name))
 
 
@@ -84,8 +74,3 @@ def refuse_empty(mask: np.ndarray, name: str) -> None:
         raise DataError(
             f"mask {name} is empty: no pixel belongs to the concept. Draw it again, or leave the picture out."
         )
-
-
-def too_deep(data: bytes, image: "Image.Image") -> bool:
-    """Whether an image file has more than 8 bits a channel. Pillow reads coloured 16-bit PNGs as 8 bits, without a word."""
-    return image.mode[:1] in "IF" or (data.startswith(PNG_SIGNATURE) and data[24] == 16)

@@ -125,7 +125,7 @@ class ShardSet:
             )
         height, width = self.image_size
         pixels = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
-        for row, (i, data) in enumerate(zip(indices.tolist(), self.encoded(indices))):
+        for row, (i, data) in enumerate(zip(indices.tolist(), self.encoded(indices), strict=True)):
             image = decode(data, self.extension(i), name=self.where(i))
             if tuple(image.shape[1:]) != self.image_size:
                 h, w = image.shape[1:]

@@ -33,7 +33,7 @@ class Source(Protocol):
 
 
 def read_batch(source: Source, indices: Tensor, *, device: torch.device | None = None, epoch: int = 0) -> Batch:
-    """The samples `indices` int64 [B] as a Batch: keys, x float32 [B, 3, H, W] in [0, 1], y int64 [B]."""
+    """The samples `indices` int64 [B] as a Batch: keys, x float32 [B, 3, H, W] in [0, 1], y int64 [B], draw = epoch."""
     return batch_of(source, indices, source.read(indices), device=device, epoch=epoch)
 
 
@@ -43,7 +43,7 @@ def batch_of(
     """A Batch from pixels already read, uint8 [B, 3, H, W]. They travel as bytes and become float on the device."""
     x = pixels.to(device, non_blocking=True).float().div_(255)
     y = source.labels[indices].to(device, non_blocking=True)
-    return Batch(keys=tuple(source.keys[i] for i in indices.tolist()), x=x, y=y, epoch=epoch)
+    return Batch(keys=tuple(source.keys[i] for i in indices.tolist()), x=x, y=y, epoch=epoch, draw=epoch)
 
 
 class ResidentSource:
@@ -56,7 +56,8 @@ class ResidentSource:
 
     def __init__(self, source: Source, stage: Callable[[Batch], Batch] | None = None, *, chunk: int = 1000) -> None:
         if source.image_size is None:
-            source.read(torch.tensor([0]))  # words the error, and says how to bring all images to one size
+            source.read(torch.tensor([0]))  # a source that can say how to bring all images to one size does so here
+            raise DataError("images of differing sizes cannot be held in one tensor. Bring them to one size first.")
         height, width = source.image_size
         _refuse_too_large(len(source) * 3 * height * width)
         self.keys, self.ids, self.labels, self.shard = source.keys, source.ids, source.labels, source.shard
@@ -78,9 +79,10 @@ class ResidentSource:
 
 def _staged(stage: Callable[[Batch], Batch], batch: Batch) -> Tensor:
     out = stage(batch)
-    if out.keys != batch.keys or out.x.shape != batch.x.shape:
+    given, made = (None if b.x is None else tuple(b.x.shape) for b in (batch, out))
+    if out.x is None or out.keys != batch.keys or made != given:
         raise DataError(
-            f"a stage made {len(out)} samples of {tuple(out.x.shape)} from {len(batch)} of {tuple(batch.x.shape)}.\n"
+            f"a stage made {len(out)} samples of {made} from {len(batch)} of {given}.\n"
             "  A stage on resident pixels keeps samples, order and size; put this one into the stream instead."
         )
     return out.x.detach().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()

@@ -22,9 +22,9 @@ class ShardStream:
     """Batches of one rank, epoch after epoch, without end.
 
     batch_size: global, over all `world` ranks. workers: processes that decode (0: none). stages: `Batch -> Batch`,
-    applied in order on the device. Yields Batch with keys, x float32 [b, 3, H, W] in [0, 1], y int64 [b], epoch, and
-    rank_sizes when world > 1. Raises ConfigError if a batch has fewer samples than ranks; reading raises DataError,
-    from a worker too. One iterator at a time: the position belongs to the stream.
+    applied in order on the device. Yields Batch with keys, x float32 [b, 3, H, W] in [0, 1], y int64 [b], epoch, draw
+    (the epoch again), and rank_sizes when world > 1. Raises ConfigError if a batch has fewer samples than ranks;
+    reading raises DataError, from a worker too. One iterator at a time: the position belongs to the stream.
     """
 
     def __init__(

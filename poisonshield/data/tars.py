@@ -5,10 +5,10 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Self
 
 from poisonshield.data.decode import IMAGE_EXTENSIONS
-from poisonshield.data.index import split_name
+from poisonshield.data.index import forget_members, split_name
 from poisonshield.errors import DataError
 
 
@@ -50,12 +50,20 @@ def read_tar(path: Path, *, left_out: Counter[str]) -> Iterator[tuple[str, str, 
         raise DataError(f"{path} cannot be read as a tar{where}: {why}\n  Copy it again from its source.") from err
 
 
+def file_in(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a plain file in an open tar. Raises tarfile.ReadError for a member that is none."""
+    file = tar.extractfile(member)
+    if file is None:
+        raise tarfile.ReadError(f"{member.name} is not a plain file")
+    return file.read()
+
+
 class _StrictHeader(tarfile.TarInfo):
     """A header that is cut or damaged is an error. tarfile takes it for the end of the tar, and the rest would be lost
     without a word: webdataset's own reader, which stands on it, loses it too."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as err:
@@ -64,16 +72,16 @@ class _StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f"{err}, where a file or the end mark was wanted") from err
 
 
-def _files(stream: BinaryIO, path: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+def _files(stream: Any, path: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     """The image and `.cls` files of a tar, as webdataset's grouping takes them."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictHeader) as tar:
         for member in tar:
             if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 field = split_name(member.name)[1]
                 if field == "cls" or field in IMAGE_EXTENSIONS:
-                    yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": str(path)}
+                    yield {"fname": member.name, "data": file_in(tar, member), "__url__": str(path)}
                 else:
                     left_out["." + field] += 1
             elif not member.isdir():
                 raise DataError(f"{member.name} in {path} is a link or a device, not a plain file. Write it again.")
-            tar.members.clear()  # tarfile would keep every header, a kilobyte each
+            forget_members(tar)

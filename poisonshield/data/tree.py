@@ -4,16 +4,17 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from poisonshield.data.pictures import is_picture, walk_files
 from poisonshield.errors import DataError
 from poisonshield.registry import suggest
 
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
 
 
 @dataclass(frozen=True)
 class Tree:
-    """samples: (key, path, label), classes in order and paths sorted. left_out: files that are no images."""
+    """samples: (key, path, label), classes in order and paths sorted. left_out: how many files are no images;
+    hidden ones do not count."""
 
     folders: tuple[str, ...]
     names: tuple[str, ...]
@@ -77,10 +78,11 @@ def list_tree(folder: Path, *, root: Path, classes: dict[str, str] | None = None
             f"{folder} has {len(extra)} class folders that the train split lacks: {', '.join(extra[:5])}.\n"
             "  Remove them, or say with a class list which classes are meant."
         )
-    samples, left_out, taken = [], 0, {}
+    samples, left_out = [], 0
+    taken: dict[str, Path] = {}
     for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.is_file() and not p.name.startswith("."))
-        images = [p for p in files if p.suffix.lower() in IMAGE_ENDINGS]
+        files = walk_files(folder / name)
+        images = [p for p in files if is_picture(p)]
         left_out += len(files) - len(images)
         if not images:
             raise DataError(f"class folder {folder / name} has no image. Fill it, or leave it out with a class list.")

@@ -1,7 +1,8 @@
 """Views: the training-time augmentation as a stage Batch -> Batch, on the device, per sample.
 
-What a sample draws depends on (run seed, epoch, key, view), never on its place in the batch, so runs agree over batch
-sizes, ranks and resumption. Pipelines follow the VESPR authors' (crop, jitter, grayscale, blur, flip).
+What a sample draws depends on (run seed, draw, key, view), never on its place in the batch, so runs agree over batch
+sizes, ranks and resumption; a shard stream's draw is the epoch. Pipelines follow the VESPR authors' (crop, jitter,
+grayscale, blur, flip).
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.data import augment
-from poisonshield.errors import ConfigError
+from poisonshield.errors import ConfigError, DataError
 from poisonshield.random import KeyedRandom
 
 _RATIO = (3 / 4, 4 / 3)
@@ -129,8 +130,11 @@ class Views:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
         """The batch with views [B, 3, S, S] each, large ones first."""
-        rng = batch.random(self.seed, batch.x.device)
-        views = [self.pipeline(batch.x, rng.within(f"view{i}"), self.config) for i in range(self.count)]
+        x = batch.x
+        if x is None:
+            raise DataError(f"views are made of a batch's pixels, and that of {batch.keys[:1]} has none. Fill its x.")
+        rng = batch.random(self.seed, x.device)
+        views = [self.pipeline(x, rng.within(f"view{i}"), self.config) for i in range(self.count)]
         most = self.config.local_area[1]
-        views += [self.pipeline(batch.x, rng.within(f"local{i}"), self.local, most) for i in range(self.config.local)]
+        views += [self.pipeline(x, rng.within(f"local{i}"), self.local, most) for i in range(self.config.local)]
         return batch.replace(views=tuple(v.contiguous(memory_format=torch.channels_last) for v in views))

@@ -127,8 +127,7 @@ class ShardWriter:
 
     def _finish(self) -> Manifest:
         """Everything that can fail, before anything old is touched."""
-        if self._shard is not None:
-            self._finish_shard()
+        self._finish_shard()
         if not self._shards:
             raise DataError(f"no sample was written to {self.folder}, so there is no data set.")
         manifest = Manifest(
@@ -143,9 +142,10 @@ class ShardWriter:
         return manifest
 
     def _finish_shard(self) -> None:
-        self._shards[self._shard.path.name] = self._shard.finish()
-        self._whole.append(self._shard)
-        self._shard = None
+        if self._shard is not None:
+            self._shards[self._shard.path.name] = self._shard.finish()
+            self._whole.append(self._shard)
+            self._shard = None
 
 
 class _Shard:

@@ -1,12 +1,13 @@
 """Adversarial training: train on PGD examples of the classifier's loss. Source: Madry et al. 2018.
 
-Blunts poisons that fit inside its radius; costs `steps` more forward and input-backward passes per step.
+Blunts poisons that fit inside its radius; costs as many more forward and input-backward passes a step as
+the attack takes steps.
 """
 
 from typing import ClassVar
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import model_validator
 from torch import Tensor
 
 from poisonshield.attacks import AttackConfig, frozen_stats
@@ -23,9 +24,15 @@ class Adversarial(Defense):
     name: ClassVar[str] = "adversarial"
 
     class Config(AttackConfig):
-        """The attack's settings, and no others. steps: 1 or more."""
+        """The budget and the attack, and no others."""
 
-        steps: int = Field(10, ge=1)
+        @model_validator(mode="after")
+        def _attack_moves(self) -> "Adversarial.Config":
+            if not self.attack.cls.passes(self.attack.config):
+                raise ValueError(
+                    "attack takes no step, so it would train on plain views. Give attack.steps: 1 or more."
+                )
+            return self
 
     def wrap(self, method: SSLMethod) -> SSLMethod:
         """Raises ConfigError for a method without a classifier."""
@@ -42,7 +49,7 @@ class AdversarialMethod(Wrapped):
 
     def __init__(self, method: SSLMethod, config: Adversarial.Config, seed: int) -> None:
         super().__init__(method)
-        self.attack, self.budget, self.seed = config.attack(), config.budget(), seed
+        self.attack, self.budget, self.seed = config.build_attack(), config.budget(), seed
 
     def forward(self, batch: Batch) -> StepOutput:
         """The inner method's loss on attacked views."""

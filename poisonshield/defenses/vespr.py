@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.attacks import AttackConfig, ChannelLinf, ClassMemory, batch_stats, frozen_stats
+from poisonshield.attacks import AttackChoice, AttackConfig, ChannelLinf, ClassMemory, batch_stats, frozen_stats
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Number
 from poisonshield.defenses.base import Defense, Wrapped
@@ -48,35 +48,43 @@ class VESPR(Defense):
     name: ClassVar[str] = "vespr"
 
     class Config(AttackConfig):
-        """attack_views: none, 0, 1, both, or a list of views counted from 0. The nominal method attacks view 0 alone.
+        """The losses, who sees what, and the attack; `norm`, `eps` and `attack` lie beside them."""
 
-        attack_ce_weight, attack_ssl_weight: the loss that the attack ascends; ce_weight, ssl_weight: the one that trains.
-        ssl_sees, ce_sees: which views each loss trains on. ce_all_views: the classifier's loss is the mean over views, not
-        that of view 0 alone. stop_gradient: the classifier reads features without changing them.
-        keep_clean: attacked views stay in the batch unattacked too. attack_mode: train lets batch norm use the attacked
-        batch's statistics. attack_precision: that of the inner loop; fp16 scales the loss by 1024.
-        stop_loss: samples whose cross-entropy has reached this are attacked no further (null: all steps for all).
-        warm_start: begin at the class's average perturbation of earlier steps.
-        legacy_scalar_std: as the authors' code, a radius of eps * std[c] / this (0.226) for channel c, without clipping.
-        """
-
-        eps: Number = Field(4 / 255, ge=0)
-        step_size: Number = Field(0.6 / 255, ge=0)
-        attack_views: Annotated[tuple[int, ...], BeforeValidator(_as_views)] = (0,)
-        attack_ce_weight: float = Field(1.0, ge=0)
-        attack_ssl_weight: float = Field(0.0, ge=0)
-        ssl_weight: float = Field(1.0, ge=0)
-        ce_weight: float = Field(1.0, ge=0)
-        ssl_sees: Literal["attacked", "clean"] = "attacked"
-        ce_sees: Literal["attacked", "clean"] = "attacked"
-        ce_all_views: bool = True
-        stop_gradient: bool = False
-        keep_clean: bool = False
-        attack_mode: Literal["eval", "train"] = "eval"
-        attack_precision: Literal["run", "fp32", "bf16", "fp16"] = "run"
-        stop_loss: float | None = Field(None, gt=0)
-        warm_start: bool = False
-        legacy_scalar_std: float | None = Field(None, gt=0)
+        eps: Number = Field(4 / 255, ge=0, description="radius in pixel units of the norm: 4/255 for linf, not 4")
+        attack: AttackChoice = Field(
+            {"name": "pgd", "step_size": 0.6 / 255},
+            validate_default=True,
+            description="a name, or a block with `name:` and the attack's settings",
+        )
+        attack_views: Annotated[tuple[int, ...], BeforeValidator(_as_views)] = Field(
+            (0,), description="none, 0, 1, both, or a list of views counted from 0; the nominal method attacks view 0"
+        )
+        attack_ce_weight: float = Field(
+            1.0, ge=0, description="weight of the classifier's loss that the attack ascends"
+        )
+        attack_ssl_weight: float = Field(0.0, ge=0, description="weight of the method's loss that the attack ascends")
+        ssl_weight: float = Field(1.0, ge=0, description="weight of the method's loss in training")
+        ce_weight: float = Field(1.0, ge=0, description="weight of the classifier's loss in training")
+        ssl_sees: Literal["attacked", "clean"] = Field("attacked", description="views that the method's loss trains on")
+        ce_sees: Literal["attacked", "clean"] = Field("attacked", description="views that the classifier trains on")
+        ce_all_views: bool = Field(True, description="the classifier's loss is the mean over views, not that of view 0")
+        stop_gradient: bool = Field(False, description="the classifier reads features without changing them")
+        keep_clean: bool = Field(False, description="attacked views stay in the batch unattacked too")
+        attack_mode: Literal["eval", "train"] = Field(
+            "eval", description="train lets batch norm use the attacked batch's statistics"
+        )
+        attack_precision: Literal["run", "fp32", "bf16", "fp16"] = Field(
+            "run", description="that of the inner loop; fp16 scales the loss by 1024"
+        )
+        stop_loss: float | None = Field(
+            None, gt=0, description="samples whose cross-entropy has reached this are attacked no further; null: none"
+        )
+        warm_start: bool = Field(False, description="begin at the class's average perturbation of earlier steps")
+        legacy_scalar_std: float | None = Field(
+            None,
+            gt=0,
+            description="as the authors' code, a radius of eps * std[c] / this (0.226) for channel c, without clipping",
+        )
 
         @model_validator(mode="after")
         def _parts_fit(self) -> "VESPR.Config":
@@ -90,11 +98,17 @@ class VESPR(Defense):
                 )
             if self.stop_gradient and self.attack_ce_weight > 0:
                 raise ValueError(
-                    "stop_gradient leaves the classifier's loss without a gradient in the pixels, so it cannot be attacked. "
-                    "Set attack_ce_weight: 0 and attack_ssl_weight: 1, or attack_views: none."
+                    "stop_gradient leaves the classifier's loss without a gradient in the pixels, so it cannot be "
+                    "attacked. Set attack_ce_weight: 0 and attack_ssl_weight: 1, or attack_views: none."
                 )
             if self.attack_ce_weight == self.attack_ssl_weight == 0:
                 raise ValueError("attack_ce_weight and attack_ssl_weight are both 0: set attack_views: none instead.")
+            self.attack.cls.check(stop_loss=self.stop_loss)
+            if self.attack.cls.compares_losses and self.attack_ssl_weight > 0:
+                raise ValueError(
+                    f"{self.attack.name} follows each sample's own loss, and the self-supervised loss ties samples "
+                    "together. Set attack_ssl_weight: 0, or attack: pgd."
+                )
             if self.stop_loss is not None and (self.attack_ssl_weight > 0 or self.attack_mode == "train"):
                 raise ValueError(
                     "stop_loss attacks some samples without the rest, and here a sample's loss depends on its batch. "
@@ -138,7 +152,9 @@ class VESPRMethod(Wrapped):
         super().__init__(method)
         self.config, self.seed, self.has_classifier = config, seed, True
         self.head = nn.Linear(method.encoder.feature_dim, num_classes)
-        self.attack = config.attack(grad_scale=_SCALE.get(config.attack_precision, 1.0), stop_loss=config.stop_loss)
+        self.attack = config.build_attack(
+            grad_scale=_SCALE.get(config.attack_precision, 1.0), stop_loss=config.stop_loss
+        )
         self.budget = config.budget()
         if config.legacy_scalar_std is not None:
             scale = tuple(std / config.legacy_scalar_std for std in IMAGENET_STD)

@@ -15,7 +15,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -59,7 +59,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def save_plain(value: Any, path: Path) -> None:
     """torch.save for tensors and plain values only. Raises CheckpointError naming the first other thing in it."""
-    for where, leaf in _leaves(value, ""):
+    for where, leaf in _walk_leaves(value, ""):
         if type(leaf) not in (Tensor, torch.nn.Parameter, str, int, float, bool, bytes, type(None)):
             raise CheckpointError(
                 f"{path.name} cannot hold {where or 'its value'}: {type(leaf).__qualname__} is neither a tensor nor a "
@@ -76,20 +76,21 @@ def load_plain(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as tensors and plain values: {err}") from err
 
 
-def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+def _walk_leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{where}.{key}" if where else str(key))
+            yield from _walk_leaves(item, f"{where}.{key}" if where else str(key))
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
-            yield from _leaves(item, f"{where}[{i}]")
+            yield from _walk_leaves(item, f"{where}[{i}]")
     else:
         yield where, value
 
 
 def random_states() -> dict[str, Any]:
     """The state of every global random generator of this process, as tensors and plain values."""
-    kind, words, position, has_gauss, cached = numpy.random.get_state()
+    state = cast("tuple[str, numpy.ndarray, int, int, float]", numpy.random.get_state())
+    kind, words, position, has_gauss, cached = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -129,7 +130,7 @@ class Checkpoints:
         record: what goes into the index beside the hashes. Raises CheckpointError on all ranks if one of them failed.
         """
         draft = self.folder / f".{PREFIX}{step:08d}.tmp"
-        together(lambda: _fresh_folder(draft), only_first=True, what=f"preparing {draft}")
+        together(lambda: _make_fresh_folder(draft), only_first=True, what=f"preparing {draft}")
         together(lambda: write(draft), what=f"writing the checkpoint of step {step}")
         together(lambda: self._seal(draft, step, record), only_first=True, what=f"sealing {draft}")
         return self.path(step)
@@ -225,7 +226,7 @@ def locate(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint. engine.resume takes a run folder or one checkpoints/step-....")
 
 
-def _fresh_folder(path: Path) -> None:
+def _make_fresh_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
 

@@ -6,7 +6,7 @@ A tensor of zeros takes the plain gradient; one without gradient stays put. timm
 a thousand times what the formula gives, which is why this is not it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,8 +35,12 @@ class Lars(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "trust": trust, "adapt": adapt})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of everything that has a gradient; gradients are left as they are."""
+    def step(self, closure: Any = None) -> Any:
+        """One update of everything that has a gradient; gradients are left as they are.
+
+        closure: as torch.optim takes it, a function that computes the loss anew and returns it; what it returns is
+        returned.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -48,12 +52,12 @@ class Lars(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads, decay = [p.grad for p in params], group["weight_decay"]
-        steps = torch._foreach_add(grads, params, alpha=decay)
+        grads, decay = [p.grad for p in params if p.grad is not None], group["weight_decay"]
+        steps = list(torch._foreach_add(grads, params, alpha=decay))
         if group["adapt"]:
-            torch._foreach_mul_(steps, _ratios(params, grads, decay, group["trust"]))
+            torch._foreach_mul_(steps, _compute_ratios(params, grads, decay, group["trust"]))
         if group["momentum"] > 0:
-            velocities = [self._velocity(p) for p in params]
+            velocities = [self._get_velocity(p) for p in params]
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, steps)
             if group["nesterov"]:
@@ -62,14 +66,14 @@ class Lars(torch.optim.Optimizer):
                 steps = velocities
         torch._foreach_add_(params, steps, alpha=-group["lr"])
 
-    def _velocity(self, p: Tensor) -> Tensor:
+    def _get_velocity(self, p: Tensor) -> Tensor:
         """A running sum of steps, from zero."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return self.state[p]["momentum_buffer"]
 
 
-def _ratios(params: list[Tensor], grads: list[Tensor], decay: float, trust: float) -> list[Tensor]:
+def _compute_ratios(params: list[Tensor], grads: list[Tensor], decay: float, trust: float) -> list[Tensor]:
     """What each tensor's decayed gradient is multiplied by, one scalar a tensor; no copy to the host."""
     w, g = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))  # [number of tensors]
     adapted = torch.where(w > 0, trust * w / (g + decay * w + 1e-8), 1.0)

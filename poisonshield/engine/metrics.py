@@ -31,9 +31,10 @@ class Metrics:
         self.folder, self.device, self.total_steps = folder, device, total_steps
         self.sums: dict[str, torch.Tensor] = {}
         self.count = self.images = 0
-        self.seconds, self.latest = 0.0, {}  # of the whole run; the last row
+        self.seconds = 0.0  # of the whole run
+        self.latest: dict[str, Any] = {}  # the last row
         self._wait_s, self._since, self._since_step = 0.0, time.perf_counter(), 0
-        self._board = _tensorboard(folder.tensorboard) if tensorboard and collectives.rank() == 0 else None
+        self._board = _open_tensorboard(folder.tensorboard) if tensorboard and collectives.rank() == 0 else None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -60,7 +61,7 @@ class Metrics:
         self.seconds += elapsed
         row["img/s"] = self.images / elapsed
         row["data"] = 100.0 * self._wait_s / elapsed
-        row["mem"] = _memory_gib(self.device)
+        row["mem"] = _measure_memory_gib(self.device)
         row["left"] = elapsed / (step - self._since_step) * (self.total_steps - step)
         row["seconds"] = self.seconds
         self.sums, self.count, self.images = {}, 0, 0
@@ -139,19 +140,19 @@ def drop_lines_after(path: Path, step: int) -> None:
     os.replace(draft, path)
 
 
-def _memory_gib(device: torch.device) -> float:
+def _measure_memory_gib(device: torch.device) -> float:
     """Peak memory: of the GPU's allocator, or of the process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _tensorboard(folder: Path) -> Any:
+def _open_tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as err:
         raise BackendError(
             "engine.tensorboard is true but tensorboard is not installed.\n"
-            "  pip install 'poisonshield[tensorboard]', or set it to false: metrics.jsonl holds the same numbers."
+            "  pip install '.[tensorboard]', or set it to false: metrics.jsonl holds the same numbers."
         ) from err
     return SummaryWriter(str(folder))

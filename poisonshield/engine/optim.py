@@ -11,31 +11,37 @@ from poisonshield.errors import ConfigError
 
 
 class OptimConfig(BaseModel):
-    """The `optimizer:` section. lr is the peak, for the global batch as it is: nothing rescales it unless lr_per_256.
-
-    lr_per_256: lr is meant for 256 samples, and the peak is lr * batch size / 256.
-    lars: SGD with a rate for each tensor, but plain and without decay on biases and normalisation parameters;
-    legacy: true adapts and decays those too, as the VESPR authors' code does.
-    exclude_norm_and_bias: no weight decay on biases and normalisation parameters (all that are one-dimensional).
-    constant_predictor_lr: modules called `predictor` keep the peak after warm-up (SimSiam practice).
-    clip_norm: largest norm of the whole gradient, null for none.
-    """
+    """The `optimizer:` section."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["sgd", "adamw", "lars"] = "sgd"
-    lr: float = Field(ge=0)
-    lr_per_256: bool = False
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
-    exclude_norm_and_bias: bool = False
-    constant_predictor_lr: bool = False
-    legacy: bool = False
+    name: Literal["sgd", "adamw", "lars"] = Field(
+        "sgd",
+        description="lars is SGD with a rate for each tensor, but plain and without decay on biases and normalization "
+        "parameters.",
+    )
+    lr: float = Field(
+        ge=0, description="The peak, for the global batch as it is: nothing rescales it unless lr_per_256 is set."
+    )
+    lr_per_256: bool = Field(False, description="lr is meant for 256 samples, and the peak is lr * batch size / 256.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and lars.")
+    nesterov: bool = Field(False, description="Nesterov's form of momentum, for sgd and lars.")
+    weight_decay: float = Field(0.0, ge=0, description="Added to gradients by sgd and lars; adamw's is decoupled.")
+    clip_norm: float | None = Field(None, gt=0, description="Largest norm of the whole gradient; null for none.")
+    exclude_norm_and_bias: bool = Field(
+        False,
+        description="No weight decay on biases and normalization parameters, which are all that have one dimension.",
+    )
+    constant_predictor_lr: bool = Field(
+        False, description="Modules called predictor keep the peak after warm-up, as SimSiam does."
+    )
+    legacy: bool = Field(
+        False,
+        description="lars adapts and decays biases and normalization parameters too, as the VESPR authors' code does.",
+    )
 
     @model_validator(mode="after")
-    def _pairs_fit(self) -> "OptimConfig":
+    def _check_pairs(self) -> "OptimConfig":
         if self.nesterov and (self.name == "adamw" or self.momentum == 0):
             raise ValueError("nesterov needs name: sgd or lars, and a momentum above 0.")
         if self.legacy and self.name != "lars":
@@ -55,8 +61,8 @@ class OptimConfig(BaseModel):
         """Raises ConfigError for lars where optimiser states are flat pieces, whose norms are not those of a layer."""
         if self.name == "lars" and zero_stage > 0:
             raise ConfigError(
-                f"optimizer.name: lars measures whole tensors, and engine.zero_stage {zero_stage} cuts them into pieces."
-                " Set zero_stage: 0, or optimizer.name: sgd."
+                f"optimizer.name: lars measures whole tensors, and engine.zero_stage {zero_stage} cuts them into "
+                "pieces. Set zero_stage: 0, or optimizer.name: sgd."
             )
 
 

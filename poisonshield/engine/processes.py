@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from poisonshield import collectives
-from poisonshield.engine.settings import EngineConfig
+from poisonshield.engine.backends.base import Backend
+from poisonshield.engine.settings import EngineConfig, backends
 from poisonshield.errors import BackendError
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,10 @@ def seed_everything(seed: int) -> None:
 
 def refuse_missing(config: EngineConfig) -> None:
     """Raise BackendError for a package that the settings need and this environment lacks; nothing is imported."""
-    for package, wanted in (("deepspeed", config.backend == "deepspeed"), ("tensorboard", config.tensorboard)):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise BackendError(f"{package} is asked for and not installed: pip install 'poisonshield[{package}]'.")
+    backend: type[Backend] = backends.get(config.backend)
+    for package in (*backend.packages, *(["tensorboard"] if config.tensorboard else [])):
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(f"{package} is asked for and not installed: pip install '.[{package}]'.")
 
 
 @contextmanager
@@ -62,11 +64,11 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif config.backend == "deepspeed":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+    backend: type[Backend] = backends.get(config.backend)
+    backend.prepare_process(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    ours = _join(device, alone_too=config.backend == "deepspeed")
+    ours = _join(device, alone_too=backend.needs_group)
     rank, world = collectives.rank(), collectives.world_size()
     package_log = logging.getLogger("poisonshield")
     level = package_log.level
@@ -86,14 +88,14 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
 
 
 def _join(device: torch.device, *, alone_too: bool) -> bool:
-    """Make the group that the environment names (or, for deepspeed, one of this process); True if it is to be left."""
+    """Make the group that the environment names (alone_too: or one of this process); True if it is to be left."""
     world, backend = int(os.environ.get("WORLD_SIZE", "1")), "nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized() or (world < 2 and not alone_too):
         return False
     if world < 2:
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return False  # it stays: DeepSpeed keeps hold of the first group it sees, and a second run here would need it
+        return False  # it stays: a backend that needs a group alone may hold on to it, and the next run takes it again
     rank, where = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)

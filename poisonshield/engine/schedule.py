@@ -13,26 +13,29 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ScheduleConfig(BaseModel):
-    """The `schedule:` section. At most one of the three warm-ups; one_cycle's rising part is its warm-up, 0.3 if unset.
-
-    milestones: for `step`, fractions m of the run; from tick m * N on, the rate is multiplied by gamma. final_fraction:
-    where cosine and one_cycle end, as a part of lr. start_fraction: where one_cycle begins.
-    """
+    """The `schedule:` section. At most one of the three warm-ups is set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["cosine", "one_cycle", "step", "constant"] = "cosine"
-    warmup_steps: int | None = Field(None, ge=0)
-    warmup_epochs: float | None = Field(None, ge=0)
-    warmup_fraction: float | None = Field(None, ge=0, lt=1)
-    per_epoch: bool = False
-    final_fraction: float = Field(0.0, ge=0, le=1)
-    start_fraction: float = Field(0.04, gt=0, le=1)
-    milestones: tuple[float, ...] = (0.6, 0.75, 0.9)
-    gamma: float = Field(0.2, gt=0, le=1)
+    name: Literal["cosine", "one_cycle", "step", "constant"] = Field(
+        "cosine", description="How the rate goes on after warm-up; one_cycle's rising part is its warm-up."
+    )
+    warmup_steps: int | None = Field(None, ge=0, description="Length of the warm-up in optimiser steps.")
+    warmup_epochs: float | None = Field(None, ge=0, description="Length of the warm-up in epochs.")
+    warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="Length of the warm-up as a part of the run; one_cycle takes 0.3 if none is set."
+    )
+    per_epoch: bool = Field(False, description="The rate changes once an epoch, and not with each step.")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="Where cosine and one_cycle end, as a part of lr.")
+    start_fraction: float = Field(0.04, gt=0, le=1, description="Where one_cycle begins, as a part of lr.")
+    milestones: tuple[float, ...] = Field(
+        (0.6, 0.75, 0.9),
+        description="For step: parts m of a run of N ticks; from tick m * N on, the rate is multiplied by gamma.",
+    )
+    gamma: float = Field(0.2, gt=0, le=1, description="For step: what the rate is multiplied by at each milestone.")
 
     @model_validator(mode="after")
-    def _pairs_fit(self) -> "ScheduleConfig":
+    def _check_pairs(self) -> "ScheduleConfig":
         given = [n for n in ("warmup_steps", "warmup_epochs", "warmup_fraction") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say how long warm-up is: keep one.")
@@ -71,27 +74,27 @@ def lr_at(
     warmup = config.warmup_ticks(ticks, steps_per_epoch)
     if config.name == "one_cycle":
         final = config.final_fraction if decay else 1.0
-        return lr * _one_cycle(tick, ticks, warmup, config.start_fraction, final)
+        return lr * _follow_one_cycle(tick, ticks, warmup, config.start_fraction, final)
     if tick < warmup:
         return lr * tick / warmup
     if not decay:
         return lr
     if config.name == "cosine":
-        return lr * _between(1.0, config.final_fraction, (tick - 1) / ticks)
+        return lr * _interpolate(1.0, config.final_fraction, (tick - 1) / ticks)
     if config.name == "step":
         passed = sum(tick >= milestone * ticks - 1e-9 for milestone in config.milestones)
         return lr * config.gamma**passed
     return lr
 
 
-def _between(start: float, end: float, part: float) -> float:
+def _interpolate(start: float, end: float, part: float) -> float:
     """Half a cosine wave from start (part 0) to end (part 1)."""
     return end + (start - end) * (1.0 + math.cos(math.pi * part)) / 2.0
 
 
-def _one_cycle(tick: int, ticks: int, warmup: float, start: float, final: float) -> float:
+def _follow_one_cycle(tick: int, ticks: int, warmup: float, start: float, final: float) -> float:
     """Up from start to 1 over `warmup` ticks, then down to final at the last, each half a cosine wave (Smith 2018)."""
     top, last, now = warmup - 1, ticks - 1, tick - 1
     if now < top:
-        return _between(start, 1.0, now / top)
-    return _between(1.0, final, (now - top) / (last - top)) if last > top else 1.0
+        return _interpolate(start, 1.0, now / top)
+    return _interpolate(1.0, final, (now - top) / (last - top)) if last > top else 1.0

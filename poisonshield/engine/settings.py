@@ -1,6 +1,10 @@
-"""How a run is executed: backend, precision, length, disk. A file of its own, as trainer and backends both read it."""
+"""How a run is executed: backend, precision, length, disk. A file of its own, as trainer and backends both read it.
 
-from typing import Literal
+What a backend can and cannot do is said in its own file; here the settings are held against what it says.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -10,37 +14,52 @@ backends = Registry("poisonshield.engine.backends", kind="engine backend")
 
 
 class EngineConfig(BaseModel):
-    """The `engine:` section. Length is `epochs`, or exactly `max_steps` where that is set.
-
-    accumulate: batches of one optimiser step, their gradients averaged; a step is then that many batches of the stream.
-    resume: false starts anew, auto goes on from the run folder's last good checkpoint if there is one, anything else is
-    the path of a run folder or of one checkpoint. checkpoint_every_steps null saves at the end and on a signal only.
-    nonfinite: `stop` ends the run before a bad step moves weights; `skip` drops it, at most nonfinite_limit times.
-    threads: CPU threads of each process, null for torch's choice.
-    """
+    """The `engine:` section. Its length is `epochs`, or exactly `max_steps` where that is set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: str = "plain"
-    zero_stage: int = Field(0, ge=0, le=3)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    epochs: int | None = Field(None, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    accumulate: int = Field(1, ge=1)
-    checkpoint_every_steps: int | None = Field(None, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every_steps: int = Field(20, ge=1)
-    resume: Literal[False] | str = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    channels_last: bool = False
-    nonfinite: Literal["stop", "skip"] = "stop"
-    nonfinite_limit: int = Field(10, ge=1)
-    tensorboard: bool = False
-    threads: int | None = Field(None, ge=1)
+    backend: str = Field("plain", description="What runs the steps: a file of engine/backends.")
+    zero_stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="What is cut into pieces, one a rank: 1 the optimiser's state, 2 gradients too, 3 weights too; 0 "
+        "nothing. A backend has some of these stages.",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 computes under autocast; weights, buffers and the optimiser's state stay float32."
+    )
+    epochs: int | None = Field(None, ge=1, description="Passes over the stream.")
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps; wins over epochs.")
+    accumulate: int = Field(
+        1, ge=1, description="Batches of the stream in one optimiser step; their gradients are averaged."
+    )
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, description="Steps between two checkpoints; null saves at the end and on a signal only."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints stay on the disk, the newest ones.")
+    log_every_steps: int = Field(20, ge=1, description="Steps of one line on the console and in metrics.jsonl.")
+    resume: Literal[False] | str = Field(
+        False,
+        description="false starts anew; auto goes on from the run folder's last good checkpoint, if there is one; "
+        "anything else is the path of a run folder or of one checkpoint.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where each process computes; auto takes its GPU if it has one. cuda fails without."
+    )
+    channels_last: bool = Field(False, description="Keep weights in the channels-last layout, quicker on some GPUs.")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A loss or gradient that is not finite: stop ends the run before it moves a weight, skip "
+        "drops the step.",
+    )
+    nonfinite_limit: int = Field(10, ge=1, description="How many steps skip may drop; with one more the run ends.")
+    tensorboard: bool = Field(False, description="Write TensorBoard files too; metrics.jsonl has the same numbers.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each process; null is torch's own choice.")
 
     @field_validator("backend")
     @classmethod
-    def _known_backend(cls, name: str) -> str:
+    def _check_backend(cls, name: str) -> str:
         known = backends.names()
         if name not in known:
             raise ValueError(f"{name!r} is not an engine backend.{suggest(name, known)}  Known: {', '.join(known)}")
@@ -48,26 +67,39 @@ class EngineConfig(BaseModel):
 
     @field_validator("resume", mode="before")
     @classmethod
-    def _resume_names_something(cls, value: object) -> object:
+    def _check_resume(cls, value: object) -> object:
         if value is True or value == "":
             raise ValueError("resume takes false, auto, or the path of a run folder or checkpoint.")
         return value
 
     @model_validator(mode="after")
-    def _pairs_fit(self) -> "EngineConfig":
+    def _check_pairs(self) -> "EngineConfig":
         if self.epochs is None and self.max_steps is None:
             raise ValueError("how long to train is not said: set epochs or max_steps.")
-        if self.zero_stage > 0 and self.backend != "deepspeed":
-            raise ValueError(f"zero_stage {self.zero_stage} needs backend: deepspeed; {self.backend} shards nothing.")
-        if self.backend == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
+        chosen: Any = backends.get(self.backend)
+        if self.zero_stage not in chosen.zero_stages:
+            able = _join_names(b for b in _get_all_backends() if self.zero_stage in b.zero_stages)
+            has = "shards nothing" if chosen.zero_stages == (0,) else f"has stages {chosen.zero_stages}"
+            raise ValueError(f"zero_stage {self.zero_stage} needs backend: {able}; {self.backend} {has}.")
+        if self.nonfinite == "skip" and not chosen.drops_steps:
+            able = _join_names(b for b in _get_all_backends() if b.drops_steps)
             raise ValueError(
-                "precision bf16 with deepspeed needs zero_stage 1, 2 or 3: stage 0 has no sharded float32 copy of the "
-                "weights and drifts. Without sharding, backend: plain does the same work."
+                f"nonfinite: skip needs backend: {able}; {self.backend} cannot drop a step whole. Use stop."
             )
-        if self.backend == "deepspeed" and self.nonfinite == "skip":
-            raise ValueError("nonfinite: skip needs backend: plain; deepspeed cannot drop a step whole. Use stop.")
+        chosen.check(self)
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """How many optimiser steps the run has."""
-        return self.max_steps or max(1, self.epochs * steps_per_epoch // self.accumulate)
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.epochs is not None  # one of the two is set
+        return max(1, self.epochs * steps_per_epoch // self.accumulate)
+
+
+def _get_all_backends() -> list[Any]:
+    return [backends.get(name) for name in backends.names()]
+
+
+def _join_names(found: Iterable[Any]) -> str:
+    return " or ".join(backend.name for backend in found)

@@ -1,6 +1,7 @@
 """The training loop: one method over one stream, on any backend, saved whole and resumed exactly.
 
-It knows ranks, time and disk, and nothing of poisons, defenses or data formats.
+It knows ranks, time and disk, and nothing of poisons, defenses or data formats. engine/README.md tells the order of
+events, and what a checkpoint holds.
 """
 
 import logging
@@ -17,7 +18,8 @@ import poisonshield
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput, Stream
 from poisonshield.engine import checkpoint
-from poisonshield.engine.guards import FiniteGuard
+from poisonshield.engine.backends.base import Backend
+from poisonshield.engine.guards import FiniteGuard, Verdict
 from poisonshield.engine.metrics import Metrics
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.processes import choose_device, seed_everything
@@ -55,7 +57,7 @@ class Trainer:
         self.optim_config, self.schedule = optimizer, schedule
         self.folder, self.fixed_record, self.watch = run_folder, fixed_record, watch
         self.device = choose_device(config.device)
-        self.backend = backends.get(config.backend)(config, optimizer, self.device)
+        self.backend: Backend = backends.get(config.backend)(config, optimizer, self.device)
         self.checkpoints = checkpoint.Checkpoints(run_folder.checkpoints, keep=config.keep_checkpoints)
         self.guard = FiniteGuard(config.nonfinite, config.nonfinite_limit)
         self.step, self.total_steps = 0, config.total_steps(stream.steps_per_epoch)
@@ -76,38 +78,52 @@ class Trainer:
     def _loop(self, signals: StopSignals) -> None:
         batches = iter(self.stream)
         while self.step < self.total_steps:
-            parts = [self._part(batches, i) for i in range(self.config.accumulate)]
-            loss = torch.stack([output.loss for output, _ in parts]).mean()
-            keys = tuple(key for _, batch in parts for key in batch.keys)
+            parts = []
+            for i in range(self.config.accumulate):
+                batch = self._gather(batches)
+                parts.append((self.backend.forward_backward(batch, part=i), batch))
             norm = self.backend.clip()
-            verdict = self.guard.judge(self.step, loss, norm, keys, stop=signals.caught)
+            verdict = self._agree(parts, norm, told_to_stop=signals.caught)
             lr = self.lr()
             if verdict.finite:
-                progress = (self.step + 1) / self.total_steps
-                self.backend.step(lr, progress, constant_lr=self.lr(decay=False))
-                for output, batch in parts:
-                    self.metrics.add(output, batch)
+                self._move_weights(parts, lr)
             else:
                 self.backend.discard()
             self.step += 1
-            done = self.step == self.total_steps
-            if self.metrics.count and (done or self.step % self.config.log_every_steps == 0):
-                self.metrics.write(self.step, lr, None if self.watch is None else self.watch())
-            if done or verdict.stop or self._checkpoint_is_due():
-                self.save()
-            if verdict.stop and not done:
-                raise Preempted(self.step)
+            self._end_step(lr, stop=verdict.stop)
 
-    def _part(self, batches: Iterator[Batch], i: int) -> tuple[StepOutput, Batch]:
-        """Forward and backward of the i-th batch of a step; gradients add up."""
+    def _gather(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, on the device."""
         with self.metrics.waiting():
-            batch = next(batches).to(self.device, non_blocking=True)
-        return self.backend.forward_backward(batch, part=i), batch
+            return next(batches).to(self.device, non_blocking=True)
+
+    def _agree(self, parts: list[tuple[StepOutput, Batch]], norm: torch.Tensor, *, told_to_stop: bool) -> Verdict:
+        """What all ranks think of this step's loss and gradient, and whether one of them was told to stop."""
+        loss = torch.stack([output.loss for output, _ in parts]).mean()
+        keys = tuple(key for _, batch in parts for key in batch.keys)
+        return self.guard.judge(self.step, loss, norm, keys, stop=told_to_stop)
+
+    def _move_weights(self, parts: list[tuple[StepOutput, Batch]], lr: float) -> None:
+        """One optimiser step, which is counted in the metrics."""
+        self.backend.step(lr, (self.step + 1) / self.total_steps, constant_lr=self.lr(decay=False))
+        for output, batch in parts:
+            self.metrics.add(output, batch)
+
+    def _end_step(self, lr: float, *, stop: bool) -> None:
+        """Log and save what is due after a step; raises Preempted if told to stop before the last one."""
+        done = self.step == self.total_steps
+        if self.metrics.count and (done or self.step % self.config.log_every_steps == 0):
+            self.metrics.write(self.step, lr, None if self.watch is None else self.watch())
+        every = self.config.checkpoint_every_steps
+        if done or stop or (every is not None and self.step % every == 0):
+            self.save()
+        if stop and not done:
+            raise Preempted(self.step)
 
     def lr(self, *, decay: bool = True) -> float:
         """The learning rate of the step to come; without decay, for what keeps the peak after warm-up."""
-        run = {"total_steps": self.total_steps, "steps_per_epoch": self._steps_per_epoch}
-        return lr_at(self.schedule, lr=self.optim_config.lr, step=self.step, decay=decay, **run)
+        peak, total, epoch = self.optim_config.lr, self.total_steps, self._steps_per_epoch
+        return lr_at(self.schedule, lr=peak, step=self.step, total_steps=total, steps_per_epoch=epoch, decay=decay)
 
     @property
     def _steps_per_epoch(self) -> Fraction:
@@ -120,16 +136,15 @@ class Trainer:
 
     def _start(self) -> None:
         """From objects to the first step: claim the folder, hand the method over, go back to where a run stopped."""
-        resume = self.config.resume
+        config, resume = self.config, self.config.resume
         claim = partial(self.folder.claim, self.fixed_record, resume=resume)
         checkpoint.together(claim, only_first=True, what=f"claiming {self.folder.path}")
         seed_everything(self.seed + collectives.rank())
-        layout = torch.channels_last if self.config.channels_last else torch.preserve_format
-        self.method.to(self.device, memory_format=layout).train()
+        self.method.to(self.device).train()
+        if config.channels_last:
+            self.method.to(memory_format=torch.channels_last)
         self.backend.prepare(self.method)
-        self.metrics = Metrics(
-            self.folder, self.device, total_steps=self.total_steps, tensorboard=self.config.tensorboard
-        )
+        self.metrics = Metrics(self.folder, self.device, total_steps=self.total_steps, tensorboard=config.tensorboard)
         found = None
         if resume:
             found = self.checkpoints.last_good() if resume == "auto" else checkpoint.locate(Path(resume))
@@ -139,10 +154,6 @@ class Trainer:
         self.checkpoints.go_back_to(self.step if ours else -1)  # another run's start leaves all of this one's behind
         self._announce(found)
         self.metrics.start(self.step)
-
-    def _checkpoint_is_due(self) -> bool:
-        every = self.config.checkpoint_every_steps
-        return every is not None and self.step % every == 0
 
     def save(self) -> Path:
         """Write a checkpoint of this step boundary. All ranks call."""
@@ -192,13 +203,12 @@ class Trainer:
                         collectives.world_size())  # fmt: skip
 
     def _announce(self, found: Path | None) -> None:
-        c, world = self.config, collectives.world_size()
+        world = collectives.world_size()
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         trainable = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
-        sharding = f", ZeRO {c.zero_stage}" if c.backend == "deepspeed" else ""
         log.info("%s, %s trainable parameters", type(self.method).__name__, f"{trainable:,}")
-        log.info("%d x %s on %s, backend %s%s, %s, torch %s", world, where, socket.gethostname(), c.backend, sharding,
-                 c.precision, torch.__version__)  # fmt: skip
+        log.info("%d x %s on %s, backend %s, %s, torch %s", world, where, socket.gethostname(),
+                 self.backend.describe(), self.config.precision, torch.__version__)  # fmt: skip
         log.info("steps %d to %d (%g an epoch), %s", self.step + 1, self.total_steps, self._steps_per_epoch,
                  f"resumed from {found}" if found else "from the start")  # fmt: skip
         log.info("results go to %s", self.folder.path)

@@ -5,15 +5,50 @@ so memory grows with n and not with n squared; time grows with n squared.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from poisonshield.config import Settings
 from poisonshield.errors import ShapeError
+from poisonshield.evals.base import Evaluation, Number, Subject
+from poisonshield.evals.parts.features import extract
 
 _BLOCK = 1024
+
+
+class Alignment(Evaluation[Subject]):
+    """How two views of the same training samples lie to each other."""
+
+    name = "alignment"
+    numbers = (
+        Number("positive_cosine", "two views", better="higher", panel="cosine"),
+        Number("negative_cosine", "other samples", better="lower", panel="cosine"),
+        Number("positive_concentration", "concentration of two views", better="higher", digits=3),
+        Number("negative_concentration", "concentration of other samples", better="lower", digits=3),
+        Number("variance", "variance of features", better="higher", digits=4),
+        Number("correlation_strength", "correlation of features", better="lower", digits=4),
+        Number("mutual_information", "information that views share, nats", better="higher"),
+        Number("eigen_alignment", "cosine of eigenvectors", better="higher"),
+        Number("aligned_samples", "samples with two views", digits=0),
+    )
+
+    class Config(Settings):
+        """Which samples."""
+
+        samples: int | None = Field(
+            1000, ge=2, description="Training samples, drawn with the run's seed; null for all."
+        )
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Of two views as the method augments them."""
+        views = [subject.samples.augmented(self.config.samples, view=i) for i in (0, 1)]
+        a, b = (extract(subject.method.encoder, view).h for view in views)
+        return alignment(a, b) | {"aligned_samples": len(a)}
 
 
 @torch.no_grad()
@@ -108,7 +143,7 @@ def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, rows[start : start + _BLOCK]
 
 
-def _means(a: Tensor, b: Tensor, of) -> tuple[float, float]:  # noqa: ANN001
+def _means(a: Tensor, b: Tensor, of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """Mean of of(cosine) over pairs (i, i), and over pairs (i, k) with i != k."""
     a, b = _unit(a), _unit(b)
     same = float(of((a * b).sum(1)).sum())

@@ -1,11 +1,30 @@
 """Accuracy of the classifier that came out of training, on clean images."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from poisonshield.batch import Batch
+from poisonshield.evals.base import Evaluation, Number, Subject
+from poisonshield.evals.parts.features import pixels_and_labels
 from poisonshield.method import Method
+
+
+class Classifier(Evaluation[Subject]):
+    """Accuracy of the classifier on test and training images."""
+
+    name = "classifier"
+    place = 10
+    numbers = (
+        Number("test_top1", "classifier", "%", "higher", digits=1, column="always"),
+        Number("train_top1", "classifier, training images", "%", "higher", digits=1),
+    )
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """None for a method without a classifier."""
+        samples = {"test_top1": subject.samples.test, "train_top1": subject.samples.train}
+        return {key: classifier(subject.method, batches()) for key, batches in samples.items()}
 
 
 @torch.no_grad()
@@ -16,10 +35,11 @@ def classifier(method: Method, batches: Iterable[Batch]) -> float | None:
     right = total = 0
     try:
         for batch in batches:
-            scores = method.logits(batch.x.contiguous(memory_format=torch.channels_last))
+            x, y = pixels_and_labels(batch)
+            scores = method.logits(x.contiguous(memory_format=torch.channels_last))
             if scores is None:
                 return None
-            right += int((scores.argmax(1) == batch.y).sum())
+            right += int((scores.argmax(1) == y).sum())
             total += len(batch)
     finally:
         method.train(training)

@@ -1,9 +1,34 @@
 """k nearest neighbours: does the feature space group classes, without training anything?"""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from poisonshield.evals.features import Features
+from poisonshield.config import Settings
+from poisonshield.evals.base import Evaluation, Number, Subject
+from poisonshield.evals.parts.features import Features
+
+
+class KNN(Evaluation[Subject]):
+    """A vote among the nearest training features."""
+
+    name = "knn"
+    place = 20
+    numbers = (Number("knn_top1", "k-NN", "%", "higher", digits=1, column="always"),)
+
+    class Config(Settings):
+        """How the neighbours vote."""
+
+        k: int = Field(20, ge=1, description="Neighbours that vote.")
+        weighted: bool = Field(False, description="Nearer neighbours count more; otherwise each has one vote.")
+        temperature: float = Field(0.07, gt=0, description="Of weighted votes: one counts exp(cosine / temperature).")
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Of the subject's queries, by its bank."""
+        settings = self.config.model_dump()
+        return {"knn_top1": knn(subject.bank, subject.queries, num_classes=subject.num_classes, **settings)}
 
 
 def knn(

@@ -4,12 +4,50 @@
 """
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from poisonshield.evals.features import Features
+from poisonshield.config import Settings
+from poisonshield.evals.base import Evaluation, Number, Subject
+from poisonshield.evals.parts.features import Features
+
+
+class Linear(Evaluation[Subject]):
+    """A linear classifier on frozen features."""
+
+    name = "linear"
+    place = 30
+    numbers = (Number("linear_top1", "linear probe", "%", "higher", digits=1, column="always"),)
+
+    class Config(Settings):
+        """The exact probe, and SGD probes beside it."""
+
+        weight_decay: float = Field(1e-4, ge=0, description="Of the exact probe, on half its squared weights.")
+        rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+            (), description="Learning rates of SGD probes, one probe each; none by default."
+        )
+        epochs: int = Field(100, ge=1, description="Epochs of the SGD probes.")
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """And, under "sweep", {learning rate: top-1} of the SGD probes, if the settings ask for some."""
+        train, test, k = subject.train_features, subject.test_features, subject.num_classes
+        values: dict[str, Any] = {
+            "linear_top1": linear(train, test, num_classes=k, weight_decay=self.config.weight_decay)
+        }
+        if self.config.rates:
+            values["sweep"] = linear_sweep(
+                train,
+                test,
+                num_classes=k,
+                learning_rates=self.config.rates,
+                epochs=self.config.epochs,
+                seed=subject.seed,
+            )
+        return values
 
 
 def linear(

@@ -8,15 +8,56 @@ Yang et al. 2020, 2003.02460; theirs works on normalised pixels and takes the be
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.attacks import PGD, Linf, frozen_stats
 from poisonshield.batch import Batch
+from poisonshield.config import Pixels, Settings
+from poisonshield.evals.base import Evaluation, Number, Subject
+from poisonshield.evals.parts.features import pixels_and_labels
 
 SMALLEST = 1e-6  # distances are taken to be at least this, so that x' = x has a ratio of 0
+
+
+class Lipschitz(Evaluation[Subject]):
+    """How far a small change of pixels can move the features of test images."""
+
+    name = "lipschitz"
+    on = False
+    numbers = (
+        Number("lipschitz_raw", "local Lipschitz constant", better="lower"),
+        Number("lipschitz_unit", "found by ascent", better="lower", panel="local Lipschitz, unit features"),
+    )
+
+    class Config(Settings):
+        """The ascent. A sample costs about 4 * steps * restarts forward passes."""
+
+        samples: int | None = Field(500, ge=1, description="Test images, drawn with the run's seed; null for all.")
+        eps: Pixels = Field(4 / 255, description="Largest change of a pixel.")
+        step_size: Pixels = Field(0.6 / 255, description="Change of a pixel in one step.")
+        steps: int = Field(10, ge=0, description="Steps of one ascent.")
+        restarts: int = Field(5, ge=1, description="Ascents from different random starts; the best counts.")
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """Of the features as they are, and of l2-normalised ones."""
+        settings = self.config.model_dump()
+        count = settings.pop("samples")
+        found = {
+            key: local_lipschitz(
+                subject.method.encoder,
+                subject.samples.test(count),
+                normalize=normalize,
+                seed=subject.seed,
+                **settings,
+            )
+            for key, normalize in (("lipschitz_raw", False), ("lipschitz_unit", True))
+        }
+        return dict(found)
 
 
 def local_lipschitz(
@@ -35,20 +76,21 @@ def local_lipschitz(
     Depends on (seed, epoch, key) of each sample, not on batches; the encoder's weights, statistics and mode stay.
     Costs about 2 * steps * restarts forward passes a sample.
     """
-    attack, budget = PGD(steps, step_size, restarts=restarts), Linf(eps)
+    attack, budget = PGD(steps=steps, step_size=step_size, restarts=restarts), Linf(eps)
     found = []
     with frozen_stats(encoder):
         for batch in batches:
+            pixels, _ = pixels_and_labels(batch)
             with torch.no_grad():
-                h = _features(encoder, batch.x, normalize)
+                h = _features(encoder, pixels, normalize)
             best = h.new_zeros(len(batch))
 
-            def objective(v: Tensor, x: Tensor = batch.x, h: Tensor = h, best: Tensor = best) -> Tensor:
+            def objective(v: Tensor, x: Tensor = pixels, h: Tensor = h, best: Tensor = best) -> Tensor:
                 value = ratio(h, _features(encoder, v, normalize), x, v)
                 torch.maximum(best, value.detach(), out=best)
                 return value
 
-            x_adv = attack(objective, batch.x, budget, batch.random(seed, batch.x.device).within("lipschitz"))
+            x_adv = attack(objective, pixels, budget, batch.random(seed, pixels.device).within("lipschitz"))
             with torch.no_grad():
                 objective(x_adv)  # the last point; the attack itself looks at it only to compare restarts
             found.append(best.double())

@@ -3,10 +3,42 @@
 A collapsed or shortcut-ridden encoder puts its energy into few directions.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from poisonshield.attacks import frozen_stats
+from poisonshield.evals.base import Evaluation, Number, Subject
 
 _SMALLEST_SHARE = torch.finfo(torch.float32).eps  # 1.19e-7: smaller shares are rounding of float32 features
+
+
+class Spectrum(Evaluation[Subject]):
+    """How many directions the features of the k-NN bank use."""
+
+    name = "spectrum"
+    numbers = (
+        Number("effective_rank", "effective rank of features", better="higher", digits=1),
+        Number("projection_rank", "effective rank of projections", better="higher", digits=1),
+    )
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """projection_rank: of what the projector makes of the features, None without one. log10_shares: see log_of."""
+        eigenvalues = spectrum(subject.bank.h)
+        projector = subject.method.projection()
+        return {
+            "effective_rank": rank_of(eigenvalues),
+            "projection_rank": None if projector is None else effective_rank(projections(projector, subject.bank.h)),
+            "log10_shares": log_of(eigenvalues).tolist(),
+        }
+
+
+@torch.no_grad()
+def projections(projector: nn.Module, h: Tensor) -> Tensor:
+    """z of features [N, D], evaluation mode, some at a time."""
+    with frozen_stats(projector):
+        return torch.cat([projector(part) for part in h.split(1000)])
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Barlow Twins: the cross-correlation of two views is the identity. Source: Zbontar et al. 2021; HSIC: Tsai et al. 2021.
+"""Barlow Twins: the cross-correlation of two views is the identity. Zbontar et al. 2021; HSIC: Tsai et al. 2021.
 
-    X = z_i^T z_j / B over standardised columns;   L = sum_d (X_dd - 1)^2 + off_diagonal sum_{d != e} X_de^2
+    X = z_i^T z_j / B over standardized columns;   L = sum_d (X_dd - 1)^2 + off_diagonal sum_{d != e} X_de^2
 averaged over pairs of views. With hsic the off-diagonal aims at -1: (X_de + 1)^2.
 
 Each rank needs the correlation of the global batch: z is gathered with gradient, once for all views.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.losses.pairs import Views, gathered, pairs
+from poisonshield.losses.pairs import Views, gather_views, pairs
 from poisonshield.ops.precision import outside_autocast
 
 
@@ -30,28 +30,29 @@ def barlow(
 ) -> Tensor:
     """A scalar; online and target one [B, D] per view, target defaults to online.
 
-    scaling: standardise columns over the batch (biased deviation, epsilon 1e-5 as a batch norm has), or l2-normalise rows.
-    legacy: as in the VESPR authors' code. The upper triangle counts twice and the lower one not at all, although X is not
-    symmetric; deviations are unbiased, without epsilon; hsic adds 1 to the zeroed triangle too, a constant.
+    scaling: standardize columns over the batch (biased deviation, epsilon 1e-5 as a batch norm has), or l2-normalize
+    rows. legacy: as in the VESPR authors' code. The upper triangle counts twice and the lower one not at all, although
+    X is not symmetric; deviations are unbiased, without epsilon; hsic adds 1 to the zeroed triangle too, a constant.
     """
     target = online if target is None else target
-    asked = pairs(online, target, symmetrized=symmetrized)
-    p = [_scaled(x, scaling, legacy) for x in gathered(online, rank_sizes)]
-    m = p if target is online else [_scaled(x, scaling, legacy) for x in gathered(target, rank_sizes)]
+    view_pairs = pairs(online, target, symmetrized=symmetrized)
+    p = [_scale(x, scaling, legacy) for x in gather_views(online, rank_sizes)]
+    m = p if target is online else [_scale(x, scaling, legacy) for x in gather_views(target, rank_sizes)]
     aim = -1.0 if hsic else 0.0
     total = p[0].new_zeros(())
-    for i, j in asked:
+    for i, j in view_pairs:
         cross = p[i].T @ m[j] / len(p[i])  # [D, D]
-        if legacy:
+        if legacy:  # their loss counts one triangle twice, as if X were symmetric
             off = 2 * (cross.triu(1) - aim).square().sum()
         else:
             away = (cross - aim).square()
             off = away.sum() - away.diagonal().sum()
         total = total + (cross.diagonal() - 1).square().sum() + off_diagonal * off
-    return total / len(asked)
+    return total / len(view_pairs)
 
 
-def _scaled(z: Tensor, scaling: str, legacy: bool) -> Tensor:
+def _scale(z: Tensor, scaling: str, legacy: bool) -> Tensor:
+    """z [B, D] with rows of length 1, or with columns of mean 0 and deviation 1."""
     if scaling == "rows":
         return F.normalize(z, dim=1)
     centred = z - z.mean(0)

@@ -17,7 +17,8 @@ def negative_cosine(
     online: Views, target: Views, *, symmetrized: bool = True, rank_sizes: tuple[int, ...] | None = None
 ) -> Tensor:
     """A scalar in [-1, 1]; online and target one [B, D] per view. Gradient goes wherever the inputs ask for it."""
-    asked = pairs(online, target, symmetrized=symmetrized)
+    view_pairs = pairs(online, target, symmetrized=symmetrized)
     p = [F.normalize(at_least_float32(x), dim=1) for x in online]
     m = [F.normalize(at_least_float32(x), dim=1) for x in target]
-    return -collectives.mean(sum((p[i] * m[j]).sum(1) for i, j in asked), rank_sizes) / len(asked)
+    cosines = sum(((p[i] * m[j]).sum(1) for i, j in view_pairs), start=p[0].new_zeros(()))  # [B]
+    return -collectives.mean(cosines, rank_sizes) / len(view_pairs)

@@ -27,19 +27,24 @@ def dino(
     symmetrized: bool = True,
     rank_sizes: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """A scalar; online and target one [B, D] per view, centre [D]. Detach the target, or have it made without gradient: nothing is stopped here."""
-    asked = pairs(online, target, symmetrized=symmetrized)
+    """A scalar; online and target one [B, D] per view, centre [D].
+
+    Nothing is stopped here: detach the target, or have it made without gradient.
+    """
+    view_pairs = pairs(online, target, symmetrized=symmetrized)
     teacher = [F.softmax((at_least_float32(m) - centre) / teacher_temperature, dim=1) for m in target]
     student = [F.log_softmax(at_least_float32(p) / student_temperature, dim=1) for p in online]
-    return -collectives.mean(sum((teacher[j] * student[i]).sum(1) for i, j in asked), rank_sizes) / len(asked)
+    agreement = sum(((teacher[j] * student[i]).sum(1) for i, j in view_pairs), start=student[0].new_zeros(()))  # [B]
+    return -collectives.mean(agreement, rank_sizes) / len(view_pairs)
 
 
 @torch.no_grad()
-def moved_centre(
+def move_centre(
     centre: Tensor, target: Views, *, momentum: float = 0.9, rank_sizes: tuple[int, ...] | None = None
 ) -> Tensor:
     """The centre [D] after one step; equal on all ranks."""
-    per_sample = sum(at_least_float32(m) for m in target) / len(target)  # [B, D]
+    outputs = [at_least_float32(m) for m in target]
+    per_sample = sum(outputs, start=outputs[0].new_zeros(())) / len(target)  # [B, D]
     total = sum(rank_sizes) if rank_sizes else len(per_sample) * collectives.world_size()
     mean = collectives.all_reduce_sum(per_sample.sum(0)) / total
     return momentum * centre + (1 - momentum) * mean.to(centre.dtype)

@@ -1,28 +1,62 @@
 """Weighted InfoNCE over views: NT-Xent (SimCLR) and MoCo v3's loss. Sources: Chen et al. 2020; Chen, Xie and He 2021.
 
-For each ordered pair of views (i, j) and each sample n, the query is p_i[n], the positive key m_j[n], and the negatives
-are the other samples' keys of view j and, depending on `same_view`, keys of view i:
+For each ordered pair of views (i, j) and each sample n, the query is p_i[n], the positive key m_j[n], and the
+negatives are the other samples' keys of view j and, depending on `same_view`, keys of view i:
     L = 1 / pairs sum_{i, j != i} mean_n [ -s(p_i[n], m_j[n]) + w log( sum_k exp s(p_i[n], m_j[k]) + S_i[n] ) ]
-    S_i[n] = 0 ("none", MoCo) | sum_{k != n} exp s(p_i[n], m_i[k]) ("others", SimCLR) | sum_k exp s(p_i[n], m_i[k]) ("all")
-with s = cosine / temperature and w = negative_weight. Views beyond two are not pooled: each pair has its own denominator.
+    S_i[n] = 0 ("none", MoCo), sum_{k != n} exp s(p_i[n], m_i[k]) ("others", SimCLR), or that sum over all k ("all")
+with s = cosine / temperature and w = negative_weight. Views beyond two are not pooled: each pair has a denominator of
+its own.
 
-Over ranks nothing is sent in the backward pass. Each rank has its block of rows, [b, global B], with gradient for its
-queries. What other ranks' rows ask of this rank's keys is the block of columns, [global B, b], whose weights are known
-once every rank has the rows' log-denominators: one [B] vector a pair, where gathering with gradient would send [B, D].
+Over ranks each one computes the part of the table of similarities that holds something of its own. For rank 0 of two,
+with samples a and b of the global batch a b c d e:
+
+                     keys of  rank 0   rank 1
+                              a   b    c   d   e
+    queries of rank 0     a | R   R    R   R   R |   R: the block of rows, [b, B]. Its queries against all keys, which
+                          b | R   R    R   R   R |      gives its samples' denominators and its queries' gradient.
+               rank 1     c | C   C                  C: the block of columns, [B - b, b]. Others' queries against its
+                          d | C   C                     keys, which gives the rest of its keys' gradient.
+                          e | C   C
+
+Row c's softmax weights in C need row c's denominator, which rank 1 knows and sends: a [B] vector for each pair of
+views. Nothing is sent in the backward pass, where a gather with gradient would send [B, D].
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from poisonshield import collectives
+from poisonshield.config import Settings
 from poisonshield.errors import ShapeError
 from poisonshield.losses.pairs import Views, pairs
 from poisonshield.ops.precision import at_least_float32, outside_autocast
 
-SameView = Literal["none", "others", "all"]
+SameView = Annotated[
+    Literal["none", "others", "all"],
+    Field(
+        description="Keys of a query's own view in its denominator: none (MoCo v3), others (all but its own sample's, "
+        "SimCLR), or all (its own sample's too, which then count as positives)."
+    ),
+]
+
+
+class InfoNCEConfig(Settings):
+    """What `infonce` takes, for the methods that train with it."""
+
+    temperature: float = Field(0.2, gt=0, description="What cosines are divided by before the softmax.")
+    same_view: SameView = "others"
+    negative_weight: float = Field(1.0, gt=0, description="Weight of the log-denominator beside the positive.")
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="Cosine by which positives are lowered and negatives raised in a second copy of the loss, which is "
+        "averaged with the first; 0 is without a copy.",
+    )
+    symmetrized: bool = Field(True, description="Whether every view asks, and not the first alone.")
 
 
 @outside_autocast
@@ -40,91 +74,115 @@ def infonce(
     """A scalar loss. queries and keys: one [B, D] per view, at least two; keys default to the queries.
 
     margin > 0 averages the loss with a copy whose positive cosines are lower, and negative ones higher, by the margin
-    (implicit feature modification, Robinson et al. 2021). With same_view "all" the positives include a view's own keys, as
-    in the VESPR authors' code. With ranks, the value is this rank's share such that the mean over ranks, and the mean
-    of the gradients, are those of the global batch. Raises ShapeError for unfit views.
+    (implicit feature modification, Robinson et al. 2021). With same_view "all" the positives include a view's own keys,
+    as in the VESPR authors' code. With ranks, the value is this rank's share such that the mean over ranks, and the
+    mean of the gradients, are those of the global batch. Raises ShapeError for unfit views.
     """
     keys = queries if keys is None else keys
-    asked = pairs(queries, keys, symmetrized=symmetrized)
+    view_pairs = pairs(queries, keys, symmetrized=symmetrized)
     if same_view != "none" and len(keys) != len(queries):
         raise ShapeError(
-            f"same_view {same_view!r} compares each query with keys of its own view, and there are {len(queries)} views of "
-            f"queries and {len(keys)} of keys. Use same_view 'none'."
+            f"same_view {same_view!r} compares each query with keys of its own view, and there are {len(queries)} "
+            f"views of queries and {len(keys)} of keys. Use same_view 'none'."
         )
     # Similarities in float32: in half precision their resolution would be near 1e-3 / temperature.
     p = [F.normalize(at_least_float32(q), dim=1) for q in queries]
     m = p if keys is queries else [F.normalize(at_least_float32(k), dim=1) for k in keys]
     margins = (0.0,) if margin == 0 else (0.0, margin)
-    rows = _Rows(p, m, temperature, same_view, rank_sizes)
-    total = sum(rows.positive(i, j, by) + negative_weight * rows.negative(i, j, by) for by in margins for i, j in asked)
+    table = _Similarities(p, m, temperature=temperature, same_view=same_view, rank_sizes=rank_sizes)
+    total = p[0].new_zeros(())
+    for by in margins:
+        for i, j in view_pairs:
+            total = total + (table.negated_positive(i, j, by) + negative_weight * table.log_denominator(i, j, by))
     if same_view == "all":
-        total = total + sum(rows.positive(i, i, 0.0) for i in dict.fromkeys(i for i, _ in asked)) * len(margins)
-    return collectives.mean(total, rank_sizes) / (len(asked) * len(margins))
+        asking_views = dict.fromkeys(i for i, _ in view_pairs)
+        own = sum((table.negated_positive(i, i, 0.0) for i in asking_views), start=p[0].new_zeros(()))
+        total = total + own * len(margins)
+    return collectives.mean(total, rank_sizes) / (len(view_pairs) * len(margins))
 
 
-class _Rows:
-    """This rank's rows of the similarity matrices, and what other ranks' rows ask of this rank's keys."""
+class _Similarities:
+    """This rank's part of the table of similarities: its block of rows, and the block of columns of its keys.
+
+    queries, keys: l2-normalized, one [b, D] per view. own: the places [b] of this rank's samples in the global batch.
+    """
 
     def __init__(
         self,
-        p: list[Tensor],
-        m: list[Tensor],
+        queries: list[Tensor],
+        keys: list[Tensor],
+        *,
         temperature: float,
         same_view: SameView,
         rank_sizes: tuple[int, ...] | None,
     ) -> None:
-        self.p, self.m, self.temperature, self.same_view, self.sizes = p, m, temperature, same_view, rank_sizes
-        size, first = len(p[0]), sum((rank_sizes or ())[: collectives.rank()])
-        if rank_sizes is None:
-            first = collectives.rank() * size
-        self.own = torch.arange(first, first + size, device=p[0].device)
+        self.queries, self.keys, self.temperature, self.same_view = queries, keys, temperature, same_view
+        self.rank_sizes = rank_sizes
+        self.own = _own_places(len(queries[0]), rank_sizes).to(queries[0].device)
         self.alone = collectives.world_size() == 1
-        self.answers = torch.is_grad_enabled() and any(k.requires_grad for k in m)
-        if self.alone:
-            self.all_keys = m
-            return
-        with torch.no_grad():
-            everyone = [self._gather(k) for k in m]
-            shared = self._gather if m is not p else None
-            self.all_queries = (everyone if shared is None else [shared(q) for q in p]) if self.answers else []
-        self.all_keys = [k.index_copy(0, self.own, mine) for k, mine in zip(everyone, m)]
+        self.keys_learn = torch.is_grad_enabled() and any(k.requires_grad for k in keys)
+        self.all_keys, self.all_queries = keys, queries
+        if not self.alone:
+            self._gather_blocks()
 
-    def _gather(self, x: Tensor) -> Tensor:
-        return collectives.gather(x.detach(), self.sizes)
-
-    def positive(self, i: int, j: int, margin: float) -> Tensor:
+    def negated_positive(self, i: int, j: int, margin: float) -> Tensor:
         """Minus the similarity of each sample to its own key, [b]."""
-        return -((self.p[i] * self.m[j]).sum(1) - margin) / self.temperature
+        return -((self.queries[i] * self.keys[j]).sum(1) - margin) / self.temperature
 
-    def negative(self, i: int, j: int, margin: float) -> Tensor:
-        """The log-denominator of each sample, [b]; its gradient includes the block of columns."""
-        logits = self._logits(self.p[i], self._asked(self.all_keys, i, j), self.own, margin)
-        out = logits.logsumexp(1)
-        if self.alone or not self.answers:
-            return out
+    def log_denominator(self, i: int, j: int, margin: float) -> Tensor:
+        """The logarithm of each sample's denominator, [b]; its gradient includes that of the block of columns."""
+        rows = self._logits(self.queries[i], self._choose_keys(self.all_keys, i, j), self.own, margin)  # [b, B or 2 B]
+        own = rows.logsumexp(1)
+        if self.alone or not self.keys_learn:
+            return own
+        columns = self._columns(own, i, j, margin)
+        # Adds 0 to the value, which is that of the rows alone, and the columns' gradient to that of the keys.
+        return own + (columns - columns.detach()) / len(own)
+
+    def _columns(self, own: Tensor, i: int, j: int, margin: float) -> Tensor:
+        """A scalar with the gradient of other ranks' log-denominators for this rank's keys; own [b], this rank's.
+
+        The gradient of a log-denominator for a logit is its softmax weight, exp(logit - log-denominator).
+        """
         with torch.no_grad():
-            every = self._gather(out)  # [B]
-        others = torch.ones(len(every), dtype=torch.bool, device=out.device)
+            everyones = self._gather(own)  # [B]
+        others = torch.ones(len(everyones), dtype=torch.bool, device=own.device)
         others[self.own] = False
-        columns = self._logits(self.all_queries[i][others], self._asked(self.m, i, j), None, margin)  # [B - b, 2 b]
-        weight = (columns.detach() - every[others, None]).exp()
-        asked = (weight * columns).sum()
-        # The value stays the rows' own; the gradient of what other ranks' rows hold of our keys comes along.
-        return out + (asked - asked.detach()) / len(out)
+        logits = self._logits(self.all_queries[i][others], self._choose_keys(self.keys, i, j), None, margin)
+        weight = (logits.detach() - everyones[others, None]).exp()  # [B - b, b or 2 b]
+        return (weight * logits).sum()
 
-    def _asked(self, keys: list[Tensor], i: int, j: int) -> list[Tensor]:
-        """The keys that queries of view i meet beside their positives in view j."""
+    def _choose_keys(self, keys: list[Tensor], i: int, j: int) -> list[Tensor]:
+        """The keys that stand in the denominator of view i's queries whose positives are in view j."""
         return [keys[j]] if self.same_view == "none" else [keys[j], keys[i]]
 
-    def _logits(self, query: Tensor, key: list[Tensor], own: Tensor | None, margin: float) -> Tensor:
+    def _logits(self, query: Tensor, keys: list[Tensor], own: Tensor | None, margin: float) -> Tensor:
         """[rows, keys of view j, then of view i] over the temperature; own: which key belongs to each row's sample."""
-        parts = [query @ k.T + margin for k in key]
+        parts = [query @ k.T + margin for k in keys]
         if own is not None:
             at = own[:, None]
-            nearer = query.new_full(at.shape, -2 * margin)
+            nearer = query.new_full(at.shape, -2 * margin)  # a positive is lowered by the margin, not raised by it
             parts[0] = parts[0].scatter_add(1, at, nearer)
             if self.same_view == "all":
                 parts[1] = parts[1].scatter_add(1, at, nearer)
             elif self.same_view == "others":
-                parts[1] = parts[1].scatter(1, at, float("-inf"))
+                parts[1] = parts[1].scatter(1, at, float("-inf"))  # a query is no negative of itself
         return torch.cat(parts, dim=1) / self.temperature
+
+    def _gather_blocks(self) -> None:
+        """Fills all_keys and all_queries, one [B, D] per view; among all keys this rank's own have their gradient."""
+        with torch.no_grad():
+            all_keys = [self._gather(k) for k in self.keys]
+            if self.keys_learn:
+                shared = self.queries is self.keys
+                self.all_queries = all_keys if shared else [self._gather(q) for q in self.queries]
+        self.all_keys = [k.index_copy(0, self.own, mine) for k, mine in zip(all_keys, self.keys, strict=True)]
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return collectives.gather(x.detach(), self.rank_sizes)
+
+
+def _own_places(size: int, rank_sizes: tuple[int, ...] | None) -> Tensor:
+    """int64 [size]: where this rank's samples stand in the global batch. rank_sizes None: every rank has `size`."""
+    first = collectives.rank() * size if rank_sizes is None else sum(rank_sizes[: collectives.rank()])
+    return torch.arange(first, first + size)

@@ -1,10 +1,10 @@
 """Maximum entropy coding: the coding rate of two views' agreement, as a Taylor series. Source: Liu et al. 2022.
 
     A = z_i z_j^T / (B distortion),   L = -w tr sum_{k=1..terms} (-1)^(k+1) A^k / k,   averaged over pairs
-over l2-normalised rows; `distortion` is the paper's epsilon^2 D. The coding length has w = (B + D)/2, which makes a loss some
-thousand times a cosine that grows with batch and width; its gradient would drown any other term at any usual rate, so the
-default is w = distortion, with which the first term is minus the mean cosine. tr(A^k) is taken in the smaller of [B, B] and [D, D]
-(equal by cyclicity), and the last power needs no product: tr(A^2) = sum A * A^T.
+over l2-normalized rows; `distortion` is the paper's epsilon^2 D. The coding length has w = (B + D)/2, which makes a
+loss some thousand times a cosine that grows with batch and width; its gradient would drown any other term at any usual
+rate, so the default is w = distortion, with which the first term is minus the mean cosine. tr(A^k) is taken in the
+smaller of [B, B] and [D, D] (equal by cyclicity), and the last power needs no product: tr(A^2) = sum A * A^T.
 
 Each rank needs the products of the global batch: views are gathered with gradient.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.losses.pairs import Views, gathered, pairs
+from poisonshield.losses.pairs import Views, gather_views, pairs
 from poisonshield.ops.precision import outside_autocast
 
 
@@ -31,12 +31,12 @@ def mec(
     """A scalar; online and target one [B, D] per view, target defaults to online. terms 2 and
     coding_length are the VESPR authors' form."""
     target = online if target is None else target
-    asked = pairs(online, target, symmetrized=symmetrized)
-    p = [F.normalize(x, dim=1) for x in gathered(online, rank_sizes)]
-    m = p if target is online else [F.normalize(x, dim=1) for x in gathered(target, rank_sizes)]
+    view_pairs = pairs(online, target, symmetrized=symmetrized)
+    p = [F.normalize(x, dim=1) for x in gather_views(online, rank_sizes)]
+    m = p if target is online else [F.normalize(x, dim=1) for x in gather_views(target, rank_sizes)]
     size, width = p[0].shape
-    total = torch.stack([_log_det_series(p[i], m[j], size * distortion, terms) for i, j in asked]).sum()
-    return -(0.5 * (size + width) if coding_length else distortion) * total / len(asked)
+    total = torch.stack([_log_det_series(p[i], m[j], size * distortion, terms) for i, j in view_pairs]).sum()
+    return -(0.5 * (size + width) if coding_length else distortion) * total / len(view_pairs)
 
 
 def _log_det_series(a: Tensor, b: Tensor, scale: float, terms: int) -> Tensor:
@@ -45,5 +45,6 @@ def _log_det_series(a: Tensor, b: Tensor, scale: float, terms: int) -> Tensor:
     power, out = None, (a * b).sum() / scale
     for k in range(2, terms + 1):
         power = step if power is None else power @ step  # A^(k - 1)
+        # tr(A^(k - 1) A), without forming the product.
         out = out + (-1) ** (k + 1) / k * (power * step.T).sum()
     return out

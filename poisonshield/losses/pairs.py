@@ -1,5 +1,4 @@
-"""What self-supervised losses ask of their views: the ordered pairs (online view i, target view j) that they sum over, and
-all ranks' rows where a loss needs the global batch.
+"""Pairs of views, (online view i, target view j), that a self-supervised loss sums over, and all ranks' rows of a view.
 
 Online views may outnumber target views (multi-crop: small crops ask, large ones answer); a view never asks itself.
 """
@@ -22,8 +21,8 @@ def pairs(online: Views, target: Views, *, symmetrized: bool = True) -> list[tup
     """
     if len(online) < 2 or not 1 <= len(target) <= len(online):
         raise ShapeError(
-            f"the loss got {len(online)} online and {len(target)} target views; it needs at least two online views, and "
-            "target views for the first of them."
+            f"the loss got {len(online)} online and {len(target)} target views; it needs at least two online views, "
+            "and target views for the first of them."
         )
     if any(t.shape != online[0].shape or t.dim() != 2 for t in (*online, *target)):
         shapes = [tuple(t.shape) for t in (*online, *target)]
@@ -32,9 +31,10 @@ def pairs(online: Views, target: Views, *, symmetrized: bool = True) -> list[tup
     return [(i, j) for i in asking for j in range(len(target)) if j != i]
 
 
-def gathered(views: Views, rank_sizes: tuple[int, ...] | None) -> Views:
-    """Each view's rows of all ranks, [global B, D], in float32 at least and with gradient; one message for all views."""
+def gather_views(views: Views, rank_sizes: tuple[int, ...] | None) -> Views:
+    """Each view's rows of all ranks, [global B, D], float32 at least, with gradient; one message for all views."""
     wide = tuple(at_least_float32(v) for v in views)
     if collectives.world_size() == 1:
         return wide
+    # Side by side: views have the same rows, and one message is cheaper than one each.
     return collectives.gather(torch.cat(wide, dim=1), rank_sizes).chunk(len(wide), dim=1)

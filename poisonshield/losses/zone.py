@@ -25,27 +25,29 @@ RESIZES = ("area", "nearest", "max")
 
 @dataclass(frozen=True)
 class Zone:
-    """Where the loss counts, and how it is normalised.
-
-    resize: "area" keeps the mask's area (soft edges), "nearest" is binary, "max" keeps all that the mask touches, for
-    tight masks. floor: what the outside still counts; 1 is training without a mask. dilate: latent cells that the mask
-    grows by on each side. min_cells: smallest area that per_image divides by, in latent cells.
-    """
+    """Where the loss counts, and how it is normalized."""
 
     norm: Literal["per_image", "batch", "plain"] = "per_image"
+    """The denominator: see the three forms above."""
     resize: Literal["area", "nearest", "max"] = "area"
+    """How the mask shrinks: "area" keeps the area (soft edges), "nearest" is binary, "max" all that it touches."""
     floor: float = 0.0
+    """What the outside still counts, in [0, 1]; 1 is training without a mask."""
     dilate: int = 1
+    """Latent cells by which the mask grows on each side: a cell at the edge still shows some of the concept."""
     min_cells: float = 4
+    """The smallest area that per_image divides by, in latent cells, so that a tiny mask does not rule the batch."""
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS or self.resize not in RESIZES:
             raise ConfigError(
-                f"norm {self.norm!r} and resize {self.resize!r} are wanted among {', '.join(NORMS)} and {', '.join(RESIZES)}."
+                f"norm {self.norm!r} and resize {self.resize!r} are wanted among {', '.join(NORMS)} "
+                f"and {', '.join(RESIZES)}."
             )
         if not 0 <= self.floor <= 1 or self.dilate < 0 or self.min_cells <= 0:
             raise ConfigError(
-                f"floor {self.floor} must be in [0, 1], dilate {self.dilate} 0 or more, min_cells {self.min_cells} positive."
+                f"floor {self.floor} must be in [0, 1], dilate {self.dilate} 0 or more, "
+                f"min_cells {self.min_cells} positive."
             )
 
 
@@ -53,14 +55,14 @@ class Zone:
 def latent_mask(mask: Tensor, size: tuple[int, int], zone: Zone) -> Tensor:
     """The mask [B, 1, h, w] at the latents' size (h, w): resized, dilated, then m <- floor + (1 - floor) m.
 
-    mask [B, 1, H, W], float in [0, 1] or bool. Raises ShapeError for another shape, and DataError with the row of a mask
-    of which nothing is left, whatever the floor.
+    mask [B, 1, H, W], float in [0, 1] or bool. Raises ShapeError for another shape, and DataError with the row of a
+    mask of which nothing is left, whatever the floor.
     """
     if mask.dim() != 4 or mask.shape[1] != 1 or 0 in mask.shape[2:] or min(size) < 1:
         raise ShapeError(f"mask has shape {tuple(mask.shape)} and is wanted at {tuple(size)}. Give [B, 1, H, W].")
     m = mask if mask.is_floating_point() else mask.float()
     if zone.resize == "area":
-        m = _averaged(m, size)
+        m = _average(m, size)
     elif zone.resize == "max":
         m = F.adaptive_max_pool2d(m, size)
     else:
@@ -70,7 +72,7 @@ def latent_mask(mask: Tensor, size: tuple[int, int], zone: Zone) -> Tensor:
     empty = (m.flatten(1).amax(1) <= 0).nonzero()[:, 0].tolist()
     if empty:
         raise DataError(
-            f"the mask of row {empty[0]} is empty at the latents' size {tuple(size)}, so nothing of it would be trained on."
+            f"the mask of row {empty[0]} is empty at the latents' size {tuple(size)}: nothing would be trained on."
             + ("\n  resize: max keeps objects smaller than a latent cell." if bool((mask[empty[0]] > 0).any()) else "")
         )
     return zone.floor + (1 - zone.floor) * m
@@ -88,7 +90,8 @@ def zone_loss(pred: Tensor, target: Tensor, mask: Tensor | None, zone: Zone) -> 
     if mask is not None:
         if mask.shape != (len(pred), 1, *pred.shape[2:]):
             raise ShapeError(
-                f"mask has shape {tuple(mask.shape)} and pred {tuple(pred.shape)}. Bring it to the latents' size with latent_mask."
+                f"mask has shape {tuple(mask.shape)} and pred {tuple(pred.shape)}. "
+                "Bring it to the latents' size with latent_mask."
             )
         weight = _area_weight(pred, mask, zone)
     losses = masked_diffusion_loss(pred, target=target, mask=mask, weight=weight, normalise=normalise, reduction="none")
@@ -104,11 +107,12 @@ def _area_weight(pred: Tensor, mask: Tensor, zone: Zone) -> Tensor | None:
     if zone.norm == "batch":
         area = area.sum().expand(len(pred))
         return (channels * area).clamp(min=1) / (channels * area)
+    # A picture may have fewer cells in all than the smallest area.
     smallest = min(zone.min_cells, mask[0].numel()) if len(mask) else zone.min_cells
     return (channels * area).clamp(min=1) / (channels * area.clamp(min=smallest))
 
 
-def _averaged(m: Tensor, size: tuple[int, int]) -> Tensor:
+def _average(m: Tensor, size: tuple[int, int]) -> Tensor:
     """Means over cells of H/h x W/w pixels. Pixels on a border of cells count by their share, so the area is kept."""
     height, width = m.shape[2:]
     rows, columns = _overlap(height, size[0]).to(m), _overlap(width, size[1]).to(m)  # [h, H], [w, W]

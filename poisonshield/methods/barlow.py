@@ -1,7 +1,7 @@
 """Barlow Twins: two views' features correlate one to one. Source: Zbontar et al. 2021.
 
-The VESPR authors give no recipe; projector and weight are the paper's. `legacy: true` takes their loss, which counts one
-triangle of the off-diagonal twice.
+The VESPR authors give no recipe; projector and weight are the paper's. `legacy: true` takes their loss, which counts
+one triangle of the off-diagonal twice.
 """
 
 from typing import ClassVar, Literal
@@ -23,14 +23,20 @@ class Barlow(SSLMethod):
     default_views = "ssl"
 
     class Config(ProjectorConfig):
-        """off_diagonal: weight of the redundancy term; scaling, hsic, legacy, symmetrized: see losses/barlow.py."""
+        """The projector and the cross-correlation's settings."""
 
         projector: ProjectorName = "vicreg"
-        off_diagonal: float = Field(0.005, ge=0)
-        scaling: Literal["columns", "rows"] = "columns"
-        hsic: bool = False
-        legacy: bool = False
-        symmetrized: bool = False
+        off_diagonal: float = Field(0.005, ge=0, description="Weight of the term that makes features independent.")
+        scaling: Literal["columns", "rows"] = Field(
+            "columns", description="Standardize each feature over the batch, or give each sample length 1."
+        )
+        hsic: bool = Field(False, description="Aim at -1 beside the diagonal, as HSIC does, in place of 0.")
+        legacy: bool = Field(
+            False, description="The VESPR authors' form, which counts one triangle twice and the other one not at all."
+        )
+        symmetrized: bool = Field(
+            False, description="Whether all pairs of views count, and not only those of the first view."
+        )
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from poisonshield.losses.cosine import negative_cosine
 from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
-from poisonshield.models.target import Target, TargetConfig
+from poisonshield.models.target import Momentum, Target, TargetConfig
 
 
 class BYOL(SSLMethod):
@@ -24,11 +24,11 @@ class BYOL(SSLMethod):
     default_views = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig, TargetConfig):
-        """symmetrized: every view predicts, not the first alone."""
+        """The projector, the predictor, the target, and who predicts."""
 
         projector: ProjectorName = "byol"
-        momentum: float = Field(0.999, ge=0, le=1)
-        symmetrized: bool = True
+        momentum: Momentum = 0.999
+        symmetrized: bool = Field(True, description="Whether every view predicts, and not the first alone.")
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -40,6 +40,8 @@ class BYOL(SSLMethod):
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """Every view predicts what the target makes of the other large views."""
         p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
+        assert batch.views is not None  # the features were made of them
+        # Small crops predict and are never predicted.
         targets = tuple(self.target(v) for v in batch.views[: self.num_views])
         loss = negative_cosine(p, targets, symmetrized=self.config.symmetrized, rank_sizes=batch.rank_sizes)
         return StepOutput(loss, {"ssl": loss.detach()})

@@ -1,8 +1,8 @@
-"""DINO: the student's distribution over prototypes matches a slow, centred, sharpened teacher's. Source: Caron et al. 2021.
+"""DINO: the student's distribution over prototypes matches a slow, centred, sharpened teacher's. Caron et al. 2021.
 
-As in the paper, large views teach and all views learn; `all_views_teach` is the VESPR authors' form. The centre moves once in
-a training step and never in an attack. Not built, as in their code: a warm-up of the teacher's temperature, and holding
-the last layer still at first.
+As in the paper, large views teach and all views learn; `all_views_teach` is the VESPR authors' form. The centre moves
+once in a training step and never in an attack. Not built, as in their code: a warm-up of the teacher's temperature, and
+holding the last layer still at first.
 """
 
 from typing import ClassVar
@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.losses.dino import dino, moved_centre
+from poisonshield.losses.dino import dino, move_centre
 from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
-from poisonshield.models.target import Target, TargetConfig
+from poisonshield.models.target import Momentum, Target, TargetConfig
 
 
 class DINO(SSLMethod):
@@ -27,15 +27,21 @@ class DINO(SSLMethod):
     centre: Tensor
 
     class Config(ProjectorConfig, TargetConfig):
-        """out: how many prototypes; the two temperatures; centre_momentum: what the centre keeps at each step."""
+        """The projector, whose `out` is the number of prototypes, the teacher and the two softmaxes."""
 
         projector: ProjectorName = "dino_vit"
-        momentum: float = Field(0.999, ge=0, le=1)
-        student_temperature: float = Field(0.1, gt=0)
-        teacher_temperature: float = Field(0.05, gt=0)
-        centre_momentum: float = Field(0.9, ge=0, lt=1)
-        all_views_teach: bool = False
-        symmetrized: bool = True
+        momentum: Momentum = 0.999
+        student_temperature: float = Field(0.1, gt=0, description="What the student's outputs are divided by.")
+        teacher_temperature: float = Field(
+            0.05, gt=0, description="What the teacher's outputs are divided by; lower is sharper."
+        )
+        centre_momentum: float = Field(
+            0.9, ge=0, lt=1, description="Share of the teacher's centre that is kept at each step, in [0, 1)."
+        )
+        all_views_teach: bool = Field(
+            False, description="Whether small crops teach too, as in the VESPR authors' code; the paper's do not."
+        )
+        symmetrized: bool = Field(True, description="Whether every view learns, and not the first alone.")
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -48,12 +54,14 @@ class DINO(SSLMethod):
         """Every view learns from the other views that teach."""
         c = self.config
         student = tuple(self.projector(h) for h in features)
-        teacher = tuple(self.target(v) for v in (batch.views if c.all_views_teach else batch.views[: self.num_views]))
+        assert batch.views is not None  # the features were made of them
+        teachers = batch.views if c.all_views_teach else batch.views[: self.num_views]
+        teacher = tuple(self.target(v) for v in teachers)
         loss = dino(student, teacher, self.centre, student_temperature=c.student_temperature,
                     teacher_temperature=c.teacher_temperature, symmetrized=c.symmetrized,
                     rank_sizes=batch.rank_sizes)  # fmt: skip
-        if self.training:
-            moved = moved_centre(self.centre, teacher, momentum=c.centre_momentum, rank_sizes=batch.rank_sizes)
+        if self.training:  # an attack runs in evaluation mode, and must leave the centre alone
+            moved = move_centre(self.centre, teacher, momentum=c.centre_momentum, rank_sizes=batch.rank_sizes)
             self.centre.copy_(moved)
         return StepOutput(loss, {"ssl": loss.detach()})
 

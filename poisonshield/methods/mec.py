@@ -1,9 +1,9 @@
 """MEC: of all agreeing codes, the one of maximum entropy. Source: Liu et al. 2022.
 
-The VESPR authors give no recipe: a predictor and stopped targets are the suggested one, on their mec projector (simsiam's).
-Their loss is `terms: 2`, `coding_length: true`, `distortion: 0.06`. The series converges where no direction holds more than
-`distortion` of the batch's energy; at 0.06 a small batch near one direction makes its fourth power explode, and training
-stands still, hence 0.5.
+The VESPR authors give no recipe: a predictor and stopped targets are the suggested one, on their mec projector
+(simsiam's). Their loss is `terms: 2`, `coding_length: true`, `distortion: 0.06`. The series converges where no
+direction holds more than `distortion` of the batch's energy; at 0.06 a small batch near one direction makes its fourth
+power explode, and training stands still, hence 0.5.
 """
 
 from typing import ClassVar
@@ -26,14 +26,22 @@ class MEC(SSLMethod):
     default_views = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig):
-        """distortion, terms, coding_length, symmetrized: see losses/mec.py; stop_gradient: targets stand still."""
+        """The projector, the predictor and the coding rate."""
 
         projector: ProjectorName = "simsiam"
-        distortion: float = Field(0.5, gt=0)
-        terms: int = Field(4, ge=1)
-        coding_length: bool = False
-        stop_gradient: bool = True
-        symmetrized: bool = True
+        distortion: float = Field(
+            0.5,
+            gt=0,
+            description="How far codes may lie from the features, in parts of their energy: the paper's epsilon^2 D.",
+        )
+        terms: int = Field(4, ge=1, description="How many terms of the logarithm's series are summed.")
+        coding_length: bool = Field(
+            False,
+            description="Scale the loss by (B + D) / 2 as the paper does, which makes it some thousand times a cosine; "
+            "false scales it by the distortion.",
+        )
+        stop_gradient: bool = Field(True, description="Whether the loss stops at the targets.")
+        symmetrized: bool = Field(True, description="Whether every view predicts, and not the first alone.")
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -46,6 +54,7 @@ class MEC(SSLMethod):
         c = self.config
         z = tuple(self.projector(h) for h in features)
         p = self.predictor(z, batch.rank_sizes)
+        # Small crops predict and are never predicted.
         targets = tuple(v.detach() if c.stop_gradient else v for v in z[: self.num_views])
         loss = mec(p, targets, distortion=c.distortion, terms=c.terms, coding_length=c.coding_length,
                    symmetrized=c.symmetrized,

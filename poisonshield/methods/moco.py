@@ -6,11 +6,10 @@ Small crops ask and are never keys.
 
 from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.losses.infonce import SameView, infonce
+from poisonshield.losses.infonce import InfoNCEConfig, SameView, infonce
 from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
@@ -24,14 +23,10 @@ class MoCo(SSLMethod):
     num_views = 2
     default_views = "ssl"
 
-    class Config(ProjectorConfig, PredictorConfig, TargetConfig):
-        """temperature of the similarities; same_view, negative_weight, margin, symmetrized: losses/infonce.py."""
+    class Config(InfoNCEConfig, ProjectorConfig, PredictorConfig, TargetConfig):
+        """The projector, predictor, target and InfoNCE's settings."""
 
-        temperature: float = Field(0.2, gt=0)
         same_view: SameView = "none"
-        negative_weight: float = Field(1.0, gt=0)
-        margin: float = Field(0.0, ge=0)
-        symmetrized: bool = True
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -44,6 +39,7 @@ class MoCo(SSLMethod):
         """InfoNCE of every view's prediction against the large views' keys."""
         c = self.config
         p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
+        assert batch.views is not None  # the features were made of them
         keys = tuple(self.target(v) for v in batch.views[: self.num_views])
         loss = infonce(p, keys, temperature=c.temperature, same_view=c.same_view,
                        negative_weight=c.negative_weight, margin=c.margin,

@@ -5,11 +5,10 @@ Projector and temperature are those of the VESPR authors' default (a three-layer
 
 from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
-from poisonshield.losses.infonce import SameView, infonce
+from poisonshield.losses.infonce import InfoNCEConfig, infonce
 from poisonshield.method import SSLMethod
 from poisonshield.models.heads import ProjectorConfig, build_projector
 
@@ -21,14 +20,8 @@ class SimCLR(SSLMethod):
     num_views = 2
     default_views = "ssl"
 
-    class Config(ProjectorConfig):
-        """temperature of the similarities; same_view, negative_weight, margin, symmetrized: losses/infonce.py."""
-
-        temperature: float = Field(0.2, gt=0)
-        same_view: SameView = "others"
-        negative_weight: float = Field(1.0, gt=0)
-        margin: float = Field(0.0, ge=0)
-        symmetrized: bool = True
+    class Config(InfoNCEConfig, ProjectorConfig):
+        """The projector and InfoNCE's settings."""
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()

@@ -1,7 +1,10 @@
-"""SimSiam: predict the other view's projection, which stands still: no negatives, no second network. Source: Chen and He 2021."""
+"""SimSiam: predict the other view's projection, which stands still. No negatives, no second network.
+Source: Chen and He 2021.
+"""
 
 from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
@@ -19,11 +22,13 @@ class SimSiam(SSLMethod):
     default_views = "ssl"
 
     class Config(ProjectorConfig, PredictorConfig):
-        """stop_gradient: false collapses, and is there to be studied. symmetrized: every view predicts."""
+        """The projector, the predictor, and where the gradient stops."""
 
         projector: ProjectorName = "simsiam"
-        stop_gradient: bool = True
-        symmetrized: bool = True
+        stop_gradient: bool = Field(
+            True, description="Whether the loss stops at the targets; false collapses, and is there to be studied."
+        )
+        symmetrized: bool = Field(True, description="Whether every view predicts, and not the first alone.")
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -35,6 +40,7 @@ class SimSiam(SSLMethod):
         """Every view predicts the other large views' projections."""
         z = tuple(self.projector(h) for h in features)
         p = self.predictor(z, batch.rank_sizes)
+        # Small crops predict and are never predicted.
         targets = tuple(v.detach() if self.config.stop_gradient else v for v in z[: self.num_views])
         loss = negative_cosine(p, targets, symmetrized=self.config.symmetrized, rank_sizes=batch.rank_sizes)
         return StepOutput(loss, {"ssl": loss.detach()})

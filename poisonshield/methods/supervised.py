@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
+from poisonshield.errors import DataError
 from poisonshield.method import SSLMethod
 from poisonshield.models.weights import Branch, load_encoder
 from poisonshield.ops.precision import at_least_float32
@@ -25,16 +26,22 @@ class Supervised(SSLMethod):
     has_classifier = True
 
     class Config(Settings):
-        """label_smoothing: share of the target spread over all classes.
+        """The loss, and the encoder that training starts from."""
 
-        init_from: a finished run's folder, or its export/method.safetensors or backbone.safetensors; null starts anew.
-        branch: which of its encoders. freeze_encoder: only the head trains; batch statistics and dropout stand still.
-        """
-
-        label_smoothing: float = Field(0.0, ge=0, lt=1)
-        init_from: str | None = None
-        branch: Branch = "online"
-        freeze_encoder: bool = False
+        label_smoothing: float = Field(
+            0.0, ge=0, lt=1, description="Share of the target that is spread over all classes, in [0, 1)."
+        )
+        init_from: str | None = Field(
+            None,
+            description="A finished run's folder, or its export/method.safetensors or backbone.safetensors; "
+            "null starts anew.",
+        )
+        branch: Branch = Field(
+            "online", description="Which of that run's encoders: the online one, or the target that followed it."
+        )
+        freeze_encoder: bool = Field(
+            False, description="Train the head alone; batch statistics and dropout of the encoder stand still."
+        )
 
         @model_validator(mode="after")
         def _encoder_comes_from_somewhere(self) -> "Supervised.Config":
@@ -49,6 +56,7 @@ class Supervised(SSLMethod):
         self.head = nn.Linear(encoder.feature_dim, num_classes)
         if config.freeze_encoder:
             encoder.requires_grad_(False)
+        # Only now is it known that a frozen encoder stays in evaluation mode.
         self.train()
 
     def initialize(self) -> None:
@@ -64,16 +72,18 @@ class Supervised(SSLMethod):
         return self
 
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
-        """Mean cross-entropy over all views."""
-        per_view = [
-            F.cross_entropy(
-                at_least_float32(self.head(h)), batch.y, reduction="none", label_smoothing=self.config.label_smoothing
+        """Mean cross-entropy over all views. Raises DataError for samples without labels."""
+        if batch.y is None:
+            raise DataError(f"{batch.keys[0]} comes without a label, and supervised training needs one of each sample.")
+        per_sample = features[0].new_zeros(())
+        for h in features:
+            scores = at_least_float32(self.head(h))
+            per_sample = per_sample + F.cross_entropy(
+                scores, batch.y, reduction="none", label_smoothing=self.config.label_smoothing
             )
-            for h in features
-        ]
-        loss = collectives.mean(sum(per_view) / len(per_view), batch.rank_sizes)
+        loss = collectives.mean(per_sample / len(features), batch.rank_sizes)
         return StepOutput(loss, {"ce": loss.detach()})
 
     def logits(self, x: Tensor) -> Tensor:
-        """[B, K]."""
+        """Class scores [B, K] of x [B, 3, H, W] in [0, 1]."""
         return self.head(self.encoder(x))

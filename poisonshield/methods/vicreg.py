@@ -22,14 +22,16 @@ class VICReg(SSLMethod):
     default_views = "ssl"
 
     class Config(ProjectorConfig):
-        """invariance, variance, covariance: weights of the three terms; legacy, symmetrized: see losses/vicreg.py."""
+        """The projector and the weights of the three terms."""
 
         projector: ProjectorName = "vicreg"
-        invariance: float = Field(25.0, ge=0)
-        variance: float = Field(25.0, ge=0)
-        covariance: float = Field(1.0, ge=0)
-        legacy: bool = False
-        symmetrized: bool = False
+        invariance: float = Field(25.0, ge=0, description="Weight of the distance between two views.")
+        variance: float = Field(25.0, ge=0, description="Weight of the deviation that each feature lacks to 1.")
+        covariance: float = Field(1.0, ge=0, description="Weight of the squared covariances between features.")
+        legacy: bool = Field(False, description="The VESPR authors' form, whose variance terms weigh double.")
+        symmetrized: bool = Field(
+            False, description="Whether all pairs of views count, and not only those of the first view."
+        )
 
     def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Networks: encoders with their normalisation inside, heads, and batch norm over ranks."""
+"""Networks: encoders with their normalization inside, heads, and batch norm over ranks."""

@@ -8,7 +8,7 @@ Every backbone is exported under timm's own parameter names: with its own stem, 
 """
 
 from itertools import groupby
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,47 @@ from poisonshield.models.normalize import Normalize
 from poisonshield.models.position import fix_position
 from poisonshield.registry import suggest
 
+TimmNetwork = Any
+"""An nn.Module of timm: `num_features`, and the parts of its kind, which only the running network declares."""
+
 
 class BackboneConfig(Settings):
-    """Which network reads the pixels.
+    """Which network reads the pixels."""
 
-    name: any timm name, or resnet_mini. stem: "cifar" is a 3x3 convolution of stride 1 without max-pooling, for images
-    up to about 64 px; "imagenet" is the network's own. stem_padding: 1, or 2 as in the VESPR authors' CIFAR models.
-    widths: channels of resnet_mini's four stages. stem_stride: 2 halves a CIFAR image first, at a quarter of the cost.
-    batch_norm: "synced" over ranks, so that losses do not depend on their number; "local" saves the communication.
-    views_together: run views of one size as one long batch, with batch statistics still view by view.
-    For ViTs only: image_size, null for the network's own; freeze_patch keeps the patch projection as drawn; position is
-    learned, or sincos (2-D, fixed); null is sincos with freeze_patch, else learned.
-    """
-
-    name: str = "resnet18"
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    stem_padding: int = Field(1, ge=0, le=3)
-    stem_stride: Literal[1, 2] = 1
-    widths: tuple[int, int, int, int] = (16, 32, 64, 128)
-    batch_norm: Literal["synced", "local"] = "synced"
-    views_together: bool = False
-    image_size: int | None = Field(None, ge=1)
-    freeze_patch: bool = False
-    position: Literal["learned", "sincos"] | None = None
+    name: str = Field("resnet18", description="The network: any name that timm knows, or resnet_mini.")
+    stem: Literal["cifar", "imagenet"] = Field(
+        "cifar",
+        description="The first layers: cifar is one 3x3 convolution without max-pooling, for images up to about 64 px; "
+        "imagenet is the network's own.",
+    )
+    stem_padding: int = Field(
+        1, ge=0, le=3, description="Padding of the cifar stem, in px: 1, or 2 as in the VESPR authors' CIFAR models."
+    )
+    stem_stride: Literal[1, 2] = Field(
+        1, description="Stride of the cifar stem: 2 halves an image first, at a quarter of the cost."
+    )
+    widths: tuple[int, int, int, int] = Field(
+        (16, 32, 64, 128), description="Channels of resnet_mini's four stages; other networks have their own."
+    )
+    batch_norm: Literal["synced", "local"] = Field(
+        "synced",
+        description="Whose batch statistics count: synced takes those of all ranks, so that losses do not depend on "
+        "their number; local saves the communication.",
+    )
+    views_together: bool = Field(
+        False, description="Run views of one size as one long batch, with batch statistics still view by view."
+    )
+    image_size: int | None = Field(
+        None,
+        ge=1,
+        description="ViTs only: side of the images in px, a multiple of the patch; null is the network's own.",
+    )
+    freeze_patch: bool = Field(False, description="ViTs only: the patch projection stays as drawn.")
+    position: Literal["learned", "sincos"] | None = Field(
+        None,
+        description="ViTs only: the position embedding is learned, or sincos (2-D, fixed); null is sincos with "
+        "freeze_patch, else learned.",
+    )
 
     @model_validator(mode="after")
     def _stem_settings_have_a_stem(self) -> "BackboneConfig":
@@ -54,9 +72,11 @@ class BackboneConfig(Settings):
 
 
 class Encoder(nn.Module):
-    """Normalisation and backbone. `feature_dim` is D; `config` says how the backbone was made."""
+    """Normalization and backbone. `feature_dim` is D; `config` says how the backbone was made."""
 
-    def __init__(self, backbone: nn.Module, config: BackboneConfig) -> None:
+    feature_dim: int
+
+    def __init__(self, backbone: TimmNetwork, config: BackboneConfig) -> None:
         super().__init__()
         self.normalize, self.backbone, self.config = Normalize(), backbone, config
         self.feature_dim = backbone.num_features
@@ -70,6 +90,7 @@ class Encoder(nn.Module):
         if not self.config.views_together:
             return tuple(self(v) for v in views)
         features: list[Tensor] = []
+        # Neighbours only, so that the features come in the order of the views.
         for _, group in groupby(views, key=lambda v: v.shape):
             alike = tuple(group)
             with per_view_statistics(self, len(alike)):
@@ -82,30 +103,38 @@ def build_encoder(config: BackboneConfig) -> Encoder:
 
     Raises ConfigError for a name timm does not know, no stem to change, or settings of a ViT for another network.
     """
-    import timm
-
-    if timm.models.is_model_in_modules(config.name, ("vision_transformer", "deit")):
-        backbone = _vit(config)
-    elif config.image_size is not None or config.freeze_patch or config.position is not None:
-        raise ConfigError(
-            f"model: image_size, freeze_patch and position are for ViTs, and {config.name} is none. Leave them out, or "
-            "set model.name: vit_small_patch16_224 and model.stem: imagenet."
-        )
-    elif config.name == "resnet_mini":
-        from timm.models.resnet import BasicBlock, ResNet
-
-        # The usual stem has 64 channels, which would cost more than all that follows.
-        stem = {"stem_type": "deep", "stem_width": config.widths[0] // 2}
-        backbone = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=config.widths, **stem)
-    elif timm.is_model(config.name):
-        backbone = timm.create_model(config.name, num_classes=0)
-    else:
-        known = timm.list_models()
-        raise ConfigError(f"model.name: {config.name!r} is not a timm model.{suggest(config.name, known)}")
+    backbone = _build_backbone(config)
     if config.stem == "cifar":
         _shrink_stem(backbone, config)
     _take_strides_first(backbone)
     return Encoder(backbone, config)
+
+
+def _build_backbone(config: BackboneConfig) -> TimmNetwork:
+    """The network with its own stem."""
+    import timm
+
+    if timm.models.is_model_in_modules(config.name, ("vision_transformer", "deit")):
+        return _build_vit(config)
+    if config.image_size is not None or config.freeze_patch or config.position is not None:
+        raise ConfigError(
+            f"model: image_size, freeze_patch and position are for ViTs, and {config.name} is none. Leave them out, or "
+            "set model.name: vit_small_patch16_224 and model.stem: imagenet."
+        )
+    if config.name == "resnet_mini":
+        return _build_resnet_mini(config)
+    if timm.is_model(config.name):
+        return timm.create_model(config.name, num_classes=0)
+    raise ConfigError(f"model.name: {config.name!r} is not a timm model.{suggest(config.name, timm.list_models())}")
+
+
+def _build_resnet_mini(config: BackboneConfig) -> TimmNetwork:
+    from timm.models.resnet import BasicBlock, ResNet
+
+    resnet: Any = ResNet  # its annotations ask for an instance of a block where its code takes the class
+    # A deep stem, because the usual one has 64 channels and would cost more than all that follows.
+    stem: dict[str, Any] = {"stem_type": "deep", "stem_width": config.widths[0] // 2}
+    return resnet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=config.widths, **stem)
 
 
 class StridedPointwise(nn.Conv2d):
@@ -124,38 +153,40 @@ class StridedPointwise(nn.Conv2d):
         return F.conv2d(x[:, :, ::down, ::across], self.weight, self.bias, groups=self.groups)
 
 
-def _take_strides_first(backbone: nn.Module) -> None:
-    """Narrow strided 1x1 convolutions become StridedPointwise, with the same parameters under the same names."""
-    for parent in list(backbone.modules()):
-        for name, old in list(parent.named_children()):
-            if not isinstance(old, nn.Conv2d) or old.kernel_size != (1, 1) or old.padding != (0, 0):
-                continue
-            if max(old.stride) > 1 and old.in_channels < StridedPointwise.BELOW:
-                with torch.device("meta"):  # draws nothing: what is drawn after it stays what it was
-                    new = StridedPointwise(old.in_channels, old.out_channels, 1, old.stride, groups=old.groups)
-                new.weight, new.bias = old.weight, old.bias
-                setattr(parent, name, new)
+def _take_strides_first(backbone: TimmNetwork) -> None:
+    """Puts StridedPointwise in the place of narrow strided 1x1 convolutions; parameters and names stay the same."""
+    for path, old in list(backbone.named_modules()):
+        if not isinstance(old, nn.Conv2d) or old.kernel_size != (1, 1) or old.padding != (0, 0):
+            continue
+        if max(old.stride) > 1 and old.in_channels < StridedPointwise.BELOW:
+            down, across = old.stride
+            with torch.device("meta"):  # draws nothing: what is drawn after it stays what it was
+                new = StridedPointwise(old.in_channels, old.out_channels, 1, (down, across), groups=old.groups)
+            new.weight, new.bias = old.weight, old.bias
+            backbone.set_submodule(path, new)
 
 
-def _shrink_stem(backbone: nn.Module, config: BackboneConfig) -> None:
-    """A 3x3 convolution as the first layer, and no pooling after it."""
+def _shrink_stem(backbone: TimmNetwork, config: BackboneConfig) -> None:
+    """Puts a 3x3 convolution in the place of the first layer, and nothing in that of the pooling after it."""
     first = getattr(backbone, "conv1", None)
     if not isinstance(first, (nn.Conv2d, nn.Sequential)) or not hasattr(backbone, "maxpool"):
         raise ConfigError(f"model.stem: {config.name} has no stem to replace. Set model.stem: imagenet.")
-    old = first if isinstance(first, nn.Conv2d) else first[0]
+    deep = first if isinstance(first, nn.Sequential) else None  # a deep stem: several layers in a row
+    old: Any = first if deep is None else deep[0]
     new = nn.Conv2d(3, old.out_channels, 3, config.stem_stride, config.stem_padding, bias=False)
+    # As timm draws its convolutions: a new layer comes with torch's own draw.
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    if old is first:
+    if deep is None:
         backbone.conv1 = new
     else:
-        first[0] = new
+        deep[0] = new
     backbone.maxpool = nn.Identity()
 
 
-def _vit(config: BackboneConfig) -> nn.Module:
+def _build_vit(config: BackboneConfig) -> TimmNetwork:
     import timm
 
-    vit = timm.create_model(
+    vit: TimmNetwork = timm.create_model(
         config.name, num_classes=0, img_size=config.image_size, dynamic_img_size=True, weight_init="moco"
     )
     patch, projection = vit.patch_embed.patch_size[0], vit.patch_embed.proj

@@ -1,10 +1,11 @@
-"""DirectSet: the predictor that training would find, computed from the projections' correlation. Source: Wang et al. 2021.
+"""DirectSet: the predictor that training would find, computed from the projections' correlation. Wang et al. 2021.
 
-    C <- momentum C + (1 - momentum) z^T z / B,   C = U diag(l) U^T,   W = U diag(l^exponent) U^T / max(l)^exponent + offset I
+    C <- momentum C + (1 - momentum) z^T z / B,   C = U diag(l) U^T
+    W  = U diag(l^exponent) U^T / max(l)^exponent + offset I
 and p = z W, without gradient through W. Exponent 0.5 works; 1 collapses.
 
-Differs from the VESPR authors' code: C is a buffer (saved and resumed), of the global batch and of all views, moved once
-per training step and never by an attack or an evaluation, and decomposed in float32 whatever the precision of the run.
+Differs from the VESPR authors' code: C is a buffer (saved and resumed), of the global batch and of all views, moved
+once per training step and never by an attack or an evaluation, and decomposed in float32 whatever the run's precision.
 """
 
 import torch
@@ -33,17 +34,18 @@ class DirectSet(nn.Module):
     def forward(self, views: tuple[Tensor, ...], rank_sizes: tuple[int, ...] | None) -> tuple[Tensor, ...]:
         """z W for each view [B, width]. Training mode looks at the batch first."""
         if self.training:
-            self._look(views, rank_sizes)
+            self._update(views, rank_sizes)
         with torch.autocast(views[0].device.type, enabled=False):
             return tuple(at_least_float32(z) @ self.weight.to(at_least_float32(z).dtype) for z in views)
 
     @torch.no_grad()
-    def _look(self, views: tuple[Tensor, ...], rank_sizes: tuple[int, ...] | None) -> None:
+    def _update(self, views: tuple[Tensor, ...], rank_sizes: tuple[int, ...] | None) -> None:
+        """Moves the correlation towards this batch's, and the predictor with it every `every` steps."""
         with torch.autocast(views[0].device.type, enabled=False):
             z = torch.cat([at_least_float32(v) for v in views])
             count = len(views) * (sum(rank_sizes) if rank_sizes else len(views[0]) * collectives.world_size())
             seen = collectives.all_reduce_sum(z.T @ z) / count
-            first = self.steps == 0
+            first = self.steps == 0  # the first batch is taken whole: an average with zeros would be too small
             self.correlation.copy_(torch.where(first, seen, torch.lerp(seen, self.correlation.to(seen), self.momentum)))
             # A bad batch is the trainer's to judge, by its loss; the decomposition would only fail on it.
             if int(self.steps) % self.every == 0 and bool(self.correlation.isfinite().all()):
@@ -54,6 +56,6 @@ class DirectSet(nn.Module):
 def optimal_weight(correlation: Tensor, *, exponent: float, offset: float) -> Tensor:
     """W [D, D] of a symmetric correlation [D, D]."""
     values, vectors = torch.linalg.eigh(correlation)
-    values = values.clamp(min=0)
+    values = values.clamp(min=0)  # rounding can leave the smallest below 0, where a fractional power is nan
     scaled = (values / values[-1].clamp(min=torch.finfo(values.dtype).tiny)) ** exponent
     return (vectors * scaled) @ vectors.T + offset * torch.eye(len(values), dtype=values.dtype, device=values.device)

@@ -1,4 +1,4 @@
-"""Networks that turn pictures, and for some texts, into features: CLIP, DINO and their kind, from a folder on this disk.
+"""Networks that turn pictures, and some of them texts, into features: CLIP, DINO and their kind, from a folder on disk.
 
 Each is fed by its own preprocessing (size, mean, standard deviation), read from the same folder. Nothing is fetched and
 no code or pickle of the folder is run.
@@ -7,9 +7,10 @@ no code or pickle of the folder is run.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.errors import ConfigError, ShapeError
 
@@ -27,24 +28,26 @@ def lacking(folder: str | Path) -> str | None:
 
 
 class FeatureNetwork:
-    """`images(x)` and, if `reads_text`, `texts(prompts)`: features in one space, [N, D] float32 on the network's device."""
+    """`images(x)` and, if `reads_text`, `texts(prompts)`: features in one space, [N, D] float32 on its device."""
 
-    def __init__(self, model: nn.Module, preprocessor: object, tokenizer: object | None) -> None:
+    def __init__(self, model: Any, preprocessor: Any, tokenizer: Any | None) -> None:
+        """The parts are transformers': a network, its image processor, and its tokenizer if it reads text."""
         self.model, self.preprocessor, self.tokenizer = model.requires_grad_(False).eval(), preprocessor, tokenizer
 
     @classmethod
     def load(cls, folder: str | Path) -> "FeatureNetwork":
-        """The network of a folder as transformers' save_pretrained writes it. Raises ConfigError naming what it lacks."""
+        """The network of a folder that transformers' save_pretrained wrote. Raises ConfigError naming what it lacks."""
         missing = lacking(folder)
         if missing:
             raise ConfigError(
-                f"{missing} is missing. Give a folder with the config, preprocessing and safetensors weights of a CLIP or "
-                "DINO network, such as a copy of openai/clip-vit-base-patch16."
+                f"{missing} is missing. Give a folder with the config, preprocessing and safetensors weights of a CLIP "
+                "or DINO network, such as a copy of openai/clip-vit-base-patch16."
             )
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        local = {"local_files_only": True, "trust_remote_code": False}
+        # A folder may hold code of its own; none of it is run.
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
         tokenizer = None
         if hasattr(model, "get_text_features"):
@@ -63,9 +66,9 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def images(self, x: Tensor, *, micro_batch: int = 32) -> Tensor:
-        """Features of pictures [N, 3, H, W] in [0, 1], rounded to 8 bits as files are: CLIP's projection, else the class token.
+        """Features of pictures [N, 3, H, W] in [0, 1]: CLIP's projection, else the class token.
 
-        Raises ShapeError for other shapes.
+        Pictures are rounded to 8 bits first, as files are. Raises ShapeError for other shapes.
         """
         if x.dim() != 4 or x.shape[1] != 3 or not len(x):
             raise ShapeError(f"pictures have shape {tuple(x.shape)}; [N, 3, H, W] with at least one is wanted.")
@@ -74,19 +77,23 @@ class FeatureNetwork:
         for part in levels.split(micro_batch):
             pixels = self.preprocessor(images=list(part), return_tensors="pt").pixel_values.to(self.model.device)
             if self.reads_text:
-                out.append(_projected(self.model.get_image_features(pixel_values=pixels)))
+                out.append(_unwrap(self.model.get_image_features(pixel_values=pixels)))
             else:
                 out.append(self.model(pixel_values=pixels).last_hidden_state[:, 0])
         return torch.cat(out).float()
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Features of texts; longer ones than the network reads are cut."""
+        """Features of texts; longer ones than the network reads are cut. Raises ConfigError if it reads none."""
+        if self.tokenizer is None:
+            raise ConfigError(
+                "this network reads pictures alone. Give the folder of one that reads texts, as CLIP does."
+            )
         made = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         made = {k: v.to(self.model.device) for k, v in made.items() if k in ("input_ids", "attention_mask")}
-        return _projected(self.model.get_text_features(**made)).float()
+        return _unwrap(self.model.get_text_features(**made)).float()
 
 
-def _projected(made: object) -> Tensor:
-    """transformers 5 wraps what 4 gave plainly."""
+def _unwrap(made: Any) -> Tensor:
+    """The features themselves: transformers 5 wraps what 4 gave plainly."""
     return getattr(made, "pooler_output", made)

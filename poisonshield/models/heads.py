@@ -1,15 +1,17 @@
 """Heads on top of an encoder: the projectors and predictors of self-supervised methods.
 
-Shapes follow the VESPR authors' table; linear layers have no bias where batch norm follows. E encoder width, H `hidden`,
-O `out`, P `predictor`:
-    moco            E-H BN ReLU, H-H BN ReLU, H-O BN (no affine)          simsiam   E-E BN ReLU, E-E BN ReLU, E-O BN (no affine)
-    byol            E-H BN ReLU, H-O                                     vicreg    E-H BN ReLU, H-H BN ReLU, H-O
-    dino_cnn        E-H BN GELU, H-H BN GELU, H-bottleneck, l2-normalised, prototypes O of length 1
-    dino_vit        the same without batch norm
-    predictor       O-P BN ReLU, P-O with bias
+Shapes follow the VESPR authors' table; linear layers have no bias where batch norm follows. E is the encoder's width,
+H `hidden`, O `out`, P `predictor`:
+    moco        E-H BN ReLU, H-H BN ReLU, H-O BN (no affine)
+    simsiam     E-E BN ReLU, E-E BN ReLU, E-O BN (no affine)
+    byol        E-H BN ReLU, H-O
+    vicreg      E-H BN ReLU, H-H BN ReLU, H-O
+    dino_cnn    E-H BN GELU, H-H BN GELU, H-bottleneck, l2-normalized, prototypes O of length 1
+    dino_vit    the same without batch norm
+    predictor   O-P BN ReLU, P-O with bias
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -17,35 +19,39 @@ from torch import Tensor, nn
 
 from poisonshield.config import Settings
 
-ProjectorName = Literal["moco", "simsiam", "byol", "vicreg", "dino_cnn", "dino_vit"]
+ProjectorName = Annotated[
+    Literal["moco", "simsiam", "byol", "vicreg", "dino_cnn", "dino_vit"],
+    Field(description="The layers of the projector: a row of the table in models/heads.py."),
+]
 
 
 class ProjectorConfig(Settings):
-    """projector: which of the table; hidden, out, bottleneck: its widths (simsiam has no hidden, only dino a bottleneck)."""
+    """The projector and its widths."""
 
     projector: ProjectorName = "moco"
-    hidden: int = Field(2048, gt=0)
-    out: int = Field(2048, gt=0)
-    bottleneck: int = Field(256, gt=0)
+    hidden: int = Field(2048, gt=0, description="Width of the projector's inner layers; simsiam has the encoder's.")
+    out: int = Field(2048, gt=0, description="Width of the projections; of dino, the number of prototypes.")
+    bottleneck: int = Field(256, gt=0, description="Width before the prototypes; only dino's projectors have one.")
 
 
 def build_projector(config: ProjectorConfig, feature_dim: int) -> nn.Sequential:
     """[B, feature_dim] -> [B, out]."""
     name, hidden, out = config.projector, config.hidden, config.out
     if name == "simsiam":
-        return nn.Sequential(*_normed(feature_dim, feature_dim), *_normed(feature_dim, feature_dim),
+        return nn.Sequential(*_dense_block(feature_dim, feature_dim), *_dense_block(feature_dim, feature_dim),
                              nn.Linear(feature_dim, out, bias=False), nn.BatchNorm1d(out, affine=False))  # fmt: skip
     if name == "byol":
-        return nn.Sequential(*_normed(feature_dim, hidden), nn.Linear(hidden, out, bias=False))
+        return nn.Sequential(*_dense_block(feature_dim, hidden), nn.Linear(hidden, out, bias=False))
     if name in ("dino_cnn", "dino_vit"):
         norm = (lambda: [nn.BatchNorm1d(hidden)]) if name == "dino_cnn" else list
         layers = [nn.Linear(feature_dim, hidden), *norm(), nn.GELU(), nn.Linear(hidden, hidden), *norm(), nn.GELU()]
         return nn.Sequential(*layers, nn.Linear(hidden, config.bottleneck), Prototypes(config.bottleneck, out))
     last = [nn.Linear(hidden, out, bias=False)] + ([nn.BatchNorm1d(out, affine=False)] if name == "moco" else [])
-    return nn.Sequential(*_normed(feature_dim, hidden), *_normed(hidden, hidden), *last)
+    return nn.Sequential(*_dense_block(feature_dim, hidden), *_dense_block(hidden, hidden), *last)
 
 
-def _normed(inputs: int, outputs: int) -> list[nn.Module]:
+def _dense_block(inputs: int, outputs: int) -> list[nn.Module]:
+    """Linear, batch norm, ReLU."""
     return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
@@ -54,6 +60,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
+        # Drawn as a linear layer draws; only the directions count.
         self.weight = nn.Linear(inputs, outputs, bias=False).weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ class Predictor(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*_normed(width, hidden), nn.Linear(hidden, width))
+        self.layers = nn.Sequential(*_dense_block(width, hidden), nn.Linear(hidden, width))
 
     def forward(self, views: tuple[Tensor, ...], rank_sizes: tuple[int, ...] | None) -> tuple[Tensor, ...]:
         """One [B, width] for each view."""

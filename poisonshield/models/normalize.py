@@ -1,4 +1,4 @@
-"""Normalisation as the first layer, so that everything outside the model speaks in pixels of [0, 1]."""
+"""Normalization as the first layer, so that everything outside the model speaks in pixels of [0, 1]."""
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel; x [B, 3, H, W] in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> None:
         super().__init__()

@@ -4,6 +4,8 @@ With a frozen patch projection (MoCo v3's remedy for unstable training) a learne
 would be noise forever, which is what the VESPR authors' default does; sines and cosines need no training.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,15 +27,16 @@ def sincos(rows: int, columns: int, dim: int, *, temperature: float = 10000.0) -
 
 
 @torch.no_grad()
-def fix_position(vit: nn.Module, name: str) -> None:
+def fix_position(vit: Any, name: str) -> None:
     """Writes sines and cosines over a timm ViT's `pos_embed` and freezes it; zero for class and register tokens.
 
-    Raises ConfigError for a network without such a parameter; name is what it is called there.
+    name: what the error calls the network. Raises ConfigError for one without such a parameter.
     """
     embedding = getattr(vit, "pos_embed", None)
     if not isinstance(embedding, nn.Parameter) or embedding.dim() != 3:
         raise ConfigError(f"model.position: {name} has no position embedding of its own to replace. Leave it out.")
     rows, columns = vit.patch_embed.grid_size
     embedding.zero_()
+    # Class and register tokens come first, then the patches.
     embedding[0, embedding.shape[1] - rows * columns :] = sincos(rows, columns, embedding.shape[2])
     embedding.requires_grad_(False)

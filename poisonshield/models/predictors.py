@@ -9,16 +9,22 @@ from poisonshield.models.heads import Predictor
 
 
 class PredictorConfig(Settings):
-    """predictor: hidden width of the learned one. directset: exponent of the optimal predictor, which then replaces it.
+    """The predictor: a learned one, or the one in closed form where `directset` is set."""
 
-    directset_offset, _momentum, _every: its regulariser, averaging, and how many steps share one eigendecomposition.
-    """
-
-    predictor: int = Field(512, gt=0)
-    directset: float | None = Field(None, gt=0)
-    directset_offset: float = Field(0.3, ge=0)
-    directset_momentum: float = Field(0.5, ge=0, lt=1)
-    directset_every: int = Field(1, ge=1)
+    predictor: int = Field(512, gt=0, description="Hidden width of the learned predictor.")
+    directset: float | None = Field(
+        None,
+        gt=0,
+        description="Exponent of the predictor in closed form, which replaces the learned one; 0.5 works, 1 collapses, "
+        "null keeps the learned one.",
+    )
+    directset_offset: float = Field(
+        0.3, ge=0, description="Multiple of the identity that is added to the predictor in closed form."
+    )
+    directset_momentum: float = Field(
+        0.5, ge=0, lt=1, description="Share of the averaged correlation that is kept at each step."
+    )
+    directset_every: int = Field(1, ge=1, description="How many steps share one eigendecomposition.")
 
 
 def build_predictor(config: PredictorConfig, width: int) -> nn.Module:

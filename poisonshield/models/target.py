@@ -1,4 +1,5 @@
-"""The target branch: a slow copy of encoder and projector that follows the online one. Sources: He et al. 2020 (MoCo); Grill et al. 2020 (BYOL).
+"""The target branch: a slow copy of encoder and projector that follows the online one.
+Sources: He et al. 2020 (MoCo); Grill et al. 2020 (BYOL).
 
     target <- momentum target + (1 - momentum) online,   after each step, parameters only
 Its batch statistics are its own, from its own forwards in training mode.
@@ -6,7 +7,7 @@ Its batch statistics are its own, from its own forwards in training mode.
 
 import copy
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -14,18 +15,28 @@ from torch import Tensor, nn
 
 from poisonshield.config import Settings
 
+Momentum = Annotated[
+    float, Field(ge=0, le=1, description="Share of the target's weights that is kept at each step, in [0, 1].")
+]
+
 
 class TargetConfig(Settings):
-    """momentum: what the target keeps at each step. momentum_schedule: cosine rises from there to 1 over the run.
+    """How the target starts and follows."""
 
-    start: copy begins equal to the online branch; random draws new weights, as the VESPR authors' code does.
-    stop_gradient: false lets the loss reach the pixels through the target too (its weights never learn).
-    """
-
-    momentum: float = Field(0.99, ge=0, le=1)
-    momentum_schedule: Literal["constant", "cosine"] = "constant"
-    start: Literal["copy", "random"] = "copy"
-    stop_gradient: bool = True
+    momentum: Momentum = 0.99
+    momentum_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="How momentum goes on: constant, or cosine, which rises from there to 1 over the run."
+    )
+    start: Literal["copy", "random"] = Field(
+        "copy",
+        description="The target's first weights: copy takes the online branch's; random draws new ones, as the VESPR "
+        "authors' code does.",
+    )
+    stop_gradient: bool = Field(
+        True,
+        description="Whether the loss stops at the target; false lets it reach the pixels through the target too (its "
+        "weights never learn).",
+    )
 
 
 class Target(nn.Module):
@@ -37,8 +48,9 @@ class Target(nn.Module):
         self.parts = nn.ModuleList(copy.deepcopy(m) for m in online).requires_grad_(False)
         if config.start == "random":
             for module in self.parts.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)  # torch's layers have one, containers have not
+                if callable(reset):
+                    reset()
 
     def forward(self, x: Tensor) -> Tensor:
         """What the copy makes of pixels [B, 3, H, W]."""
@@ -50,11 +62,10 @@ class Target(nn.Module):
     @torch.no_grad()
     def follow(self, *online: nn.Module, progress: float) -> None:
         """One step towards the online modules, given in the order of construction."""
-        ours = [p for part in self.parts for p in part.parameters()]
-        theirs = [p for module in online for p in module.parameters()]
-        torch._foreach_lerp_(
-            ours, [t.to(o.dtype) for o, t in zip(ours, theirs, strict=True)], 1 - self.momentum(progress)
-        )
+        ours: list[Tensor] = [p for part in self.parts for p in part.parameters()]
+        theirs: list[Tensor] = [p for module in online for p in module.parameters()]
+        cast = [t.to(o.dtype) for o, t in zip(ours, theirs, strict=True)]
+        torch._foreach_lerp_(ours, cast, 1 - self.momentum(progress))  # one launch for all, where a loop has hundreds
 
     def momentum(self, progress: float) -> float:
         """What is kept after a step that ends at this share of the run."""

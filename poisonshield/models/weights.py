@@ -43,6 +43,7 @@ def load_encoder(encoder: nn.Module, path: str | Path, *, branch: Branch = "onli
         )
     made, whole, state = _read(file, branch)
     if not whole:
+        # A file of a backbone alone lacks the mean and deviation, which no training changes.
         own = {name: value for name, value in wanted.items() if not name.startswith("backbone.")}
         state = own | {f"backbone.{name}": value for name, value in state.items()}
     _refuse_other_model(file, made, getattr(encoder, "config", None))

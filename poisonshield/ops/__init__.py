@@ -4,27 +4,21 @@ jpeg, JPEG, jpeg_tables, jpeg_coefficients: differentiable JPEG, smooth or equal
 pgd_step_, pgd_random_start_: projected gradient descent in place, in pixel units.
 q_sample, masked_diffusion_loss: noising and a masked, weighted loss with its gradient in one pass.
 philox_uniform: the counter-based generator they share. use_backend, info, stats: which code runs, and why.
-See README.md in this folder for three examples to copy.
+Every folder here is an op: what its `__all__` names is found here too. See README.md for a new one, and for examples.
 """
 
-from poisonshield.ops.diffusion import masked_diffusion_loss, q_sample
-from poisonshield.ops.dispatch import info, stats, use_backend
-from poisonshield.ops.jpeg import jpeg, jpeg_coefficients, jpeg_tables
-from poisonshield.ops.jpeg.module import JPEG
-from poisonshield.ops.pgd import pgd_random_start_, pgd_step_
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from poisonshield.ops.dispatch import info, rooms, stats, use_backend
 from poisonshield.random import philox_uniform
 
-__all__ = [
-    "JPEG",
-    "info",
-    "jpeg",
-    "jpeg_coefficients",
-    "jpeg_tables",
-    "masked_diffusion_loss",
-    "pgd_random_start_",
-    "pgd_step_",
-    "philox_uniform",
-    "q_sample",
-    "stats",
-    "use_backend",
-]
+if TYPE_CHECKING:  # for editors and type checkers; an op works without a line here
+    from poisonshield.ops.diffusion import masked_diffusion_loss, q_sample  # noqa: F401
+    from poisonshield.ops.jpeg import JPEG, jpeg, jpeg_coefficients, jpeg_tables  # noqa: F401
+    from poisonshield.ops.pgd import pgd_random_start_, pgd_step_  # noqa: F401
+
+__all__ = ["info", "philox_uniform", "stats", "use_backend"]
+for _room in map(import_module, [f"{__name__}.{room}" for room in rooms()]):
+    __all__ += _room.__all__
+    globals().update({name: getattr(_room, name) for name in _room.__all__})

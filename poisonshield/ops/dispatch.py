@@ -1,21 +1,24 @@
 """Chooses a backend for each call of an op: argument > `use_backend` > POISONSHIELD_BACKEND > automatic.
 
-Each op has a room, a folder with up to three files of functions of the same names and arguments: `reference.py` (plain
-PyTorch, the oracle), `triton_kernels.py` and `cuda_binding.py`. A kernel file also has `refusal(function, *args)`,
-which gives the reason why it cannot take a call, or None. Automatic takes the first of cuda, triton and reference
-that can; a backend asked for by name either runs or raises with its reason. `compiled` is the reference under
-torch.compile: never chosen automatically, since its first call with a new kind of input compiles for seconds.
+Each op has a room, a folder with up to three files of functions that have the same names and take the same record of
+arguments: `reference.py` (plain PyTorch, the oracle), `triton_kernels.py` and `cuda_binding.py`. A kernel file also has
+`refusal(function, arguments)`, which gives the reason why it cannot take a call, or None. Automatic takes the first of
+cuda, triton and reference that can; a backend asked for by name either runs or raises with its reason. `compiled` is
+the reference under torch.compile: never chosen automatically, since its first call with a new kind of input compiles
+for seconds. Rooms are found by scanning the folder.
 """
 
 import importlib
 import importlib.util
 import os
+import pkgutil
 import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,43 +76,54 @@ def info() -> dict[str, str]:
     return facts | {"in use": "the first that is ready and fits the call" if forced == "auto" else f"{forced} (forced)"}
 
 
+def rooms() -> list[str]:
+    """The names of all rooms: folders beside this file."""
+    return [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.ispkg]
+
+
 class Room:
     """The backends of the op in folder `poisonshield/ops/<name>`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def run(self, function: str, backend: str, *args: Any) -> Any:
-        """Call `function` on the requested backend. args[0] is a tensor, whose device decides what is possible."""
+    def run(self, function: str, backend: str, arguments: Any) -> Any:
+        """Call `function` on the requested backend. The device of the record's first tensor decides what can run."""
         if backend == "auto":
             backend = _known(os.environ.get("POISONSHIELD_BACKEND", "auto"))
         for candidate in AUTOMATIC if backend == "auto" else (backend,):
-            reason = self.refusal(candidate, function, *args)
+            reason = self.refusal(candidate, function, arguments)
             if reason is None:
                 _runs[f"{function} on {candidate}"] += 1
                 if candidate == "compiled":
-                    return self._compiled(function)(*args)
-                return getattr(self._module(candidate), function)(*args)
+                    return self._run_compiled(function, arguments)
+                return self._run(candidate, function, arguments)
             if backend != "auto":
                 raise BackendError(
                     f"{function}: the {candidate} backend cannot run this call: {reason}. "
                     "backend='auto' takes the best one that can; poisonshield.ops.info() lists what is here."
                 )
-            if args[0].is_cuda:
+            if arguments[0].is_cuda:
                 _refusals[f"{function} on {candidate}: {reason}"] += 1
         raise AssertionError("the reference takes every call")
 
-    def refusal(self, backend: str, function: str, *args: Any) -> str | None:
+    def refusal(self, backend: str, function: str, arguments: Any) -> str | None:
         """Why `backend` cannot take this call, or None."""
+        reason = self.missing(backend, arguments[0].device)
+        if reason is not None or backend in ("reference", "compiled"):
+            return reason
+        return self._module(backend).refusal(function, arguments)
+
+    def missing(self, backend: str, device: torch.device) -> str | None:
+        """Why `backend` can take no call at all on this kind of device, or None."""
         if backend in ("reference", "compiled"):
             return None
-        device = args[0].device.type
         reason = _missing(backend)
-        if reason is None and device != "cuda" and not (backend == "triton" and interpreting()):
-            reason = f"the tensor is on {device}"
-        if reason is None and importlib.util.find_spec(self._path(backend)) is None:
+        if reason is None and device.type != "cuda" and not (backend == "triton" and interpreting()):
+            reason = f"the tensor is on {device.type}"
+        if reason is None and not _exists(self._path(backend)):
             reason = f"{self.name} has no {backend} kernels"
-        return reason if reason is not None else self._module(backend).refusal(function, *args)
+        return reason
 
     def _path(self, backend: str) -> str:
         return f"poisonshield.ops.{self.name}.{_FILES[backend]}"
@@ -117,28 +131,29 @@ class Room:
     def _module(self, backend: str) -> Any:
         return importlib.import_module(self._path(backend))
 
-    def _compiled(self, function: str) -> Callable[..., Any]:
+    def _run(self, backend: str, function: str, arguments: Any) -> Any:
+        call = getattr(self._module(backend), function)
+        if backend == "triton" and arguments[0].is_cuda:
+            with torch.cuda.device(arguments[0].device):  # Triton launches on the current device, not on the tensor's
+                return call(arguments)
+        return call(arguments)
+
+    def _run_compiled(self, function: str, arguments: Any) -> Any:
         """The reference under torch.compile; the plain one, with one notice, where compilation is impossible."""
-        reference = self._module("reference")
-        plain = getattr(reference, function)
+        plain = getattr(self._module("reference"), function)
+        if function in _fallen:
+            return plain(arguments)
+        reason = _everywhere("compiled")
+        if reason is None:
+            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        def call(*args: Any) -> Any:
-            reason = _everywhere("compiled")
-            if reason is None and function not in _fallen:
-                from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-                try:
-                    return _compile(getattr(reference, "WHOLE", {}).get(function, plain))(*args)
-                except (TorchDynamoException, FailOnRecompileLimitHit) as err:
-                    reason = f"torch.compile failed: {str(err).splitlines()[0]}"
-            if function not in _fallen:
-                _fallen.add(function)
-                warnings.warn(
-                    f"{function}: the plain reference runs instead of the compiled one: {reason}", stacklevel=2
-                )
-            return plain(*args)
-
-        return call
+            try:
+                return _compile(plain)(arguments)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as err:
+                reason = f"torch.compile failed: {str(err).splitlines()[0]}"
+        _fallen.add(function)
+        warnings.warn(f"{function}: the plain reference runs instead of the compiled one: {reason}", stacklevel=2)
+        return plain(arguments)
 
 
 def interpreting() -> bool:
@@ -150,7 +165,7 @@ def _missing(backend: str) -> str | None:
     """Why a backend's software is not here, or None."""
     if backend == "cuda":
         return extension.missing()
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "triton" and not _exists("triton"):
         return "triton is not installed"
     return None
 
@@ -164,6 +179,11 @@ def _everywhere(backend: str) -> str | None:
     if backend == "compiled" and not torch.cuda.is_available() and _compiler() is None:
         return "no C++ compiler: install g++ or clang++, or set CXX"
     return None
+
+
+@cache
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 @cache

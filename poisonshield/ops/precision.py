@@ -14,7 +14,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, taking tensors or a tuple of them first, with autocast off: its products keep the inputs' precision."""
+    """The function, taking tensors or a tuple of them first, with autocast off: products keep the inputs' precision."""
 
     @wraps(function)
     def run(first: Tensor | tuple[Tensor, ...], *args: Any, **settings: Any) -> Any:

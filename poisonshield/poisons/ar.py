@@ -8,7 +8,7 @@ fewer steps at 32 px.
 
 import math
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from poisonshield.batch import Batch
 from poisonshield.config import Number, Settings
 from poisonshield.errors import ConfigError
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison, Labelled, Radius
 from poisonshield.random import philox_normal, stream_of
 
 CHUNK_VALUES = 2**21  # values of one slab of the recurrence: 8 MB stay near the cache
@@ -33,29 +33,47 @@ def autoregress(rows: Tensor, columns: Tensor, taps: Tensor) -> Tensor:
     """The field s [B, 3, H, W] with s[i, j] = sum of taps[3u + v] * s[i-2+u, j-2+v] over the eight earlier neighbours.
 
     rows [B, 3, 2, W] and columns [B, 3, H-2, 2] start it, taps [B, 3, 8] in raster order drive it; any float dtype.
-    All neighbours of (i, j) lie on earlier anti-diagonals, so a whole diagonal is one step. The field is stored sheared
-    (diagonal, row, channel, sample), where a diagonal and each of its neighbours is one contiguous slab. Products are
+    All neighbours of a pixel lie on earlier anti-diagonals, so a whole diagonal is one step. The field is stored
+    sheared, so that a diagonal is one row of memory:
+
+        field [i, j], H = 3, W = 4          sheared [d, i], d = i + j
+        00 01 02 03                         d = 0   00  .  .
+        10 11 12 13                             1   01 10  .
+        20 21 22 23                             2   02 11 20
+                                                3   03 12 21
+                                                4    . 13 22
+                                                5    .  . 23
+
+    Neighbour (u, v) of the pixels sheared[d, first:end] is the slab sheared[d-4+u+v, first-2+u : end-2+u]. Products are
     added in raster order and never fused, so the result has the bits of the plain loop over pixels.
     """
     (b, c, _, w), h = rows.shape, columns.shape[2] + 2
     sheared = rows.new_empty(h + w - 1, h, c, b)
-    s = sheared.as_strided((h, w, c, b), ((h + 1) * c * b, h * c * b, b, 1))  # s[i, j] = sheared[i + j, i]
-    s[:2] = rows.permute(2, 3, 1, 0)
-    s[2:, :2] = columns.permute(2, 3, 1, 0)
+    field = _unsheared(sheared, w)
+    field[:2] = rows.permute(2, 3, 1, 0)
+    field[2:, :2] = columns.permute(2, 3, 1, 0)
     taps = taps.permute(2, 1, 0).contiguous()  # [8, 3, B]
     scratch = rows.new_empty(h, c, b)
-    for diagonal in range(4, h + w - 1):
-        first, end = max(2, diagonal - w + 1), min(h, diagonal - 1)
-        here, term = sheared[diagonal, first:end], scratch[: end - first]
+    for d in range(4, h + w - 1):
+        first, end = max(2, d - w + 1), min(h, d - 1)  # rows of this diagonal that nothing has started
+        here, term = sheared[d, first:end], scratch[: end - first]
         for t, tap in enumerate(taps):
             u, v = divmod(t, 3)
-            torch.mul(sheared[diagonal - 4 + u + v, first - 2 + u : end - 2 + u], tap, out=term if t else here)
+            torch.mul(sheared[d - 4 + u + v, first - 2 + u : end - 2 + u], tap, out=term if t else here)
             if t:
                 here.add_(term)
-    return s.permute(3, 2, 0, 1)
+    return field.permute(3, 2, 0, 1)
 
 
-class AR(Poison):
+def _unsheared(sheared: Tensor, w: int) -> Tensor:
+    """The same memory [H + W - 1, H, 3, B] seen as a field [H, W, 3, B], with field[i, j] = sheared[i + j, i]."""
+    _, h, c, b = sheared.shape
+    diagonal, row = h * c * b, c * b  # how far apart neighbours lie in memory
+    # One pixel down is the next diagonal and the next row in it; one to the right is the next diagonal alone.
+    return sheared.as_strided((h, w, c, b), (diagonal + row, diagonal, b, 1))
+
+
+class AR(KeyedPoison):
     """delta = eps * s / ||s||: fresh random first rows and columns per sample, the recurrence of its class, cropped.
 
     The coefficients are found by seed on first use (seconds for 10 classes) and then sit in the buffer `taps`, so a
@@ -64,13 +82,24 @@ class AR(Poison):
     """
 
     class Config(Settings):
-        """None takes the paper's value: eps 1 (l2) at 32 px and the same energy per pixel elsewhere, 8/255 (linf);
-        crop 4 rows and columns of the start (images under 128 px) or 2; min_response 10 up to 10 classes, else 3."""
+        """How large the noise is, and which processes are taken."""
 
-        budget: Literal["l2", "linf"] = "l2"
-        eps: Number | None = Field(default=None, gt=0)  # an l2 radius, so it may well exceed 1
-        crop: int | None = Field(default=None, ge=0)
-        min_response: float | None = Field(default=None, ge=0)
+        budget: Literal["l2", "linf"] = Field(default="l2", description="the norm that eps bounds")
+        eps: Number | None = Field(  # of l2 it may well exceed 1
+            default=None,
+            gt=0,
+            description="radius; None takes 8/255 (linf), or 1 at 32 px and the same energy per pixel elsewhere (l2)",
+        )
+        crop: int | None = Field(
+            default=None,
+            ge=0,
+            description="rows and columns of the start that are cut off; None takes 4 for images under 128 px, else 2",
+        )
+        min_response: float | None = Field(
+            default=None,
+            ge=0,
+            description="least answer of a class's filter to another's noise; None takes 10 up to 10 classes, else 3",
+        )
 
         @model_validator(mode="after")
         def _linf_is_in_pixels(self) -> "AR.Config":
@@ -78,35 +107,40 @@ class AR(Poison):
                 raise ValueError(f"eps {self.eps:g} of budget linf is outside [0, 1]. Did you mean {self.eps:g}/255?")
             return self
 
-    name: ClassVar[str] = "ar"
-    grain: ClassVar[Literal["sample", "class"]] = "sample"
+    name = "ar"
+    source = "2206.03693"
+    norm = "l2"
+    grain = "sample"
+    config: Config
+    taps: Tensor
 
     def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
-        self.norm = config.budget
         self.crop = config.crop if config.crop is not None else 4 if min(image_size) < 128 else 2
         self.register_buffer("taps", torch.zeros(num_classes, 3, 8))
 
-    def budget(self) -> float:
+    def budget(self) -> Radius:
         """The l2 radius (1 at 32 px, the same energy per pixel elsewhere), or eps of l_inf."""
         # 224 px: the paper's code has no eps; equal energy per pixel (eps 7) is our choice, and gives its 3 at 96 px.
-        return self.config.eps or (math.sqrt(math.prod(self.image_size)) / 32 if self.norm == "l2" else 8 / 255)
+        norm = self.config.budget
+        usual = math.sqrt(math.prod(self.image_size)) / 32 if norm == "l2" else 8 / 255
+        return Radius(norm, self.config.eps or usual)
 
     def fit(self, batches: Iterable[Batch] = ()) -> None:
         """Find the coefficients unless they are there; the data is not read."""
         if not self.taps.any():
             self.taps.copy_(self.search())
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw(self, batch: Labelled) -> Tensor:
         """The recurrence of each sample's class from its own random borders, cropped and scaled."""
         self.fit()
         h, w = (side + self.crop for side in self.image_size)
         normal = self.random(batch).normal("ar start", 3 * 2 * (h + w - 2))
         taps, delta = self.taps[batch.y], torch.empty_like(batch.x)
         chunk = max(1, CHUNK_VALUES // (3 * h * (h + w)))
-        for out, start, tap in zip(delta.split(chunk), normal.split(chunk), taps.split(chunk)):
+        for out, start, tap in zip(delta.split(chunk), normal.split(chunk), taps.split(chunk), strict=True):
             out.copy_(autoregress(*_border(start, h, w), tap)[:, :, self.crop :, self.crop :])
-        return self.on_sphere(delta)
+        return self.budget().fill(delta)
 
     def search(self) -> Tensor:
         """[K, 3, 8]: the first K random processes, by seed, that stay small and that matched filters tell apart.
@@ -118,8 +152,8 @@ class AR(Poison):
             min_response = 10.0 if self.num_classes <= 10 else 3.0
         found, shown = torch.empty(0, 3, 8), torch.empty(0, 3, TRIAL - TRIAL_CROP, TRIAL - TRIAL_CROP)
         for start in range(0, MAX_ROUNDS * CANDIDATES, CANDIDATES):
-            for tap, signals in zip(*self._stable(torch.arange(start, start + CANDIDATES))):
-                # Both ways: the paper asks that found filters answer the new signal; a new filter must answer theirs too.
+            for tap, signals in zip(*self._stable(torch.arange(start, start + CANDIDATES)), strict=True):
+                # Both ways: the paper asks found filters to answer the new signal; a new filter must answer theirs too.
                 if len(found) and responses(signals, found).amin() < min_response:
                     continue
                 if len(found) and responses(shown, tap[None]).amin() < BACKWARD * min_response:
@@ -140,7 +174,8 @@ class AR(Poison):
         A trial of 12 x 12 pixels goes first: it costs a tenth and spares the others nine in ten candidates.
         """
         taps = philox_normal(24, seed=self.seed, ids=ids, stream=stream_of("ar taps")).view(-1, 3, 8)
-        taps, signals = taps / taps.sum(dim=2, keepdim=True), []
+        taps = taps / taps.sum(dim=2, keepdim=True)
+        signals: list[Tensor] = []
         for trial, size in enumerate((TRIAL // 3, TRIAL, TRIAL, TRIAL)):
             stream = stream_of("ar trial")
             normal = philox_normal(12 * (size - 1), seed=self.seed, ids=ids, offset=trial, stream=stream)

@@ -1,51 +1,153 @@
-"""The Poison contract: a Method that also gives `delta(batch)`, so anything that trains a method can train a poison."""
+"""What a poison is: `Poison`, the contract of both halves, and `KeyedPoison`, the parent of those for classifiers.
+
+A poison changes pixels, never labels. It says how far it may go, applies itself to a batch, and tells what it is. How
+it came to know its patterns is its own affair: from the seed alone, by looking at the data once, by an attack on a
+frozen model, or from a network that was trained for it. One that is trained is trained as a Method by the same engine
+as any other, in an experiment of its own; what comes out of that experiment is the Poison.
+"""
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from poisonshield.batch import Batch, StepOutput
-from poisonshield.errors import DataError, PoisonShieldError, ShapeError
-from poisonshield.method import Method
+from poisonshield.batch import Batch
+from poisonshield.config import Settings
+from poisonshield.errors import DataError, ShapeError
 from poisonshield.random import KeyedRandom, philox_words, sample_ids, stream_of
 
-Norm = Literal["linf", "l2", "l0"]
+Norm = Literal["linf", "l2", "rms", "l0"]
+"""Of a change: its largest value, Euclidean length, root mean square, or how many pixels it touches."""
+
+EVERYONE = torch.iinfo(torch.int64).max
 
 
-class Poison(Method):
-    """Perturbs training pixels, never labels. A pure function of (data, seed, parameters), keyed by sample key.
+@dataclass(frozen=True)
+class Radius:
+    """How far pixels may be moved. radius: in pixel units (8/255, not 8), or for l0 a number of pixels."""
 
-    A subclass sets `name`, a frozen pydantic `Config`, and the class attributes below, and writes `draw`. It is built as
-    `SomePoison(config, num_classes=K, image_size=(H, W), seed=seed)`, then `fit` sees the data where `needs_data`.
-    Everything it knows sits in buffers: with config and seed they are the whole recipe. A buffer that the seed gives
-    back exactly may be non-persistent.
+    norm: Norm
+    radius: float
 
-    norm: the budget's norm, None when no norm bounds it (an instance may choose). grain: what shares a pattern.
+    @classmethod
+    def of_levels(cls, norm: Norm, levels: float) -> "Radius":
+        """The radius that is `levels` 8-bit levels: 8 becomes 8/255."""
+        return cls(norm, levels / 255)
+
+    @property
+    def unit(self) -> Literal["pixel units", "pixels"]:
+        """What the radius counts: "pixel units" of values in [0, 1], or "pixels" that change."""
+        return "pixels" if self.norm == "l0" else "pixel units"
+
+    def after_rounding(self, values: int) -> float:
+        """The radius of released pictures of `values` numbers each: rounding moves one by half a level at most."""
+        share = {"linf": 1.0, "l2": math.sqrt(values), "rms": 1.0, "l0": 0.0}[self.norm]
+        return self.radius + 0.5 / 255 * share
+
+    def fill(self, delta: Tensor) -> Tensor:
+        """Each sample of delta [B, 3, H, W] scaled to exactly this radius of linf or l2.
+
+        Squares are added by halving, elementwise, so that a sample's norm has the same bits in a batch of any size.
+        """
+        size = delta.flatten(1).abs()
+        if self.norm == "linf":
+            size = size.amax(1, keepdim=True)
+        else:
+            size = nn.functional.pad(size.square_(), (0, 2 ** math.ceil(math.log2(size.shape[1])) - size.shape[1]))
+            while size.shape[1] > 1:
+                size = size[:, : size.shape[1] // 2] + size[:, size.shape[1] // 2 :]
+            size = size.sqrt_()
+        return delta * (self.radius / size)[:, :, None, None]
+
+    def describe(self) -> dict[str, Any]:
+        """Norm, radius and unit, as plain data."""
+        return {"norm": self.norm, "radius": self.radius, "unit": self.unit}
+
+
+class Poison(ABC):
+    """Perturbs training pixels, known by sample key: neither order nor size of a batch changes what a sample becomes.
+
+    A subclass sets a frozen pydantic `Config` and the class attributes below. The first line of its docstring says what
+    it does, and stands in tables.
     """
 
     name: ClassVar[str]
-    norm: Norm | None
-    grain: ClassVar[Literal["sample", "class"]]
-    needs_data: ClassVar[bool] = False
+    """The name in configs, and of its file."""
+    source: ClassVar[str] = "this project"
+    """Where it is from: an arXiv number, or authors and year."""
+    norm: ClassVar[Norm | None] = None
+    """The norm of its budget with default settings; None where no norm bounds it."""
+    grain: ClassVar[Literal["sample", "class"]] = "sample"
+    """What shares a pattern: each sample has its own, or those of a class have one."""
 
-    def __init__(self, config: object, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
-        super().__init__()
-        self.config, self.num_classes, self.image_size, self.seed = config, num_classes, tuple(image_size), seed
-        self.register_buffer("last_drawn", torch.tensor(torch.iinfo(torch.int64).max))
+    config: Settings
+    seed: int
 
     @abstractmethod
-    def draw(self, batch: Batch) -> Tensor:
-        """x' - x, float32 [B, 3, H, W], of a checked batch: the one thing a poison must write."""
+    def apply(self, batch: Batch) -> Batch:
+        """The batch with x as it is released: float32 [B, 3, H, W] in [0, 1], on 256 levels. Needs batch.x and keys."""
+
+    @abstractmethod
+    def budget(self) -> Radius | None:
+        """How far it may move pixels before they are rounded to 256 levels; None where no norm bounds it."""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether samples given together change each other's result, so that a whole set must be given at once."""
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the poison before anything is measured, as plain JSON data."""
+        budget = self.budget()
+        return {
+            "name": self.name,
+            "config": self.config.model_dump(mode="json"),
+            "seed": self.seed,
+            "grain": self.grain,
+            "budget": None if budget is None else budget.describe(),
+        }
+
+
+class Labelled(Batch):
+    """A Batch that was checked, so that pixels and labels are there: a name for readers and type checkers alone."""
+
+    x: Tensor
+    y: Tensor
+
+
+class KeyedPoison(nn.Module, Poison):
+    """A poison for classifiers: x' = x + delta, and delta follows from key, label, seed and what its buffers hold.
+
+    A subclass writes `draw`, and `budget` where a norm bounds it. It is built as
+    `SomePoison(config, num_classes=K, image_size=(H, W), seed=seed)`; then `fit` sees the data where `needs_data`.
+    Everything it knows sits in buffers: with config and seed they are the whole recipe. A buffer that the seed gives
+    back exactly may be non-persistent.
+    """
+
+    needs_data: ClassVar[bool] = False
+    """Whether `fit` has to see the clean data."""
+
+    last_drawn: Tensor
+
+    def __init__(self, config: Any, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
+        super().__init__()
+        self.config, self.num_classes, self.seed = config, num_classes, seed
+        self.image_size = (image_size[0], image_size[1])
+        self.register_buffer("last_drawn", torch.tensor(EVERYONE))
+
+    @abstractmethod
+    def draw(self, batch: Labelled) -> Tensor:
+        """x' - x, float32 [B, 3, H, W], of a checked batch: the one thing such a poison must write."""
 
     def fit(self, batches: Iterable[Batch]) -> None:
         """Fill the buffers that construction leaves open; one pass over the clean data if `needs_data`, else none."""
 
-    def budget(self) -> float | None:
-        """The radius of `norm` that x' - x keeps before rounding: pixel units, or a count of pixels for l0."""
+    def budget(self) -> Radius | None:
+        """The radius that x' - x keeps before clipping and rounding."""
         return None
 
     @torch.no_grad()
@@ -54,16 +156,18 @@ class Poison(Method):
 
         Raises ShapeError for pixels of another shape or range, DataError for labels outside the classes.
         """
-        self._check(batch)
-        if not len(batch):
-            return torch.zeros_like(batch.x)
-        chosen = self.chosen(sample_ids(batch.keys).to(batch.x.device))
-        return torch.where(chosen[:, None, None, None], self.draw(batch), 0.0)
+        checked = self.checked(batch)
+        if not len(checked):
+            return torch.zeros_like(checked.x)
+        chosen = self.chosen(sample_ids(batch.keys).to(checked.x.device))
+        return torch.where(chosen[:, None, None, None], self.draw(checked), 0.0)
 
+    # The name is also that of nn.Module.apply(function), which nothing here calls.
     @torch.no_grad()
-    def apply(self, batch: Batch) -> Batch:
+    def apply(self, batch: Batch) -> Batch:  # type: ignore[override]
         """The batch as it is released: x + delta, clipped to [0, 1] and rounded to the nearest of 256 levels."""
-        x = (batch.x + self.delta(batch)).clamp_(0, 1)
+        delta = self.delta(batch)
+        x = (cast(Labelled, batch).x + delta).clamp_(0, 1)
         return batch.replace(x=x.mul_(255).round_().div_(255))
 
     def choose(self, ids: Tensor, ratio: float) -> None:
@@ -73,11 +177,11 @@ class Poison(Method):
         """
         lots = self._lots(ids).sort().values
         count = math.floor(ratio * len(ids) + 1e-9)
-        self.last_drawn.fill_(lots[count - 1] if count else -1)
+        self.last_drawn.fill_(int(lots[count - 1]) if count else -1)
 
     def chosen(self, ids: Tensor) -> Tensor:
         """Which of the samples ids int64 [B] are poisoned, bool [B]."""
-        if self.last_drawn == torch.iinfo(torch.int64).max:
+        if self.last_drawn == EVERYONE:
             return torch.ones_like(ids, dtype=torch.bool)
         return self._lots(ids) <= self.last_drawn
 
@@ -86,52 +190,40 @@ class Poison(Method):
         words = philox_words(2, seed=self.seed, ids=ids, stream=stream_of("poison ratio"))
         return (words[:, 0] << 30) ^ (words[:, 1] >> 2)
 
-    def random(self, batch: Batch) -> KeyedRandom:
-        """Numbers of (seed, key) alone: unlike batch.random they are the same in every epoch, as released pixels are."""
+    def random(self, batch: Labelled) -> KeyedRandom:
+        """Numbers of (seed, key) alone: unlike batch.random the same in every epoch, as released pixels are."""
         return KeyedRandom(self.seed, sample_ids(batch.keys).to(batch.x.device))
 
-    def on_sphere(self, delta: Tensor) -> Tensor:
-        """Each sample of delta scaled onto the sphere of `norm` and `budget()`.
-
-        Squares are added by halving, elementwise, so that a sample's norm has the same bits in a batch of any size.
-        """
-        size = delta.flatten(1).abs()
-        if self.norm == "linf":
-            size = size.amax(1, keepdim=True)
-        else:
-            size = torch.nn.functional.pad(
-                size.square_(), (0, 2 ** math.ceil(math.log2(size.shape[1])) - size.shape[1])
-            )
-            while size.shape[1] > 1:
-                size = size[:, : size.shape[1] // 2] + size[:, size.shape[1] // 2 :]
-            size = size.sqrt_()
-        return delta * (self.budget() / size)[:, :, None, None]
-
-    def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
-        """Surrogate-free poisons have nothing to train."""
-        raise PoisonShieldError(f"poison {self.name} has no surrogate to train: run `poisonshield poison` with it.")
-
-    def _check(self, batch: Batch) -> None:
-        x, y = batch.x, batch.y
-        if x is None or tuple(x.shape) != (len(batch), 3, *self.image_size) or x.dtype != torch.float32:
-            got = "no pixels" if x is None else f"{x.dtype} {list(x.shape)}"
-            h, w = self.image_size
-            raise ShapeError(
-                f"poison {self.name} got {got} for {len(batch)} keys; it was built for torch.float32 [B, 3, {h}, {w}].\n"
-                f"  Build it with the image_size of the data, or resize the data first."
-            )
+    def checked(self, batch: Batch) -> Labelled:
+        """The batch itself. Raises ShapeError for pixels of another shape or range, DataError for unknown labels."""
+        x = checked_pixels(batch, owner=self.name, size=self.image_size)
+        y = batch.y
         if y is None or tuple(y.shape) != (len(batch),):
             raise DataError(f"poison {self.name} needs one label per sample in batch.y; the batch has {y}.")
-        if not len(batch):
-            return
-        low, high = (float(v) for v in x.aminmax())
-        if low < 0 or high > 1:
-            raise ShapeError(
-                f"poison {self.name} got pixels in [{low:.3g}, {high:.3g}]; it takes [0, 1].\n"
-                f"  Normalise inside the model, after the poison; divide 8-bit levels by 255."
-            )
-        first, last = (int(v) for v in y.aminmax())
-        if first < 0 or last >= self.num_classes:
-            raise DataError(
-                f"poison {self.name} got labels {first} to {last}; it was built for {self.num_classes} classes."
-            )
+        if len(x):
+            first, last = (int(v) for v in y.aminmax())
+            if first < 0 or last >= self.num_classes:
+                raise DataError(
+                    f"poison {self.name} got labels {first} to {last}; it was built for {self.num_classes} classes."
+                )
+        return cast(Labelled, batch)
+
+
+def checked_pixels(batch: Batch, *, owner: str, size: tuple[int, ...] | None = None) -> Tensor:
+    """batch.x, which must be float32 [B, 3, H, W] in [0, 1], of `size` (H, W) if one is given. Raises ShapeError."""
+    x = batch.x
+    fits = x is not None and x.dim() == 4 and x.shape[:2] == (len(batch), 3) and x.dtype == torch.float32
+    if x is None or not fits or (size is not None and tuple(x.shape[2:]) != size):
+        got = "no pixels" if x is None else f"{x.dtype} {list(x.shape)}"
+        wanted, way_out = "it takes torch.float32 [B, 3, H, W]", "Give pixels in [0, 1]: divide 8-bit levels by 255."
+        if size is not None:
+            wanted = f"it was built for torch.float32 [B, 3, {size[0]}, {size[1]}]"
+            way_out = "Build it with the image_size of the data, or resize the data first."
+        raise ShapeError(f"poison {owner} got {got} for {len(batch)} keys; {wanted}.\n  {way_out}")
+    low, high = (float(v) for v in x.aminmax()) if x.numel() else (0.0, 0.0)
+    if low < 0 or high > 1:
+        raise ShapeError(
+            f"poison {owner} got pixels in [{low:.3g}, {high:.3g}]; it takes [0, 1].\n"
+            "  Normalize inside the model, after the poison; divide 8-bit levels by 255."
+        )
+    return x

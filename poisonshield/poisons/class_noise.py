@@ -4,30 +4,34 @@ The baseline that any cleverer poison has to beat; exact in l-infinity. Source: 
 (2101.04898) and its analysis in 2204.08615.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison, Labelled, Radius
 from poisonshield.random import philox_uniform, stream_of
 
 
-class ClassNoise(Poison):
+class ClassNoise(KeyedPoison):
     """delta = U(-eps, eps), or a random sign times eps, for each pixel of each class."""
 
     class Config(Settings):
-        """kind: "uniform" fills the box, "sign" sits on its corners."""
+        """How large the noise is, and how it is drawn."""
 
-        eps: Pixels = Field(default=8 / 255, gt=0)
-        kind: Literal["uniform", "sign"] = "uniform"
+        eps: Pixels = Field(default=8 / 255, gt=0, description="largest change of a value, in pixel units")
+        kind: Literal["uniform", "sign"] = Field(
+            default="uniform", description='"uniform" fills the box of radius eps, "sign" sits on its corners'
+        )
 
-    name: ClassVar[str] = "class_noise"
+    name = "class_noise"
+    source = "2101.04898"
     norm = "linf"
-    grain: ClassVar[Literal["sample", "class"]] = "class"
+    grain = "class"
+    config: Config
+    noise: Tensor
 
     def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
@@ -41,10 +45,10 @@ class ClassNoise(Poison):
         # Not persistent: the seed gives it back to the bit, and 100 classes at 224 px would be 60 MB in a recipe.
         self.register_buffer("noise", config.eps * (u.sign() if config.kind == "sign" else u), persistent=False)
 
-    def budget(self) -> float:
-        """eps."""
-        return self.config.eps
+    def budget(self) -> Radius:
+        """eps, in l-infinity."""
+        return Radius("linf", self.config.eps)
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw(self, batch: Labelled) -> Tensor:
         """The class's tensor, [B, 3, H, W]."""
         return self.noise[batch.y]

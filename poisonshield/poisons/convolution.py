@@ -1,19 +1,18 @@
 """Convolution-based poison (CUDA): every class is blurred by its own small random filter.
 
-The shortcut is multiplicative, so no l_p ball holds it and adversarial training in such a ball does not help against it.
+The shortcut is multiplicative, so no l_p ball holds it, and adversarial training in one does not help against it.
 Brightness shifts visibly. Written from the description in Sadasivan et al. 2023 (2303.04278) alone.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from poisonshield.batch import Batch
 from poisonshield.config import Settings
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison, Labelled
 from poisonshield.random import philox_uniform, stream_of
 
 STEP = 1 / 1024  # resolution of the filter taps
@@ -25,18 +24,28 @@ def _odd(size: int) -> int:
     return size
 
 
-class Convolution(Poison):
+class Convolution(KeyedPoison):
     """x' = x * w_k / max(x * w_k): taps U(0, blur), one random tap 1, the same for R, G and B; zero padding."""
 
     class Config(Settings):
-        """None takes size 3 and blur 0.3 for images under 96 px, 9 and 0.06 for the rest."""
+        """How the filter of a class is drawn."""
 
-        size: Annotated[int, Field(ge=1), AfterValidator(_odd)] | None = None
-        blur: float | None = Field(default=None, gt=0, le=1)
+        size: Annotated[int, Field(ge=1), AfterValidator(_odd)] | None = Field(
+            default=None, description="side of the filter, odd; None takes 3 for images under 96 px, 9 for the rest"
+        )
+        blur: float | None = Field(
+            default=None,
+            gt=0,
+            le=1,
+            description="largest of its other taps; None takes 0.3 for images under 96 px, 0.06 for the rest",
+        )
 
-    name: ClassVar[str] = "convolution"
+    name = "convolution"
+    source = "2303.04278"
     norm = None
-    grain: ClassVar[Literal["sample", "class"]] = "class"
+    grain = "class"
+    config: Config
+    filters: Tensor
 
     def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
@@ -51,7 +60,7 @@ class Convolution(Poison):
         taps[classes, (u[:, 0] * size * size).to(torch.int64)] = 1.0
         self.register_buffer("filters", taps.view(num_classes, size, size))
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw(self, batch: Labelled) -> Tensor:
         """x * w_k scaled to a largest value of 1, minus x."""
         b, _, h, w = batch.x.shape
         size = self.filters.shape[-1]

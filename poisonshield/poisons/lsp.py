@@ -6,21 +6,20 @@ make_classification. The form below has the same distribution, needs nothing, an
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison, Labelled, Radius
 from poisonshield.random import distinct_signs, philox_uniform, stream_of
 
 SEPARATION = 10.0  # distance of a class from the origin, along each of the d directions
 
 
-class LSP(Poison):
+class LSP(KeyedPoison):
     """delta = squares of z, z = A_k' n + 10 v_k: vertex v_k and mixing A_k of class k, normal n of the sample.
 
     The paper's budget is l2 = eps * sqrt(3 H W), which is *not* an l-infinity bound: with eps 6/255 single pixels reach
@@ -28,18 +27,28 @@ class LSP(Poison):
     """
 
     class Config(Settings):
-        """eps per pixel; patch is the side of a square, None for 8 (images under 96 px) or 32 (the rest)."""
+        """How large the noise is, and how coarse."""
 
-        eps: Pixels = Field(default=6 / 255, gt=0)
-        budget: Literal["l2", "linf"] = "l2"
-        patch: int | None = Field(default=None, ge=1)
+        eps: Pixels = Field(
+            default=6 / 255, gt=0, description="root mean square (l2) or largest change (linf) of a value"
+        )
+        budget: Literal["l2", "linf"] = Field(default="l2", description="the norm that eps bounds")
+        patch: int | None = Field(
+            default=None,
+            ge=1,
+            description="side of a square in pixels; None takes 8 for images under 96 px, 32 for the rest",
+        )
 
-    name: ClassVar[str] = "lsp"
-    grain: ClassVar[Literal["sample", "class"]] = "sample"
+    name = "lsp"
+    source = "2111.00898"
+    norm = "l2"
+    grain = "sample"
+    config: Config
+    vertices: Tensor
+    mixing: Tensor
 
     def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
-        self.norm = config.budget
         self.patch = config.patch or (8 if min(image_size) < 96 else 32)
         self.cells = tuple(math.ceil(side / self.patch) for side in image_size)
         d = 3 * self.cells[0] * self.cells[1]
@@ -50,11 +59,12 @@ class LSP(Poison):
         # Not persistent: the seed gives it back to the bit, and 100 classes at 224 px would be 2 MB in a recipe.
         self.register_buffer("mixing", (u.view(-1, d, d) * 255).floor().sub(127).to(torch.int8), persistent=False)
 
-    def budget(self) -> float:
+    def budget(self) -> Radius:
         """The l2 radius eps * sqrt(3 H W), or eps of l_inf."""
-        return self.config.eps * (math.sqrt(3 * math.prod(self.image_size)) if self.norm == "l2" else 1.0)
+        norm = self.config.budget
+        return Radius(norm, self.config.eps * (math.sqrt(3 * math.prod(self.image_size)) if norm == "l2" else 1.0))
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw(self, batch: Labelled) -> Tensor:
         """Squares of z = A' n + 10 v, scaled."""
         (h, w), (gh, gw) = self.image_size, self.cells
         n = self.random(batch).normal("lsp noise", self.vertices.shape[1]).mul_(64).round_().div_(64)
@@ -62,4 +72,4 @@ class LSP(Poison):
         z = torch.einsum("bij,bi->bj", mixing, n) + SEPARATION * self.vertices[batch.y]  # [B, d]
         z = z.view(-1, gh, gw, 3).permute(0, 3, 1, 2)
         z = z.repeat_interleave(self.patch, dim=2).repeat_interleave(self.patch, dim=3)[:, :, :h, :w]  # [B, 3, H, W]
-        return self.on_sphere(z)
+        return self.budget().fill(z)

@@ -1,14 +1,13 @@
-"""OPS, one-pixel shortcut: all images of a class get one pixel of one extreme colour, where it differs most from theirs.
+"""OPS, one-pixel shortcut: images of a class get one pixel of one extreme colour, where it differs most from theirs.
 
 Bounded in l0 only, so adversarial training in an l_inf or l2 ball does not help against it; cutting pixels out does.
-Source: Wu et al. 2022, "One-pixel shortcut" (2205.12141). Its search compares every image with every candidate; here two
-moments per (class, cell, channel) give the same scores, since |v - x| is x or 1 - x. They are sums of whole levels, exact
-in float64, so the choice depends neither on the order nor on the batches in which the data came.
+Source: Wu et al. 2022, "One-pixel shortcut" (2205.12141). Its search compares every image with every candidate; here
+two moments per (class, cell, channel) give the same scores, since |v - x| is x or 1 - x. They are sums of whole levels,
+exact in float64, so the choice depends neither on the order nor on the batches in which the data came.
 """
 
 from collections.abc import Iterable
 from itertools import product
-from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,13 +16,13 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.errors import ConfigError, PoisonShieldError
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison, Labelled, Radius
 
 CORNERS = torch.tensor(list(product((0, 1), repeat=3)))  # [8, 3], colours of the RGB cube
 LARGEST_SCORE = 1e6  # of a cell that has one colour in the whole class; a score has no unit
 
 
-class OnePixel(Poison):
+class OnePixel(KeyedPoison):
     """x' = x with `num_pixels` cells set to a corner of the RGB cube; cells and corners are the class's.
 
     score(cell, corner) = mean / std of |corner - x| over the images of the class, the channels and the cell's pixels.
@@ -31,16 +30,24 @@ class OnePixel(Poison):
     """
 
     class Config(Settings):
-        """patch is the side of a cell, None for 1 (images under 96 px) or 7 (the rest: a single pixel does not survive
-        a resized crop there, so this is our variant). num_pixels is how many cells are set, the paper's sparsity."""
+        """How large a cell is, and how many are set."""
 
-        patch: int | None = Field(default=None, ge=1)
-        num_pixels: int = Field(default=1, ge=1)
+        # From 96 px a single pixel does not survive a resized crop, so the default there is our variant.
+        patch: int | None = Field(
+            default=None,
+            ge=1,
+            description="side of a cell in pixels; None takes 1 for images under 96 px, 7 for the rest",
+        )
+        num_pixels: int = Field(default=1, ge=1, description="how many cells are set, the paper's sparsity")
 
-    name: ClassVar[str] = "one_pixel"
+    name = "one_pixel"
+    source = "2205.12141"
     norm = "l0"
-    grain: ClassVar[Literal["sample", "class"]] = "class"
-    needs_data: ClassVar[bool] = True
+    grain = "class"
+    needs_data = True
+    config: Config
+    cells: Tensor
+    corners: Tensor
 
     def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
@@ -55,17 +62,16 @@ class OnePixel(Poison):
         self.register_buffer("cells", torch.full((num_classes, config.num_pixels), -1))
         self.register_buffer("corners", torch.zeros(num_classes, config.num_pixels, 3, dtype=torch.int64))
 
-    def budget(self) -> float:
+    def budget(self) -> Radius:
         """How many pixels change: cells times their area."""
-        return float(self.config.num_pixels * self.patch**2)
+        return Radius("l0", float(self.config.num_pixels * self.patch**2))
 
     def fit(self, batches: Iterable[Batch]) -> None:
         """Choose cells and corners in one pass; memory is two numbers per class, cell and channel."""
         cells = self.grid[0] * self.grid[1]
         counts = torch.zeros(self.num_classes, dtype=torch.int64)
         sums, squares = torch.zeros(2, self.num_classes, 3 * cells, dtype=torch.float64)
-        for batch in batches:
-            self._check(batch)
+        for batch in map(self.checked, batches):
             levels = (batch.x * 255).round().to("cpu", torch.float64)  # whole numbers, exact up to 2^53
             member = torch.nn.functional.one_hot(batch.y.to("cpu"), self.num_classes).T.double()  # [K, B]
             counts += member.sum(1).long()
@@ -82,7 +88,7 @@ class OnePixel(Poison):
                 taken[cell, corner] = True
                 scores[cell] = -1.0  # the next one goes elsewhere
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw(self, batch: Labelled) -> Tensor:
         """Corner colour minus x in the class's cells, 0 elsewhere."""
         if (self.cells < 0).any():
             raise PoisonShieldError("one_pixel chooses its pixels from the data: call fit(batches) before apply.")
@@ -111,7 +117,7 @@ class OnePixel(Poison):
         if count == 0:
             return torch.zeros(sums.shape[1], 8, dtype=torch.float64)
         flipped = 255 * count - sums, 255**2 * count - 2 * 255 * sums + squares  # of 255 - x
-        first, second = (torch.stack(pair) for pair in zip((sums, squares), flipped))  # [2, 3, cells]
+        first, second = (torch.stack(pair) for pair in zip((sums, squares), flipped, strict=True))  # [2, 3, cells]
         channel = torch.arange(3)
         total, total_squares = first[CORNERS, channel].sum(1), second[CORNERS, channel].sum(1)  # [8, cells]
         n = 3 * count

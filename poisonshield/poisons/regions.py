@@ -5,15 +5,14 @@ Source: class-wise baselines after Sandoval-Segura et al. 2022 (2204.08615).
 """
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison, Labelled, Radius
 from poisonshield.random import distinct_signs
 
 
@@ -23,18 +22,23 @@ def _square(count: int) -> int:
     return count
 
 
-class Regions(Poison):
+class Regions(KeyedPoison):
     """delta = eps * sign pattern of the class, constant on each region and distinct between classes."""
 
     class Config(Settings):
-        """num_regions is a square: 4 gives 2 x 2."""
+        """How strong the colours are, and how fine the grid is."""
 
-        eps: Pixels = Field(default=8 / 255, gt=0)
-        num_regions: Annotated[int, Field(ge=1), AfterValidator(_square)] = 4
+        eps: Pixels = Field(default=8 / 255, gt=0, description="the change of every value, up or down, in pixel units")
+        num_regions: Annotated[int, Field(ge=1), AfterValidator(_square)] = Field(
+            default=4, description="rectangles of the image, a square number: 4 gives 2 x 2"
+        )
 
-    name: ClassVar[str] = "regions"
+    name = "regions"
+    source = "2204.08615"
     norm = "linf"
-    grain: ClassVar[Literal["sample", "class"]] = "class"
+    grain = "class"
+    config: Config
+    signs: Tensor
 
     def __init__(self, config: Config, *, num_classes: int, image_size: tuple[int, int], seed: int) -> None:
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
@@ -42,11 +46,11 @@ class Regions(Poison):
         signs = distinct_signs(num_classes, 3 * side * side, seed=seed, purpose="regions")
         self.register_buffer("signs", signs.view(num_classes, 3, side, side))
 
-    def budget(self) -> float:
-        """eps."""
-        return self.config.eps
+    def budget(self) -> Radius:
+        """eps, in l-infinity."""
+        return Radius("linf", self.config.eps)
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw(self, batch: Labelled) -> Tensor:
         """The class's pattern, stretched to [B, 3, H, W]."""
         side = self.signs.shape[-1]
         rows, columns = (torch.arange(n, device=batch.x.device) * side // n for n in self.image_size)

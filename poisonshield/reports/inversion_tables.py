@@ -1,40 +1,39 @@
-"""What textual inversions end in: a line for each concept, what a grid's defenses bring back and cost, one picture sheet."""
+"""What textual inversions end in: a line for each concept, what a grid's defenses bring back and cost, a sheet."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from poisonshield.evals.diffusion.learned_words import word_distance
-from poisonshield.evals.diffusion.recovery import by_group, clean_cost, recovery
+from poisonshield.data.pictures import read_picture
+from poisonshield.evals.base import Number
+from poisonshield.evals.diffusion import EVALUATIONS
+from poisonshield.evals.diffusion.parts.recovery import by_group, clean_cost, recovery
+from poisonshield.evals.diffusion.word import word_distance
+from poisonshield.evals.parts.numbers import columns_of, numbers_of
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.reports.sheets import draw_sheet
+from poisonshield.reports.tables import markdown
 
-READOUTS = {
-    "fidelity": "fidelity",
-    "shown": "shown, %",
-    "feature_distance": "feature distance",
-    "color_distance": "colour distance",
-    "latent_cosine": "latent cosine",
-    "high_frequency": "high frequencies",
-}
-"""Numbers of a result row and what tables call them: see reading.measure."""
+OF_RUNS = (
+    Number("mask_area", "mask area", column="known"),
+    Number("mask_iou", "mask IoU", better="higher", column="known"),
+    Number("word_cosine", "cosine to clean word", better="higher", column="known"),
+    Number("word_l2", "distance to clean word", better="lower", column="known"),
+)
+"""Numbers of a row that no evaluation gives: of the masks of a defense, and of the word beside the clean run's."""
 
 FOLD = "data.left_out"
-"""An axis of a grid that repeats a run with other pictures left out: tables take its runs together, as they do seeds."""
+"""An axis of a grid that repeats a run with other pictures left out: tables take its runs together, as with seeds."""
 
-_WHERE_KNOWN = {
-    "brisque": "BRISQUE",
-    "mask_area": "mask area",
-    "mask_iou": "mask IoU",
-    "word_cosine": "cosine to clean word",
-    "word_l2": "distance to clean word",
-}
-_EFFECT_BY = ("fidelity", "dino_i", "clip_i", "latent_cosine")  # the first that is known; higher is better in each
 _CLEAN = ("none", "clean")
+
+Place = tuple[Mapping[str, str], Sequence[Mapping[str, Any]]]
+"""Where runs stand on each axis of a grid, and their flat rows."""
 
 
 @dataclass(frozen=True)
@@ -47,108 +46,159 @@ class LearnedRun:
     file_of: Callable[[str], Path]
 
 
+@dataclass(frozen=True)
+class Effects:
+    """One number of all runs of a table: {(poison, defense): {sample: value}}, a sample being a concept, a seed and a
+    left-out picture together; and the group of each sample, such as "id"."""
+
+    number: Number
+    values: Mapping[tuple[str, str], Mapping[str, float]]
+    groups: Mapping[str, str | None]
+
+    @classmethod
+    def of(cls, number: Number, places: Sequence[Place]) -> "Effects":
+        """Of places with the axes `poison` and `defense`; rows without the number do not count."""
+        values: dict[tuple[str, str], dict[str, float]] = {}
+        groups: dict[str, str | None] = {}
+        for labels, rows in places:
+            for row in rows:
+                if row.get(number.key) is not None:
+                    sample = f"{row['concept']}/{row['seed']}/{row.get('left_out')}"
+                    values.setdefault((labels["poison"], labels["defense"]), {})[sample] = row[number.key]
+                    groups[sample] = row.get("group")
+        return cls(number, values, groups)
+
+    @property
+    def poisons(self) -> list[str]:
+        """In the order of the grid."""
+        return list(dict.fromkeys(poison for poison, _ in self.values))
+
+    @property
+    def defenses(self) -> list[str]:
+        """In the order of the grid."""
+        return list(dict.fromkeys(defense for _, defense in self.values))
+
+    @property
+    def parts(self) -> list[str]:
+        """What lines are made for: all concepts, and each group where there are several."""
+        names = sorted({group for group in self.groups.values() if group is not None})
+        return ["all", *names] if len(names) > 1 else ["all"]
+
+    def at(self, poison: str, defense: str, part: str) -> Mapping[str, float] | None:
+        """{sample: value} of one part of the concepts at one place; None if there is none."""
+        return by_group(self.values.get((poison, defense), {}), self.groups).get(part)
+
+
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A result row with the scores of feature networks, where there are any, beside its other numbers."""
-    networks = row.get("networks") or {}
-    return {**row, **{k: told["value"] for k, told in networks.items() if told["status"] == "ok"}}
+    scores = {key: score["value"] for key, score in (row.get("networks") or {}).items() if score["status"] == "ok"}
+    return {**scores, **{key: value for key, value in row.items() if value is not None or key not in scores}}
 
 
-def readouts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Which numbers of these flat rows tables show, and what they call them: some always, others where any row has one."""
-    known = {k for row in rows for k, v in row.items() if v is not None}
-    scores = {k for row in rows for k in row.get("networks") or {} if k in known}
-    return {
-        **READOUTS,
-        **{k: name for k, name in _WHERE_KNOWN.items() if k in known},
-        **{k: k.replace("_", " ") for k in sorted(scores)},
-    }
+def columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Number, ...]:
+    """The numbers that tables of these flat rows show: of evaluations, of runs, and of other feature networks."""
+    declared = (*numbers_of(EVALUATIONS), *OF_RUNS)
+    others = {key for row in rows for key in row.get("networks") or {}} - {number.key for number in declared}
+    scores = (Number(key, key.replace("_", " "), column="known") for key in sorted(others))
+    return columns_of((*declared, *scores), rows)
 
 
 def concept_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of one run: a line for each concept, with the vocabulary's word nearest to each of its vectors."""
+    """A Markdown table of one run: a line for each concept, with the word nearest to each of its vectors."""
     rows = [flat(row) for row in rows]
-    names = readouts(rows)
-    lines = [["concept", "group", *names.values(), "nearest words"]]
+    numbers = columns(rows)
+    lines = []
     for row in rows:
-        numbers = ("-" if row.get(k) is None else f"{row[k]:.4g}" for k in names)
-        nearest = ", ".join(words[0][0] for words in row["word"]["nearest"])
-        lines.append([row["concept"], row["group"] or "-", *numbers, nearest])
-    return _markdown(lines)
+        cells = [number.write(row.get(number.key), more=1) for number in numbers]
+        nearest = ", ".join(words[0][0] for words in (row.get("word") or {"nearest": ()})["nearest"])
+        lines.append([row["concept"], row["group"] or "-", *cells, nearest])
+    return markdown(["concept", "group", *(number.title for number in numbers), "nearest words"], *lines)
 
 
-def table(places: Sequence[tuple[Mapping[str, str], list[dict[str, Any]]]]) -> str:
+def table(places: Sequence[Place]) -> str:
     """Recovery and clean cost where the grid has the axes `poison` and `defense` with a clean and a `none` on each.
 
     Rows are flat. A grid's other axes make tables of their own; concepts in and out of distribution also stand apart.
     Each concept, seed and left-out picture counts as one, with a bootstrap interval over them. Where a poison's damage
     is within its own interval of nothing, there is nothing to recover, and "-" stands.
     """
-    by = next((k for k in _EFFECT_BY for _, rows in places for row in rows if row.get(k) is not None), None)
-    apart: dict[tuple, list[tuple[Mapping[str, str], list[dict[str, Any]]]]] = {}
+    number = _telling([row for _, rows in places for row in rows])
+    if number is None:
+        return ""
+    parts = []
+    for rest, inside in _apart(places).items():
+        if text := _effect_table(Effects.of(number, inside)):
+            parts += [", ".join(f"{axis}: {label}" for axis, label in rest)] if rest else []
+            parts.append(text)
+    if parts:
+        parts.append(
+            f"By {number.label}, over concepts and seeds, with 95 % bootstrap intervals. Clean cost: what a defense "
+            "takes where there is no poison. Recovery: the share of a poison's damage that it brings back; - where no "
+            "damage is sure."
+        )
+    return "\n\n".join(parts)
+
+
+def _telling(rows: Sequence[Mapping[str, Any]]) -> Number | None:
+    """The number that effects are read off: of those that are known, the one with the smallest `effect`."""
+    known = [n for n in numbers_of(EVALUATIONS) if n.effect is not None and any(r.get(n.key) is not None for r in rows)]
+    return min(known, key=lambda n: n.effect or 0, default=None)
+
+
+def _apart(places: Sequence[Place]) -> dict[tuple[tuple[str, str], ...], list[Place]]:
+    """{labels on other axes: places}, of those places that have the axes `poison` and `defense`."""
+    apart: dict[tuple[tuple[str, str], ...], list[Place]] = {}
     for labels, rows in places:
         if {"poison", "defense"} <= set(labels):
             rest = tuple((axis, label) for axis, label in labels.items() if axis not in ("poison", "defense"))
             apart.setdefault(rest, []).append((labels, rows))
-    parts = []
-    for rest, inside in apart.items():
-        if text := _effect(inside, by):
-            parts += [", ".join(f"{axis}: {label}" for axis, label in rest)] if rest else []
-            parts.append(text)
-    if not parts:
-        return ""
-    return "\n\n".join(
-        [
-            *parts,
-            f"By {readouts([r for _, rows in places for r in rows])[by]}, over concepts and seeds, with 95 % bootstrap intervals. "
-            "Clean cost: what a defense takes where there is no poison. Recovery: the share of a poison's damage that it "
-            "brings back; - where no damage is sure.",
-        ]
-    )
+    return apart
 
 
-def _effect(places: Sequence[tuple[Mapping[str, str], list[dict[str, Any]]]], by: str | None) -> str:
-    """The lines of one table, "" where the grid has not the runs for it."""
-    value: dict[tuple[str, str], dict[str, float]] = {}
-    groups: dict[str, str | None] = {}
-    for labels, rows in places:
-        for row in rows:
-            if row.get(by) is not None:
-                key = f"{row['concept']}/{row['seed']}/{row.get('left_out')}"
-                value.setdefault((labels["poison"], labels["defense"]), {})[key] = row[by]
-                groups[key] = row.get("group")
-    poisons = list(dict.fromkeys(p for p, _ in value))
-    clean = next((p for p in poisons if p in _CLEAN), None)
-    if clean is None or (clean, "none") not in value or len(poisons) < 2:
+def _effect_table(effects: Effects) -> str:
+    """A line for each defense and part of the concepts; "" where the grid has not the runs for it."""
+    clean = next((poison for poison in effects.poisons if poison in _CLEAN), None)
+    others = [poison for poison in effects.poisons if poison != clean]
+    if clean is None or (clean, "none") not in effects.values or not others:
         return ""
-    others = [p for p in poisons if p != clean]
-    names = sorted({g for g in groups.values() if g is not None})
-    split = ["all", *names] if len(names) > 1 else ["all"]
-    of = lambda group, *place: by_group(value.get(place, {}), groups).get(group)
-    lines = [["defense", *(["concepts"] if len(split) > 1 else []), "clean cost", *(f"recovery, {p}" for p in others)]]
-    for defense in dict.fromkeys(d for _, d in value):
-        for group in split:
-            ceiling = of(group, clean, "none")
-            cells = [_told(_common(clean_cost, ceiling, of(group, clean, defense)))]
-            for poison in others:
-                bare, defended = of(group, poison, "none"), of(group, poison, defense)
-                cells.append(_told(_common(recovery, ceiling, bare, defended)))
-            lines.append([defense, *([group] if len(split) > 1 else []), *cells])
-    return _markdown(lines)
+    several = len(effects.parts) > 1
+    lines = []
+    for defense in effects.defenses:
+        for part in effects.parts:
+            recovered = [_recovery(effects, clean, poison, defense, part) for poison in others]
+            place = [defense, part] if several else [defense]
+            lines.append([*place, _clean_cost(effects, clean, defense, part), *recovered])
+    head = ["defense", "concepts"] if several else ["defense"]
+    return markdown([*head, "clean cost", *(f"recovery, {poison}" for poison in others)], *lines)
+
+
+def _clean_cost(effects: Effects, clean: str, defense: str, part: str) -> str:
+    cost = partial(clean_cost, higher_is_better=effects.number.better != "lower")
+    return _write(_common(cost, effects.at(clean, "none", part), effects.at(clean, defense, part)))
+
+
+def _recovery(effects: Effects, clean: str, poison: str, defense: str, part: str) -> str:
+    places = ((clean, "none"), (poison, "none"), (poison, defense))
+    return _write(_common(recovery, *(effects.at(*place, part) for place in places)))
 
 
 def _common(of: Callable[..., dict[str, Any]], *tables: Mapping[str, float] | None) -> dict[str, Any] | None:
     """The measure over the concepts and seeds that all tables have; None if one has none."""
-    if any(t is None for t in tables):
+    known = [t for t in tables if t is not None]
+    if len(known) < len(tables):
         return None
-    keys = sorted(set.intersection(*(set(t) for t in tables)))
-    return of(*({k: t[k] for k in keys} for t in tables)) if keys else None
+    keys = sorted(set.intersection(*(set(t) for t in known)))
+    return of(*({k: t[k] for k in keys} for t in known)) if keys else None
 
 
-def _told(measured: dict[str, Any] | None) -> str:
+def _write(measured: dict[str, Any] | None) -> str:
     if measured is None or "value" not in measured:
         return "-"
-    text = lambda key: f"{round(measured[key], 2) + 0:.2f}"  # no -0.00
-    return text("value") if measured["low"] is None else f"{text('value')} ({text('low')} to {text('high')})"
+    value, low, high = (
+        None if measured[key] is None else f"{round(measured[key], 2) + 0:.2f}"  # + 0: no -0.00
+        for key in ("value", "low", "high")
+    )
+    return str(value) if low is None else f"{value} ({low} to {high})"
 
 
 def add_word_distances(runs: Sequence[LearnedRun]) -> None:
@@ -185,20 +235,5 @@ def draw_grid(path: Path, runs: Sequence[tuple[Mapping[str, str], Path]], *, col
         name = ", ".join(labels.values())
         files = sorted(folder.glob("pictures/*/recon-*.png"))[:columns]
         if files and name not in rows:
-            rows[name] = torch.stack([read_picture(file) for file in files])
+            rows[name] = torch.stack([read_picture(file).pixels.float() / 255 for file in files])
     return draw_sheet(path, rows, columns=columns) if rows else None
-
-
-def read_picture(path: Path) -> Tensor:
-    """Pixels float32 [3, H, W] in [0, 1] of a picture file."""
-    import numpy
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first line is its head."""
-    head, *rest = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))

@@ -1,7 +1,7 @@
 """A rendered world: one object of some shape and colour on a background with a natural spectrum, with exact masks.
 
 Big enough to learn concepts from, small enough for a CPU: 6 shapes x 6 colours at 64 pixels. HELD_OUT combinations are
-never rendered for training, so a pipeline trained here does not know them, and textual inversion has something to learn.
+never rendered for training, so a pipeline trained here does not know them, and textual inversion has some to learn.
 Every picture is a function of (seed, index). Edges are antialiased by drawing at 4 times the size.
 """
 
@@ -53,6 +53,7 @@ def combinations() -> list[tuple[str, str]]:
 
 def render(index: int, *, seed: int = 0, only: Sequence[tuple[str, str]] | None = None) -> Picture:
     """Picture `index` of the world of `seed`; its kind is drawn from `only`, by default all but the held-out ones."""
+    # A generator for each (seed, index), of a million pictures and no more.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + 1)
     kinds = combinations() if only is None else list(only)
     color, shape = kinds[int(torch.randint(len(kinds), (), generator=generator))]
@@ -69,17 +70,15 @@ def render(index: int, *, seed: int = 0, only: Sequence[tuple[str, str]] | None 
 
 def caption(picture: Picture, generator: torch.Generator) -> str:
     """A caption: half the time "a photo of a COLOUR SHAPE", otherwise one of the templates."""
-    plain, which = (
-        torch.rand((), generator=generator) < 0.5,
-        int(torch.randint(len(TEMPLATES), (), generator=generator)),
-    )
+    plain = bool(torch.rand((), generator=generator) < 0.5)
+    which = int(torch.randint(len(TEMPLATES), (), generator=generator))  # drawn in any case: later draws stay in step
     return (TEMPLATES[0] if plain else TEMPLATES[which]).format(picture.name)
 
 
 def background(generator: torch.Generator) -> Tensor:
     """[3, 64, 64] in [0, 1]: colour noise whose amplitude falls as 1/f^1.4, about a random mean colour."""
     f = torch.sqrt(torch.fft.fftfreq(SIZE)[:, None] ** 2 + torch.fft.rfftfreq(SIZE)[None, :] ** 2)
-    f[0, 0] = math.inf
+    f[0, 0] = math.inf  # no constant part: the mean colour is drawn apart
     white = torch.randn(3, SIZE, SIZE, generator=generator)
     noise = torch.fft.irfft2(torch.fft.rfft2(white) * f**-1.4, s=(SIZE, SIZE))
     noise = noise / noise.std()
@@ -111,7 +110,7 @@ def _mask(shape: str, cx: float, cy: float, radius: float, angle: float) -> Tens
 
 def _star(u: Tensor, v: Tensor) -> Tensor:
     """Five points: inside at least four of the five half-planes through its edges."""
-    edge = math.cos(2 * math.pi / 5) / 1.0
+    edge = math.cos(2 * math.pi / 5)
     angles = [2 * math.pi * k / 5 for k in range(5)]
-    count = sum(((math.cos(a) * u + math.sin(a) * v) < edge).int() for a in angles)
+    count = torch.stack([(math.cos(a) * u + math.sin(a) * v) < edge for a in angles]).sum(0)
     return (count >= 4) & (torch.sqrt(u**2 + v**2) < 1)

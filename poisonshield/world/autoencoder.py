@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.method import Method
+from poisonshield.models.diffusion.pipeline import Part
 
 
 class Autoencoder(Method):
@@ -21,19 +22,25 @@ class Autoencoder(Method):
     name: ClassVar[str] = "autoencoder"
 
     class Config(Settings):
-        """kl_weight: of the mean divergence of the posterior from the normal distribution, per latent."""
+        """The weight of the posterior's divergence beside the reconstruction."""
 
-        kl_weight: float = Field(1e-5, ge=0)
+        kl_weight: float = Field(
+            1e-5,
+            ge=0,
+            description="Weight of the posterior's mean divergence from the normal distribution, per latent value.",
+        )
 
-    def __init__(self, config: Config, *, vae: nn.Module) -> None:
+    def __init__(self, config: Config, *, vae: Part) -> None:
         super().__init__()
         self.config, self.vae = config, vae
 
     def forward(self, batch: Batch) -> StepOutput:
         """L1 + L2 in the VAE's [-1, 1], plus the divergence."""
+        assert batch.x is not None  # CaptionedStream always gives pixels
         x = batch.x * 2 - 1
         posterior = self.vae.encode(x).latent_dist
         error = self.vae.decode(posterior.sample()).sample - x
+        # diffusers sums over latents; per value, the weight holds for pictures of any size.
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         mse = error.square().mean()
         return StepOutput(error.abs().mean() + mse + self.config.kl_weight * kl, {"mse": mse, "kl": kl})

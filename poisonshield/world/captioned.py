@@ -22,8 +22,8 @@ class CaptionedStream:
     ) -> None:
         if batch_size % world_size or batch_size > len(pixels):
             raise ConfigError(
-                f"a batch of {batch_size} from {len(pixels)} pictures on {world_size} ranks: it must be a multiple of the "
-                "ranks and no larger than the set."
+                f"a batch of {batch_size} from {len(pixels)} pictures on {world_size} ranks: it must be a multiple of "
+                "the ranks and no larger than the set."
             )
         self.pixels, self.captions, self.batch_size, self.seed = pixels, tuple(captions), batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -33,17 +33,19 @@ class CaptionedStream:
     def __iter__(self) -> Iterator[Batch]:
         share = self.batch_size // self.world_size
         while True:
-            epoch, step = divmod(self.position, self.steps_per_epoch)
+            epoch, done = divmod(self.position, self.steps_per_epoch)
             order = torch.randperm(len(self.pixels), generator=torch.Generator().manual_seed(self.seed * 7919 + epoch))
-            for step in range(step, self.steps_per_epoch):
+            for step in range(done, self.steps_per_epoch):
                 first = step * self.batch_size + self.rank * share
                 chosen = order[first : first + share]
+                # Before the batch is handed out: a state saved while it is in use goes on after it.
                 self.position += 1
                 yield Batch(
                     keys=tuple(str(i) for i in chosen.tolist()),
                     x=self.pixels[chosen].float() / 255,
                     captions=tuple(self.captions[i] for i in chosen.tolist()),
                     epoch=epoch,
+                    draw=epoch,
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
@@ -23,19 +23,26 @@ class Denoiser(Method):
     """Trains the U-Net and text encoder of `model` on batch.x with batch.captions."""
 
     name: ClassVar[str] = "denoiser"
+    steps: Tensor
 
     class Config(Settings):
-        """caption_dropout: share of samples without caption. ema: decay of the averaged weights, reached gradually."""
+        """How often captions are left out, and how slowly the averages move."""
 
-        caption_dropout: float = Field(0.1, ge=0, le=1)
-        ema: float = Field(0.999, ge=0, lt=1)
+        caption_dropout: float = Field(
+            0.1, ge=0, le=1, description="Share of samples that are trained without their caption, in [0, 1]."
+        )
+        ema: float = Field(
+            0.999,
+            ge=0,
+            lt=1,
+            description="Share of the averaged weights that is kept at each step, in [0, 1); reached gradually.",
+        )
 
     def __init__(self, config: Config, *, model: LatentDiffusion, seed: int) -> None:
         super().__init__()
         self.config, self.seed = config, seed
         self._frozen = (model, LatentCache(model))  # a tuple, so that no VAE weight enters the checkpoint
         self.unet, self.text_encoder = model.unet.requires_grad_(True), model.text_encoder.requires_grad_(True)
-        # The rows of the pooled output's job are never used; they would be parameters without gradient.
         self.averages = nn.ModuleDict(
             {"unet": copy.deepcopy(self.unet), "text_encoder": copy.deepcopy(self.text_encoder)}
         )
@@ -45,6 +52,7 @@ class Denoiser(Method):
     def forward(self, batch: Batch) -> StepOutput:
         """The mean squared error of the prediction."""
         model, cache = self._frozen
+        assert batch.x is not None and batch.captions is not None  # CaptionedStream gives both
         z, rng = cache(batch), batch.random(self.seed, batch.x.device)
         t = (rng.uniform("t", 1)[:, 0] * model.num_timesteps).long()
         noise = rng.normal("noise", z[0].numel()).view_as(z)
@@ -58,7 +66,9 @@ class Denoiser(Method):
     def after_step(self, progress: float) -> None:
         """The averages move."""
         self.steps += 1
-        decay = min(self.config.ema, (1 + int(self.steps)) / (10 + int(self.steps)))
+        count = int(self.steps)
+        # A short memory at first: the weights that training starts from are no part of a good average.
+        decay = min(self.config.ema, (1 + count) / (10 + count))
         for name, average in self.averages.items():
             for a, p in zip(average.parameters(), getattr(self, name).parameters(), strict=True):
                 a.lerp_(p.to(a.dtype), 1 - decay)

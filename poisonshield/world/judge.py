@@ -1,8 +1,8 @@
 """A judge of rendered concepts: is an object of this colour and this shape there? "Neither" is an answer of its own.
 
-A classifier that must name some shape names one for a mere texture too, and would call a failed inversion a success. This
-one has "none" in both of its heads and is trained on pictures that deserve it (judge_lessons.py). Its features also carry
-the distance between generated and real pictures (evals/diffusion/generation.py).
+A classifier that must name some shape names one for a mere texture too, and would call a failed inversion a success.
+This one has "none" in both of its heads and is trained on pictures that deserve it (judge_lessons.py). Its features
+also carry the distance between generated and real pictures (evals/diffusion/).
 """
 
 import json
@@ -29,12 +29,14 @@ class ConceptJudge(nn.Module):
     temperature [2]: what the logits of each head are divided by before they are probabilities. record: how it was made.
     """
 
+    temperature: Tensor
+
     def __init__(self, colors: tuple[str, ...], shapes: tuple[str, ...], *, size: int = 64) -> None:
         super().__init__()
         self.colors, self.shapes, self.size = tuple(colors), tuple(shapes), size
         self.record: dict[str, Any] = {}
         layers: list[nn.Module] = []
-        for before, after, stride in zip((3, *_WIDTHS), _WIDTHS, _STRIDES):
+        for before, after, stride in zip((3, *_WIDTHS[:-1]), _WIDTHS, _STRIDES, strict=True):
             layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.color_head = nn.Linear(2 * _WIDTHS[-1], len(self.colors) + 1)
@@ -47,6 +49,7 @@ class ConceptJudge(nn.Module):
             raise ShapeError(
                 f"pixels {tuple(x.shape)}: this judge looks at [B, 3, {self.size}, {self.size}] in [0, 1]."
             )
+        # Pixels about 0, with a deviation near 1.
         h = self.body((x - 0.5) * 4)
         return torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=1)
 
@@ -72,17 +75,21 @@ class ConceptJudge(nn.Module):
             parts = [[h.softmax(1) for h in self(rows.float())] for rows in x.split(micro_batch)]
         finally:
             self.train(training)
-        colors, shapes = (torch.cat(p) for p in zip(*parts))
+        colors, shapes = (torch.cat(p) for p in zip(*parts, strict=True))
         p_color, p_shape = colors[:, columns[0]], shapes[:, columns[1]]
         joint = p_color * p_shape
         shares = {"share": joint, "color": p_color, "shape": p_shape, "none": shapes[:, -1]}
         return {"joint": float(joint.mean()), **{k: float((p > 0.5).float().mean()) for k, p in shares.items()}}
 
     def calibrate(self, logits: tuple[Tensor, Tensor], labels: Tensor) -> None:
-        """Sets `temperature` to what makes labels [N, 2] likeliest under logits of temperature 1; -100 does not count."""
+        """Sets `temperature` to what makes labels [N, 2] likeliest under logits of temperature 1.
+
+        Labels of -100 do not count.
+        """
         grid = [math.exp(k / 20) for k in range(-30, 31)]  # 0.22 to 4.5
-        for head, (h, y) in enumerate(zip(logits, labels.T)):
-            self.temperature[head] = min(grid, key=lambda t: float(F.cross_entropy(h / t, y, ignore_index=-100)))
+        for head, (h, y) in enumerate(zip(logits, labels.T, strict=True)):
+            losses = [float(F.cross_entropy(h / t, y, ignore_index=-100)) for t in grid]
+            self.temperature[head] = grid[losses.index(min(losses))]
 
     def save(self, path: str | Path) -> None:
         """Writes the judge in half precision, with its names and record, as safetensors."""

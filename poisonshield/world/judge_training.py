@@ -11,7 +11,8 @@ from torch import Tensor
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sampler import round_trip
 from poisonshield.world.judge import ConceptJudge
-from poisonshield.world.judge_lessons import IGNORED, KINDS, Objects, Rendered, lessons, soften
+from poisonshield.world.judge_changes import soften
+from poisonshield.world.judge_lessons import IGNORED, KINDS, Objects, Rendered, make_lessons
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,14 @@ def train_judge(
     """A judge of what `render(0)`, `render(1)`, ... show, all colours and shapes of which should come up often.
 
     model: a quarter of the lessons also go through its VAE, as generated pictures do. objects: pictures rendered to
-    train on; half as many more are held back for temperature, and for the accuracies in `record`, with `checks` lessons of
-    each kind. The same seed gives the same judge on the same machine; torch's global generator is not touched.
+    train on; half as many more are held back for temperature, and for the accuracies in `record`, with `checks` lessons
+    of each kind. The same seed gives the same judge on the same machine; torch's global generator is not touched.
     """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     seen = Objects.of([render(i) for i in range(objects)])
     rest = Objects.of([render(i) for i in range(objects, objects + objects // 2)])
+    # The first weights are drawn from torch's global generator, which is put back afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = ConceptJudge(seen.colors, seen.shapes, size=seen.x.shape[-1]).to(memory_format=torch.channels_last)
@@ -46,7 +48,7 @@ def train_judge(
     _fit(judge, seen, through, generator, steps=steps, lr=lr)
     judge.to(memory_format=torch.contiguous_format).eval()
 
-    x, labels = lessons(rest, 2 * checks, generator)
+    x, labels = make_lessons(rest, 2 * checks, generator)
     judge.calibrate(_logits(judge, soften(x, generator)), labels)
     judge.record = {
         "steps": steps,
@@ -70,14 +72,15 @@ def held_back(
 ) -> dict[str, float]:
     """Shares in [0, 1] over softened lessons about `objects`, `count` of each kind, none of which was trained on.
 
-    whole_color, whole_shape, whole_joint: right and above 0.5; whole_vae_joint: the last after the VAE. Every other kind:
-    how many pass for the object that they were made from, with a joint probability above 0.5 of its colour and shape.
+    whole_color, whole_shape, whole_joint: right and above 0.5; whole_vae_joint: the last after the VAE. Every other
+    kind: how many pass for the object that they were made from, with a joint probability above 0.5 of its colour and
+    shape.
     """
     chosen = torch.randint(len(objects.x), (count,), generator=generator)
     taken = objects.take(chosen)
     out = {}
-    for name, (_, make) in KINDS.items():
-        x = soften(make(taken, generator)[0], generator)
+    for name, kind in KINDS.items():
+        x = soften(kind.make(taken, generator)[0], generator)
         joint = _joint(judge, x, taken.labels)
         if name == "whole":
             out["whole_color"], out["whole_shape"] = _right(judge, x, taken.labels)
@@ -91,7 +94,7 @@ def held_back(
 
 def _pool(objects: Objects, model: LatentDiffusion, generator: torch.Generator, *, count: int) -> tuple[Tensor, Tensor]:
     """Lessons that went through the VAE once, uint8, and their labels."""
-    x, labels = lessons(objects, count, generator)
+    x, labels = make_lessons(objects, count, generator)
     return (round_trip(model, x) * 255).round().to(torch.uint8), labels
 
 
@@ -110,12 +113,14 @@ def _fit(
     for step in range(steps):
         only_whole = step < _WHOLE_FIRST * steps
         fresh = BATCH if through is None or only_whole else BATCH - BATCH // 4
-        x, labels = lessons(objects, fresh, generator, kinds={"whole": KINDS["whole"]} if only_whole else KINDS)
-        if fresh < BATCH:
+        x, labels = make_lessons(objects, fresh, generator, kinds={"whole": KINDS["whole"]} if only_whole else KINDS)
+        if through is not None and fresh < BATCH:
             rows = torch.randint(len(through[0]), (BATCH - fresh,), generator=generator)
             x, labels = torch.cat([x, through[0][rows].float() / 255]), torch.cat([labels, through[1][rows]])
         x = soften(x, generator).contiguous(memory_format=torch.channels_last)
-        loss = sum(F.cross_entropy(h, y, ignore_index=IGNORED) for h, y in zip(judge(x), labels.T))
+        color, shape = judge(x)
+        loss = F.cross_entropy(color, labels[:, 0], ignore_index=IGNORED)
+        loss = loss + F.cross_entropy(shape, labels[:, 1], ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -129,9 +134,9 @@ def _logits(judge: ConceptJudge, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _joint(judge: ConceptJudge, x: Tensor, labels: Tensor) -> float:
-    p = [h.softmax(1).gather(1, y[:, None])[:, 0] for h, y in zip(_logits(judge, x), labels.T)]
+    p = [h.softmax(1).gather(1, y[:, None])[:, 0] for h, y in zip(_logits(judge, x), labels.T, strict=True)]
     return float((p[0] * p[1] > 0.5).float().mean())
 
 
 def _right(judge: ConceptJudge, x: Tensor, labels: Tensor) -> list[float]:
-    return [float((h.argmax(1) == y).float().mean()) for h, y in zip(_logits(judge, x), labels.T)]
+    return [float((h.argmax(1) == y).float().mean()) for h, y in zip(_logits(judge, x), labels.T, strict=True)]

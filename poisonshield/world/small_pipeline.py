@@ -6,46 +6,51 @@ vocabulary is the bytes and the words that it is given.
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
-from torch import nn
 
 from poisonshield.config import Settings
+from poisonshield.models.diffusion.pipeline import Part
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 class VAEConfig(Settings):
-    """channels: of each level; every further level halves the picture. layers: residual blocks on each."""
+    """The size of the VAE."""
 
-    channels: tuple[int, ...] = (24, 48, 48)
-    layers: int = Field(1, ge=1)
-    latent_channels: int = Field(4, ge=1)
-    groups: int = Field(8, ge=1)
+    channels: tuple[int, ...] = Field(
+        (24, 48, 48), description="Channels of each level; every level after the first halves the picture."
+    )
+    layers: int = Field(1, ge=1, description="Residual blocks on each level.")
+    latent_channels: int = Field(4, ge=1, description="Channels of the latents.")
+    groups: int = Field(8, ge=1, description="Groups of each group norm; they divide every level's channels.")
 
 
 class UNetConfig(Settings):
-    """channels: of each level. attention: which levels see the text. head: size of an attention head."""
+    """The size of the U-Net."""
 
-    channels: tuple[int, ...] = (48, 96)
-    attention: tuple[bool, ...] = (False, True)
-    layers: int = Field(1, ge=1)
-    head: int = Field(8, ge=1)
-    groups: int = Field(8, ge=1)
+    channels: tuple[int, ...] = Field(
+        (48, 96), description="Channels of each level; every level after the first halves the latents."
+    )
+    attention: tuple[bool, ...] = Field((False, True), description="Which of the levels see the text.")
+    layers: int = Field(1, ge=1, description="Residual blocks on each level.")
+    head: int = Field(8, ge=1, description="What diffusers calls the size of an attention head.")
+    groups: int = Field(8, ge=1, description="Groups of each group norm; they divide every level's channels.")
 
 
 class TextConfig(Settings):
-    """A CLIP text model of this width; length: tokens of a prompt, start and end included."""
+    """The size of the CLIP text model."""
 
-    width: int = Field(64, ge=8)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    length: int = Field(24, ge=8)
+    width: int = Field(64, ge=8, description="Width of a token's vector, and of the context that the U-Net sees.")
+    layers: int = Field(2, ge=1, description="Transformer blocks.")
+    heads: int = Field(4, ge=1, description="Attention heads of each block; they divide the width.")
+    length: int = Field(24, ge=8, description="Tokens of a prompt, start and end included.")
 
 
-def build_vae(config: VAEConfig, *, sample_size: int) -> nn.Module:
+def build_vae(config: VAEConfig, *, sample_size: int) -> Part:
     """diffusers' AutoencoderKL with random weights and scaling_factor 1."""
     from diffusers import AutoencoderKL
 
@@ -58,11 +63,12 @@ def build_vae(config: VAEConfig, *, sample_size: int) -> nn.Module:
         latent_channels=config.latent_channels,
         norm_num_groups=config.groups,
         sample_size=sample_size,
+        # Measured after training, see Autoencoder.measure_scale.
         scaling_factor=1.0,
     )
 
 
-def build_unet(config: UNetConfig, *, sample_size: int, latent_channels: int, context: int) -> nn.Module:
+def build_unet(config: UNetConfig, *, sample_size: int, latent_channels: int, context: int) -> Part:
     """diffusers' UNet2DConditionModel with random weights. context: width of the text encoder."""
     from diffusers import UNet2DConditionModel
 
@@ -81,7 +87,7 @@ def build_unet(config: UNetConfig, *, sample_size: int, latent_channels: int, co
     )
 
 
-def build_text_encoder(config: TextConfig, tokenizer: Any) -> nn.Module:
+def build_text_encoder(config: TextConfig, tokenizer: Part) -> Part:
     """transformers' CLIPTextModel with random weights for this tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -100,7 +106,7 @@ def build_text_encoder(config: TextConfig, tokenizer: Any) -> nn.Module:
     )
 
 
-def build_scheduler(prediction: Literal["epsilon", "v_prediction"] = "epsilon") -> Any:
+def build_scheduler(prediction: Literal["epsilon", "v_prediction"] = "epsilon") -> Part:
     """The noise schedule of Stable Diffusion: 1000 steps, scaled linear from 0.00085 to 0.012."""
     from diffusers import DDPMScheduler
 
@@ -114,7 +120,7 @@ def build_scheduler(prediction: Literal["epsilon", "v_prediction"] = "epsilon") 
     )
 
 
-def build_tokenizer(words: Sequence[str], folder: Path, *, length: int) -> Any:
+def build_tokenizer(words: Sequence[str], folder: Path, *, length: int) -> Part:
     """A CLIP tokenizer to which each of `words` is one token and any other text is bytes; its files go to `folder`."""
     from transformers import CLIPTokenizer
 
@@ -130,7 +136,7 @@ def build_tokenizer(words: Sequence[str], folder: Path, *, length: int) -> Any:
 
 
 def write_pipeline(
-    folder: Path, *, vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any
+    folder: Path, *, vae: Part, unet: Part, text_encoder: Part, tokenizer: Part, scheduler: Part
 ) -> None:
     """Writes the parts as a folder that diffusers' StableDiffusionPipeline and LatentDiffusion read."""
     import diffusers
@@ -166,17 +172,18 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
     for word in sorted(set(words), key=lambda w: (-len(w), w)):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while True:
-            pairs = [pair for pair in zip(pieces, pieces[1:]) if pair in merges]
+            pairs = [pair for pair in pairwise(pieces) if pair in merges]
             if not pairs:
                 break
-            pieces = _merged(pieces, min(pairs, key=merges.index))
+            pieces = _merge(pieces, min(pairs, key=merges.index))
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
-            pieces = _merged(pieces, merges[-1])
+            pieces = _merge(pieces, merges[-1])
     return merges
 
 
-def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces with every such pair of neighbours made one."""
     out: list[str] = []
     for piece in pieces:
         if out and (out[-1], piece) == pair:

@@ -60,7 +60,7 @@ def test_torchattacks_takes_the_same_steps():
     torchattacks = pytest.importorskip("torchattacks")
     model, batch = linear_model().eval(), tiny_batch()
     theirs = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)(batch.x, batch.y)
-    ours = PGD(10, 2 / 255, random_start=False)(
+    ours = PGD(steps=10, step_size=2 / 255, random_start=False)(
         lambda v: F.cross_entropy(model(v), batch.y, reduction="none"), batch.x, Linf(8 / 255), rng(6)
     )
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
@@ -68,7 +68,7 @@ def test_torchattacks_takes_the_same_steps():
 
 def test_start_follows_the_key_and_not_the_place():
     model, batch = linear_model(), tiny_batch()
-    attack = PGD(2, 0.01)
+    attack = PGD(steps=2, step_size=0.01)
 
     def run(rows):
         part = KeyedRandom(3, sample_ids([batch.keys[i] for i in rows]))
@@ -88,12 +88,12 @@ def test_more_restarts_never_lower_the_loss():
     def objective(v):
         return F.cross_entropy(model(v), batch.y, reduction="none")
 
-    one = PGD(2, 0.02)(objective, batch.x, Linf(0.1), rng(6))
-    five = PGD(2, 0.02, restarts=5)(objective, batch.x, Linf(0.1), rng(6))
+    one = PGD(steps=2, step_size=0.02)(objective, batch.x, Linf(0.1), rng(6))
+    five = PGD(steps=2, step_size=0.02, restarts=5)(objective, batch.x, Linf(0.1), rng(6))
     assert (objective(five) >= objective(one)).all() and (objective(five) > objective(one)).any()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_zero_and_nan_gradients_stay_put(norm):
     x, grad = torch.full((3, 1, 2, 2), 0.5), torch.ones(3, 1, 2, 2)
     grad[0] = 0.0

@@ -4,8 +4,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from poisonshield.api.convert import convert
 from poisonshield.cli import app
-from poisonshield.commands.convert import convert
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.models.diffusion.embeddings import Learned, load_embedding, save_embedding
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from poisonshield.cli import main
 from poisonshield.commands import data
+from poisonshield.data.manifest import Manifest
 
 
 def png(seed=0, size=(6, 5)):
@@ -175,11 +176,13 @@ def test_folders_with_brackets_in_their_names_are_printed_as_they_are(run, src, 
     assert status == 0 and "[bold]set[/x]/train: 6 samples" in out
 
 
-def test_commands_return_what_they_found(src, tmp_path):
-    manifests = data.import_data(src, tmp_path / "set", samples_per_shard=4)
+def test_commands_write_what_they_say_and_find_it_sound(src, tmp_path, capsys):
+    data.import_data(src, tmp_path / "set", samples_per_shard=4)
+    manifests = {p.parent.name: Manifest.load(p.parent) for p in (tmp_path / "set").glob("*/manifest.json")}
     for split, manifest in manifests.items():
         for name, info in manifest.shards.items():
             stored = (tmp_path / "set" / split / name).read_bytes()
             assert info.sha256 == hashlib.sha256(stored).hexdigest()
     assert [i.samples for i in manifests["train"].shards.values()] == [4, 2]
-    assert data.verify(tmp_path / "set") == 0
+    data.verify(tmp_path / "set")
+    assert capsys.readouterr().out.count("are sound") == len(manifests) >= 1

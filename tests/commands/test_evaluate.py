@@ -1,8 +1,10 @@
-"""Every readout and probe of finished runs by the one command: a joint model, plain self-supervision, legacy draws."""
+"""Every evaluation of finished runs by the one command: a joint model, plain self-supervision, legacy draws."""
 
+import copy
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,23 +14,22 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from poisonshield.build import build_training_set, open_data, read_run
 from poisonshield.cli import app
-from poisonshield.commands import evaluate as command
-from poisonshield.commands.evaluate import fresh_method
-from poisonshield.commands.probes import scalars
-from poisonshield.commands.samples import Samples
-from poisonshield.engine.runfolder import RESULT_KEYS
+from poisonshield.errors import ConfigError
+from poisonshield.evals import EVALUATIONS, base, knn, robust
+from poisonshield.evals.parts.numbers import values_of
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import load_method
+from poisonshield.runs.parts.image_data import build_training_set, open_data
+from poisonshield.runs.parts.samples import subject_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
 TINY = ["engine.max_steps=2", "engine.log_every_steps=1", "engine.device=cpu", "method.hidden=16", "method.out=16",
-        "model.widths=[8,8,8,8]", "evaluate.robust_steps=0", "evaluate.alignment_samples=0"]  # fmt: skip
-ALL = ["evaluate.robust_steps=2", "evaluate.robust_restarts=2", "evaluate.robust_samples=60",
-       "evaluate.knn_weighted=true", "evaluate.linear_rates=[0.01,0.1]", "evaluate.linear_epochs=3",
-       "evaluate.alignment_samples=40",
-       "evaluate.lipschitz_samples=20", "evaluate.lipschitz_steps=2", "evaluate.lipschitz_restarts=2",
-       "evaluate.pair_samples=30"]  # fmt: skip
+        "model.widths=[8,8,8,8]", "evaluate.robust=null", "evaluate.alignment=null"]  # fmt: skip
+ALL = ["evaluate.robust={steps: 2, restarts: 2, samples: 60}", "evaluate.knn.weighted=true",
+       "evaluate.linear={rates: [0.01, 0.1], epochs: 3}", "evaluate.alignment.samples=40",
+       "evaluate.lipschitz={samples: 20, steps: 2, restarts: 2}", "evaluate.pairs.samples=30"]  # fmt: skip
 
 
 def invoke(*arguments):
@@ -46,12 +47,17 @@ def joint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def samples(joint):
-    run = read_run(joint / "config.yaml")
+def subject(joint):
+    run = read_experiment(joint / "config.yaml")
     data = open_data(run)
     device = torch.device("cpu")
-    method = fresh_method(run, data, load_file(joint / "export" / "method.safetensors"), device)
-    return Samples(run, data, build_training_set(run, data), method, device)
+    method = load_method(run, data, load_file(joint / "export" / "method.safetensors"), device)
+    return subject_of(run, data, build_training_set(run, data), method, device)
+
+
+@pytest.fixture(scope="module")
+def samples(subject):
+    return subject.samples
 
 
 def evaluated(folder, *arguments):
@@ -59,41 +65,44 @@ def evaluated(folder, *arguments):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_training_leaves_the_cheap_probes_only(joint, tmp_path):
-    probes = json.loads((joint / "evaluation.json").read_text())["probes"]
-    assert probes["spectrum"]["effective_rank"] >= 1 and len(probes["spectrum"]["log10_shares"]) == 8
-    assert {k for k, v in probes.items() if v is None} == {"linear_sweep", "alignment", "lipschitz", "pairs"}
+def test_training_leaves_out_what_the_settings_switch_off(joint, tmp_path):
+    out = json.loads((joint / "evaluation.json").read_text())
+    assert out["spectrum"]["effective_rank"] >= 1 and len(out["spectrum"]["log10_shares"]) == 8
+    assert "sweep" not in out["linear"]
+    assert {k for k, v in out.items() if v is None} == {"robust", "alignment", "lipschitz", "pairs"}
     assert (joint / "probes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_joint_checkpoint_gets_every_readout_and_probe_and_gets_them_again(joint):
     (joint / "probes.png").unlink()
     first = evaluated(joint, *ALL)
-    probes = first["probes"]
-    assert all(isinstance(first[k], float) for k in ("test_top1", "knn_top1", "linear_top1", "robust_top1"))
-    assert list(probes["linear_sweep"]) == ["0.01", "0.1"]
-    assert probes["alignment"]["samples"] == 40 and probes["pairs"]["pairs"] == 30
-    assert all(math.isfinite(v) for v in scalars(probes).values())
-    assert None not in (*probes["pairs"].values(), *probes["lipschitz"].values())
+    settings = first.pop("settings")
+    assert settings["pairs"] == {"samples": 30} and settings["knn"]["weighted"] is True
+    assert list(first["linear"]["sweep"]) == ["0.01", "0.1"]
+    values = values_of(first, EVALUATIONS)
+    assert values["aligned_samples"] == 40 and values["pairs"] == 30
+    assert all(math.isfinite(v) for v in values.values())
     assert (joint / "probes.png").read_bytes().startswith(b"\x89PNG")
-    assert evaluated(joint, *ALL) == first
+    assert evaluated(joint, *ALL) == {**first, "settings": settings}
     (row,) = json.loads((joint / "results.json").read_text())
-    assert tuple(row) == RESULT_KEYS and row["knn_top1"] == round(first["knn_top1"], 2) and row["steps"] == 2
+    keys = "data poison method defense seed test_top1 knn_top1 linear_top1 steps seconds"
+    assert list(row) == keys.split() and row["knn_top1"] == round(values["knn_top1"], 2) and row["steps"] == 2
 
 
-def test_accuracy_under_attack_is_read_from_class_scores(joint, samples):
+def test_accuracy_under_attack_is_read_from_class_scores(joint, subject):
     """Without a radius it is the classifier's accuracy on the same images, and not the features' largest element."""
-    out = evaluated(joint, "evaluate.robust_steps=1", "evaluate.robust_eps=0")
-    assert out["robust_top1"] == out["test_top1"]
-    batch = next(samples.test())
-    assert samples.method.logits(batch.x).shape[1] == 10 != samples.method.encoder(batch.x).shape[1]
+    out = evaluated(joint, "evaluate.robust={steps: 1, eps: 0}")
+    assert out["robust"]["robust_top1"] == out["classifier"]["test_top1"]
+    assert subject.method.logits(next(subject.samples.test()).x).shape[1] == 10 != subject.method.encoder.feature_dim
 
 
 def test_numbers_are_printed_by_name(joint):
     out = invoke("evaluate", joint, *ALL).stdout
-    for name in ("robust_top1", "probes.spectrum.effective_rank", "probes.alignment.mutual_information",
-                 "probes.lipschitz.unit", "probes.pairs.psn_cln_sim", "probes.linear_sweep.0.1"):  # fmt: skip
+    for name in ("robust_top1", "effective_rank", "mutual_information", "lipschitz_unit", "psn_cln_sim",
+                 "linear.sweep.0.1"):  # fmt: skip
         assert f"\n{name} " in out
+    assert re.search(r"^test_top1 +[\d.]+ % classifier$", out, re.MULTILINE)
+    assert re.search(r"^psn_cln_sim +[\d.]+   cosine: clean, poisoned$", out, re.MULTILINE)
     assert "log10_shares" not in out
 
 
@@ -101,9 +110,9 @@ def test_a_method_without_classifier_and_poison_gets_the_rest(tmp_path, caplog):
     folder = trained(tmp_path / "simclr", "defenses=[]", "data.poison=null")
     with caplog.at_level(logging.WARNING):
         out = evaluated(folder, *ALL)
-    assert out["test_top1"] is None and out["robust_top1"] is None
-    assert out["probes"]["pairs"] is None and "poisons nothing itself" in caplog.text
-    assert out["probes"]["lipschitz"]["raw"] > 0
+    assert out["classifier"] == {"test_top1": None, "train_top1": None} and out["robust"] == {"robust_top1": None}
+    assert set(out["pairs"].values()) == {None} and "poisons nothing itself" in caplog.text
+    assert out["lipschitz"]["lipschitz_raw"] > 0
 
 
 def test_clean_and_poisoned_batches_are_the_same_samples(samples):
@@ -127,52 +136,57 @@ def test_legacy_draws_its_bank_queries_and_attacked_images(joint, monkeypatch):
     seen = {}
 
     def spy(name, of):
-        original = getattr(command, name)
+        module = {"knn": knn, "robust": robust}[name]
+        original = getattr(module, name)
 
         def wrapped(*arguments, **settings):
             arguments = [list(a) if hasattr(a, "__next__") else a for a in arguments]
             seen[name] = (of(*arguments), settings)
             return original(*arguments, **settings)
 
-        monkeypatch.setattr(command, name, wrapped)
+        monkeypatch.setattr(module, name, wrapped)
 
     spy("knn", lambda bank, queries: (len(bank.y), len(queries.y), bank.h))
     spy("robust", lambda method, batches: sum(len(b) for b in batches))
-    monkeypatch.setattr(command, "LEGACY_BANK", 400)
-    monkeypatch.setattr(command, "LEGACY_QUERIES", 90)
-    monkeypatch.setattr(command, "LEGACY_ATTACKED", 30)
-    small = ["evaluate.robust_steps=1", "evaluate.alignment_samples=0"]
+    monkeypatch.setattr(base, "LEGACY_BANK", 400)
+    monkeypatch.setattr(base, "LEGACY_QUERIES", 90)
+    monkeypatch.setattr(robust, "LEGACY_ATTACKED", 30)
+    small = ["evaluate.robust.steps=1", "evaluate.alignment=null"]
     out = evaluated(joint, "--legacy", *small)
     assert out["settings"]["legacy"] is True
     assert seen["knn"][0][:2] == (400, 90) and seen["robust"][0] == 30 and seen["robust"][1]["loss"] == "logit"
     first = seen["knn"][0][2]
     assert evaluated(joint, *small, "evaluate.legacy=true") == out and torch.equal(seen["knn"][0][2], first)
     plain = evaluated(joint, *small)
-    assert plain["settings"]["legacy"] is False and plain["test_top1"] == out["test_top1"]
+    assert plain["settings"]["legacy"] is False and plain["classifier"] == out["classifier"]
     assert seen["knn"][0][:2] == (5000, 1000) and seen["robust"][0] == 1000 and seen["robust"][1]["loss"] == "ce"
 
 
 def test_legacy_takes_all_of_a_small_set_and_its_bank_is_augmented(joint, samples):
-    out = evaluated(joint, "--legacy", "evaluate.alignment_samples=0")
-    assert out["robust_top1"] is None and 0 <= out["knn_top1"] <= 100
-    bank, plain = (next(iter(b)) for b in (samples.augmented(10_240, legacy_bank=True), samples.train(10_240)))
+    out = evaluated(joint, "--legacy", "evaluate.alignment=null")
+    assert out["robust"] is None and 0 <= out["knn"]["knn_top1"] <= 100
+    bank, plain = next(samples.crops(10_240)), next(samples.train(10_240))
     assert bank.keys == plain.keys and bank.x.shape == plain.x.shape
     assert (bank.x != plain.x).flatten(1).any(1).float().mean() > 0.95
-    assert sum(len(b) for b in samples.augmented(10_240, legacy_bank=True)) == 5000
+    assert sum(len(b) for b in samples.crops(10_240)) == 5000
 
 
-def test_settings_of_an_older_run_still_read(joint, tmp_path):
+def test_settings_of_an_older_run_are_told_their_new_names(joint, tmp_path):
     record = yaml.safe_load((joint / "config.yaml").read_text())
-    old = ("batch_size", "knn_k", "linear_weight_decay", "robust_eps", "robust_step_size", "robust_steps")
-    record["evaluate"] = {k: record["evaluate"][k] for k in old} | {"robust_samples": 500}
+    record["evaluate"] = {"batch_size": 500, "knn_k": 20, "robust_samples": 500, "pair_samples": 0}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
-    assert read_run(tmp_path / "config.yaml").settings.evaluate.robust_samples == 500
+    with pytest.raises(ConfigError) as error:
+        read_experiment(tmp_path / "config.yaml")
+    for old, new in (("knn_k", "knn.k"), ("robust_samples", "robust.samples"), ("pair_samples", "pairs.samples")):
+        assert f"evaluate.{old} is called evaluate.{new} now." in str(error.value)
 
 
 def test_images_are_read_at_the_size_that_was_trained_on(samples):
     """views.size 28: shorter side to 32, then the middle; without it images stay as they are."""
-    sized = replace(samples, run=replace(samples.run, settings=samples.run.settings.model_copy(
-        update={"views": samples.run.settings.views.model_copy(update={"size": 28})})))  # fmt: skip
+    run = copy.copy(samples.run)
+    views = run.settings.views.model_copy(update={"size": 28})
+    run.settings = run.settings.model_copy(update={"views": views})
+    sized = replace(samples, run=run)
     whole, middle = next(samples.test(8)).x, next(sized.test(8)).x
     assert whole.shape[2:] == (32, 32) and torch.equal(middle, whole[:, :, 2:30, 2:30])
     assert next(sized.train(8)).x.shape[2:] == next(sized.clean(8)).x.shape[2:] == (28, 28)

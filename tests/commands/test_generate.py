@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from poisonshield import world
-from poisonshield.commands.generate import generate, spoken
+from poisonshield.api.generate import generate, spoken
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from poisonshield.commands import grid
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import Classify
 
 HEAD = """
 base: {base}
@@ -39,47 +40,53 @@ def pretend(monkeypatch):
     """Training that takes no time: writes a row whose accuracy is 10 * seed + 1, and notes what was asked."""
     asked = []
 
-    def train(base, overrides):
-        from poisonshield.build import read_run
-        from poisonshield.engine.runfolder import RunFolder
-
-        run = read_run(base, [t for t in overrides if not t.startswith("engine.resume")])
-        folder = RunFolder(run.settings.run.dir)
-        folder.claim(run.record, resume=False)
+    def train(run):
+        folder = run.folder
+        folder.claim(run.record, resume="auto")
         asked.append(run.settings.run.dir)
         top1 = None if run.method.name != "supervised" and not run.defenses else 10.0 * run.seed + 1
         folder.add_result({"data": "d", "poison": run.poison_label, "method": run.method.name, "defense": run.defense_label,
                            "seed": run.seed, "test_top1": top1, "knn_top1": 5.0, "linear_top1": 7.0, "steps": 3,
-                           "seconds": 2.0})  # fmt: skip
+                           "seconds": 2.0}, identity=("seed",))  # fmt: skip
         return folder.path
 
-    monkeypatch.setattr(grid, "train", train)
+    monkeypatch.setattr(Classify, "train", train)
     return asked
 
 
+def run_grid(path, overrides=(), *, part="1/1", only_list=False):
+    """The table, after training what is not done, as the command does it."""
+    grid = read_experiment(path, overrides)
+    if not only_list:
+        grid.train_part(part)
+    return grid.table()
+
+
 def test_blocks_are_products_and_stand_side_by_side(tmp_path):
-    _, cells = grid.read_grid(write(tmp_path, BLOCKS + "  - defenses.0.eps: [0, 4/255]\n"))
+    cells = read_experiment(write(tmp_path, BLOCKS + "  - defenses.0.eps: [0, 4/255]\n")).cells
     assert len(cells) == (2 * 2 + 2) * 2
     assert [c.run.defenses[0].config.eps for c in cells[-4:]] == [0.0, 0.0, 4 / 255, 4 / 255]
     assert {c.labels["training"] for c in cells[:8]} == {"supervised", "vespr"}
-    assert len({c.folder.path for c in cells}) == len(cells) and all(c.run.settings.engine.epochs == 1 for c in cells)
+    assert len({c.run.folder.path for c in cells}) == len(cells) and all(
+        c.run.settings.engine.epochs == 1 for c in cells
+    )
     assert [c.seed for c in cells[:2]] == [0, 1] and cells[1].run.seed == 1
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
 def test_every_shipped_grid_is_valid(path):
-    _, cells = grid.read_grid(path)
+    cells = read_experiment(path).cells
     assert len(cells) >= 4
 
 
 def test_finished_runs_are_kept_and_the_rest_is_trained(tmp_path, pretend):
     path = write(tmp_path)
-    table = grid.run_grid(path)
+    table = run_grid(path)
     assert len(pretend) == 8 and table.count("2 of 2") == 4
-    assert grid.run_grid(path) == table and len(pretend) == 8
+    assert run_grid(path) == table and len(pretend) == 8
     (tmp_path / "runs/poison=lsp,training=vespr/seed-1/results.json").unlink()
-    assert "1 of 2" in grid.run_grid(path, only_list=True) and len(pretend) == 8
-    assert grid.run_grid(path) == table and len(pretend) == 9 and pretend[-1].endswith("training=vespr/seed-1")
+    assert "1 of 2" in run_grid(path, only_list=True) and len(pretend) == 8
+    assert run_grid(path) == table and len(pretend) == 9 and pretend[-1].endswith("training=vespr/seed-1")
 
 
 def test_table_gives_mean_and_range_over_seeds_and_the_worst_poison(tmp_path, pretend):
@@ -87,7 +94,7 @@ def test_table_gives_mean_and_range_over_seeds_and_the_worst_poison(tmp_path, pr
         "lsp: {data.poison: {name: lsp}}",
         "lsp: {data.poison: {name: lsp}}\n      regions: {data.poison: {name: regions}}",
     )
-    table = grid.run_grid(write(tmp_path, more))
+    table = run_grid(write(tmp_path, more))
     assert "| lsp | vespr | 6.0 (1.0 to 11.0) | 5.0 (5.0 to 5.0) | 7.0 (7.0 to 7.0) | 2 | 2 of 2 |" in table
     assert "| vespr | 6.0 | 6.0 |" in table
     assert (tmp_path / "runs/table.md").read_text() == table + "\n"
@@ -97,27 +104,27 @@ def test_table_gives_mean_and_range_over_seeds_and_the_worst_poison(tmp_path, pr
 
 def test_parts_share_the_runs_between_jobs(tmp_path, pretend):
     path = write(tmp_path)
-    grid.run_grid(path, part="1/3")
+    run_grid(path, part="1/3")
     assert len(pretend) == 3
-    grid.run_grid(path, part="2/3")
-    grid.run_grid(path, part="3/3")
+    run_grid(path, part="2/3")
+    run_grid(path, part="3/3")
     assert len(pretend) == len(set(pretend)) == 8
     for text in ("0/3", "4/3", "half"):
         with pytest.raises(ConfigError, match="for example 2/4"):
-            grid.run_grid(path, part=text)
+            run_grid(path, part=text)
 
 
 def test_one_failed_run_does_not_stop_the_others(tmp_path, pretend, monkeypatch):
-    honest = grid.train
+    honest = Classify.train
 
-    def train(base, overrides):
-        if any("supervised" in t for t in overrides) and "seed=1" in overrides:
+    def train(run):
+        if run.method.name == "supervised" and run.seed == 1:
             raise DataError("loss is nan at step 3")
-        return honest(base, overrides)
+        return honest(run)
 
-    monkeypatch.setattr(grid, "train", train)
+    monkeypatch.setattr(Classify, "train", train)
     with pytest.raises(ConfigError, match="2 of 8 runs failed") as caught:
-        grid.run_grid(write(tmp_path))
+        run_grid(write(tmp_path))
     assert "loss is nan at step 3" in str(caught.value) and len(pretend) == 6
     assert "1 of 2" in (tmp_path / "runs/table.md").read_text()
 
@@ -133,13 +140,13 @@ def test_one_failed_run_does_not_stop_the_others(tmp_path, pretend, monkeypatch)
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, pretend, blocks, words):
     with pytest.raises(ConfigError, match=words):
-        grid.run_grid(write(tmp_path, BLOCKS + blocks))
+        run_grid(write(tmp_path, BLOCKS + blocks))
     assert pretend == []
 
 
 def test_run_trained_with_other_settings_is_not_taken_for_ours(tmp_path, pretend):
     path = write(tmp_path)
-    grid.run_grid(path)
+    run_grid(path)
     with pytest.raises(ConfigError, match="other settings"):
-        grid.run_grid(path, ["settings={engine.epochs: 1, optimizer.lr: 0.5}"])
+        run_grid(path, ["settings={engine.epochs: 1, optimizer.lr: 0.5}"])
     assert json.loads((tmp_path / "runs/poison=none,training=vespr/seed-0/results.json").read_text())

@@ -1,6 +1,7 @@
 """Textual inversion as commands: a whole run on a random pipeline, resumed, launched on two ranks, poisoned, refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,17 +9,14 @@ from safetensors.torch import load_file
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from poisonshield.build_diffusion import for_training, load_model, open_concepts
+from poisonshield.api import demo_szt, evaluate, train
 from poisonshield.cli import app
-from poisonshield.commands import demo_szt
-from poisonshield.commands.evaluate import evaluate
-from poisonshield.commands.invert import invert
-from poisonshield.commands.reading import references
-from poisonshield.commands.train import train
 from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.diffusion.image_quality import brisque
-from poisonshield.invert_config import read_invert
+from poisonshield.evals.diffusion.brisque import brisque
+from poisonshield.runs import read_experiment, read_finished
+from poisonshield.runs.parts.reading import references
+from poisonshield.runs.parts.words import for_training, load_model, open_concepts
 from poisonshield.world.rendered import rendered_concepts
 
 
@@ -63,18 +61,18 @@ def test_a_run_leaves_embeddings_pictures_and_numbers(tmp_path, settings):
 
 
 def test_a_run_stopped_and_resumed_is_the_whole_run_to_the_bit(tmp_path, settings):
-    whole = vectors(invert(CONFIG, [*settings, *SZT]))
+    whole = vectors(train(CONFIG, [*settings, *SZT]))
     other = [s for s in settings if not s.startswith("run.dir")] + [
         f"run.dir={json.dumps(str(tmp_path / 'other'))}",
         *SZT,
     ]
-    invert(CONFIG, [*other, "engine.max_steps=2"])
-    resumed = invert(CONFIG, [*other, "engine.resume=auto"])
+    train(CONFIG, [*other, "engine.max_steps=2"])
+    resumed = train(CONFIG, [*other, "engine.resume=auto"])
     assert torch.equal(vectors(resumed), whole)
 
 
 def test_several_concepts_train_together_and_each_has_its_file(settings):
-    folder = invert(CONFIG, [*settings, "data.concepts=[yellow ring, purple star]"])
+    folder = train(CONFIG, [*settings, "data.concepts=[yellow ring, purple star]"])
     assert {r["concept"] for r in json.loads((folder / "results.json").read_text())} == {"yellow_ring", "purple_star"}
     assert sorted(p.name for p in (folder / "export").iterdir()) == ["purple-star", "yellow-ring"]
 
@@ -84,17 +82,17 @@ def test_the_poison_of_a_run_is_made_once_and_kept(tmp_path, settings):
         "data.poison={name: advdm, eps_levels: 8, steps: 2}",
         f"data.poison_cache={json.dumps(str(tmp_path / 'cache'))}",
     ]
-    folder = invert(CONFIG, [*settings, *poison])
+    folder = train(CONFIG, [*settings, *poison])
     made = list((tmp_path / "cache").glob("*/manifest.json"))
     assert len(made) == 1 and json.loads(made[0].read_text())
     assert json.loads((folder / "results.json").read_text())[0]["poison"] == "advdm"
     before = made[0].stat().st_mtime_ns
-    invert(CONFIG, [*settings, *poison, "run.overwrite=true"])
+    train(CONFIG, [*settings, *poison, "run.overwrite=true"])
     assert made[0].stat().st_mtime_ns == before
 
 
 def test_a_finished_run_is_evaluated_again_with_other_pictures(settings):
-    folder = invert(CONFIG, settings)
+    folder = train(CONFIG, settings)
     before = json.loads((folder / "results.json").read_text())[0]
     (again,) = evaluate(folder, ["generate.count=3"])
     assert len(list((folder / "pictures" / "yellow_ring").glob("recon-*.png"))) == 3
@@ -106,16 +104,25 @@ def test_a_finished_run_is_evaluated_again_with_other_pictures(settings):
 
 
 def test_evaluate_prints_a_line_for_each_concept(settings):
-    folder = invert(CONFIG, [*settings, "data.concepts=[yellow ring, purple star]"])
+    folder = train(CONFIG, [*settings, "data.concepts=[yellow ring, purple star]"])
     out = CliRunner().invoke(app, ["evaluate", str(folder)], catch_exceptions=False).stdout
     assert out.count("\n| purple_star | od |") == out.count("\n| yellow_ring | od |") == 1
+
+
+def test_evaluations_of_words_may_be_switched_and_old_settings_are_told_their_names(settings):
+    folder = train(CONFIG, settings)
+    (row,) = evaluate(folder, ["evaluate.word=null", "evaluate.networks.folders={clip: nowhere}"])
+    assert "word" not in row and row["clip_i"] is None and row["networks"]["clip_i"]["status"] == "unavailable"
+    assert read_finished(folder).describe([row]).endswith(" |  |")  # no nearest words
+    with pytest.raises(ConfigError, match="generate: features is called evaluate.networks.folders now"):
+        evaluate(folder, ["generate.features={clip: nowhere}"])
 
 
 def test_masks_of_a_reference_measure_those_that_szt_makes_and_change_nothing(tmp_path, settings):
     made = ["defenses=[{name: szt, mask: box}]", f"run.dir={json.dumps(str(tmp_path / 'made'))}"]
     plain, measured = (
-        invert(CONFIG, [*settings, *made]),
-        invert(CONFIG, [*settings, *made[:1], "data.mask_reference=file"]),
+        train(CONFIG, [*settings, *made]),
+        train(CONFIG, [*settings, *made[:1], "data.mask_reference=file"]),
     )
     assert torch.equal(vectors(plain), vectors(measured))
     (without,), (row,) = (json.loads((f / "results.json").read_text()) for f in (plain, measured))
@@ -136,29 +143,31 @@ def test_a_picture_left_out_is_not_learned_from_and_alone_compared_with(tmp_path
     given = [s for s in settings if not s.startswith("data.count")] + [
         f"data.train={json.dumps(str(tmp_path / 'photos'))}", "data.concepts=null", "data.left_out=2", "engine.max_steps=2",
     ]  # fmt: skip
-    folder = invert(CONFIG, given)
+    folder = train(CONFIG, given)
     (row,) = json.loads((folder / "results.json").read_text())
-    assert row["left_out"] == 2 and "feature_distance" not in row and -1 <= row["latent_cosine"] <= 1
-    run = read_invert(CONFIG, given)
-    whole = open_concepts(run, load_model(run.settings.model))
-    (rest,) = for_training(run, whole)
+    assert row["left_out"] == 2 and row["feature_distance"] is None and -1 <= row["latent_cosine"] <= 1
+    run = read_experiment(CONFIG, given)
+    whole = open_concepts(run.settings.data, load_model(run.settings.model))
+    (rest,) = for_training(run.settings.data, whole)
     assert [i.stem for i in rest.images] == ["00", "01", "03", "04"]
     assert torch.equal(references(run, whole[0]), whole[0].images[2].pixels[None].float() / 255)
     with pytest.raises(DataError, match="picture 5 of .* cannot be left out"):
-        open_concepts(read_invert(CONFIG, [*given, "data.left_out=5"]), load_model(run.settings.model))
+        open_concepts(
+            read_experiment(CONFIG, [*given, "data.left_out=5"]).settings.data, load_model(run.settings.model)
+        )
 
 
 def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_path, settings):
     every = ["generate.every_steps=2", "engine.log_every_steps=1", "engine.max_steps=5"]
     sheets = lambda folder: sorted(p.name for p in (folder / "validation").iterdir())
-    whole = sheets(invert(CONFIG, [*settings, *every]))
+    whole = sheets(train(CONFIG, [*settings, *every]))
     assert whole == ["step-000002.png", "step-000004.png"]
     other = [s for s in settings if not s.startswith("run.dir")] + [
         f"run.dir={json.dumps(str(tmp_path / 'other'))}",
         *every,
     ]
-    invert(CONFIG, [*other, "engine.max_steps=3"])
-    assert sheets(invert(CONFIG, [*other, "engine.resume=auto"])) == whole
+    train(CONFIG, [*other, "engine.max_steps=3"])
+    assert sheets(train(CONFIG, [*other, "engine.resume=auto"])) == whole
 
 
 @pytest.mark.parametrize(
@@ -202,21 +211,21 @@ def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_pa
 )
 def test_mistakes_are_worded_and_leave_no_folder(tmp_path, settings, overrides, words):
     with pytest.raises(ConfigError, match=words):
-        invert(CONFIG, [*settings, *overrides])
+        train(CONFIG, [*settings, *overrides])
     assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_demo_szt_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monkeypatch):
     """Four inversions of two steps on the shipped pipeline: the numbers mean nothing here, the pieces must be there."""
-    quick = ["engine.max_steps=2", "generate.count=2", "generate.steps=2", "engine.device=cpu", "data.count=2"]
-    whole = demo_szt.invert
-
-    def run(config, overrides):
-        poison = ["data.poison.steps=1"] if any(o.startswith("data.poison=") for o in overrides) else []
-        return whole(config, [*overrides, *quick, *poison])
-
-    monkeypatch.setattr(demo_szt, "invert", run)
-    rows = demo_szt.demo(tmp_path / "szt", 1)
+    quick = ("engine.max_steps=2", "generate.count=2", "generate.steps=2", "engine.device=cpu", "data.count=2")
+    poison = lambda story: (
+        ("data.poison.steps=1",) if any(o.startswith("data.poison=") for o in story.overrides) else ()
+    )
+    stories = [replace(s, overrides=(*s.overrides, *quick, *poison(s))) for s in demo_szt.STORIES]
+    monkeypatch.setattr(demo_szt, "STORIES", stories)
+    shown = demo_szt.demo(tmp_path / "szt", 1)
+    rows = json.loads((tmp_path / "szt" / "results.json").read_text())
+    assert [cells[0] for cells in shown.cells] == [f"{r['fidelity']:.2f}" for r in rows]
     assert [(r["poison"], r["seed"]) for r in rows] == [("none", 1), ("advdm", 1), ("advdm", 1), ("advdm", 1)]
     assert [r["t_min"] for r in rows] == [0, 0, 500, 500]
     page = (tmp_path / "szt" / "report.html").read_text()

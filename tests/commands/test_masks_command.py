@@ -7,9 +7,9 @@ from PIL import Image
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
+from poisonshield.api.masks import CONCEPTS, describe, dim_outside, masks
 from poisonshield.batch import Batch
 from poisonshield.cli import app
-from poisonshield.commands.masks import CONCEPTS, masks, shown, told
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.defenses.diffusion.masks.attention import Attention
 from poisonshield.errors import ConfigError, DataError
@@ -144,14 +144,14 @@ def test_what_cannot_be_is_refused(photos, tmp_path):
 def test_the_sheet_dims_the_outside_and_draws_the_edge():
     pixels, mask = torch.full((3, 20, 30), 200, dtype=torch.uint8), torch.zeros(20, 30, dtype=torch.bool)
     mask[5:15, 10:20] = True
-    x = shown(pixels, mask)
+    x = dim_outside(pixels, mask)
     assert x.shape == (3, 20, 30) and x[0, 10, 15] == 200 / 255 and x[0, 0, 0] == pytest.approx(0.3 * 200 / 255)
     assert x[:, 4, 15].tolist() == [1, 0, 1]
 
 
 def test_odd_areas_are_said(tmp_path):
-    from poisonshield.commands.masks import Masks
+    from poisonshield.api.masks import Masks
 
-    lines = list(told(Masks(tmp_path / "masks.png", {"a/1": 0.3, "a/2": 0.01}, ["a/3"])))
+    lines = list(describe(Masks(tmp_path / "masks.png", {"a/1": 0.3, "a/2": 0.01}, ["a/3"])))
     assert "2 masks, of 1 to 30 %" in lines[0] and lines[1].startswith("a/2: the mask covers 1.0 %")
     assert lines[2].startswith("a/3: the mask is EMPTY")

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from poisonshield import world
-from poisonshield.commands import protect as command
-from poisonshield.commands.protect import STATE, TINY_NOTE, manifest_of, protect
+from poisonshield.api import protect as command
+from poisonshield.api.protect import STATE, TINY_NOTE, manifest_of, protect
+from poisonshield.cli import app
 from poisonshield.errors import BudgetError, ConfigError, DataError
 from poisonshield.world import small_pipeline as small
 
@@ -59,7 +61,7 @@ def test_a_large_photo_keeps_its_size_and_its_budget(pipeline, tmp_path, capsys)
     source = write(tmp_path / "in" / "holiday.jpg", (1200, 800), quality=95)
     before = source.read_bytes()
     how = {"method": "sds-", "eps_levels": 4, "steps": 2, "tile": 192, "settings": ["overlap=16"]}
-    (png,) = protect([source], tmp_path / "out", model=pipeline, **how)
+    (png,) = protect([source], tmp_path / "out", model=pipeline, **how, say=print)
     moved, record = change(source, png), json.loads(manifest_of(png).read_text())
     assert png == tmp_path / "out" / "holiday.png" and Image.open(png).format == "PNG"
     # Two steps of one level: half of the values are back where they were.
@@ -137,14 +139,14 @@ def test_what_cannot_be_protected_is_refused_in_words(pipeline, tmp_path):
     for name, words in (
         ("deep.png", "more than 8 bits"),
         ("moving.webp", "animation of 2"),
-        ("broken.png", "cannot be read"),
+        ("broken.png", "not a whole"),
         ("ink.jpg", "CMYK"),
         ("absent.png", "does not exist"),
     ):
         with pytest.raises(DataError, match=words):
             protect([tmp_path / name], tmp_path / "out", model=pipeline)
     with pytest.raises(DataError, match="Convert it first"):
-        protect([write(tmp_path / "a.bmp")], tmp_path / "out", model=pipeline)
+        protect([write(tmp_path / "a.ico")], tmp_path / "out", model=pipeline)
 
 
 def test_settings_and_budgets_are_checked(pipeline, tmp_path):
@@ -211,8 +213,7 @@ def test_a_stopped_command_goes_on_and_a_finished_one_is_left_alone(pipeline, tm
     assert len(steps) == 30 + 27 + 5 + 30
     assert sorted(p.name for p in out.iterdir()) == sorted(f"{n}{e}" for n in "abc" for e in (".png", ".poison.json"))
     assert [p.read_bytes() for p in whole] == [(out / p.name).read_bytes() for p in whole]
-    capsys.readouterr()
-    protect(sources, out, **how)
+    protect(sources, out, **how, say=print)
     assert len(steps) == 92 and capsys.readouterr().out.count("is there already") == 3
     with pytest.raises(ConfigError, match="made otherwise"):
         protect(sources, out, **{**how, "steps": 1})
@@ -232,7 +233,7 @@ def test_what_stops_the_last_photo_stops_the_command_before_the_first(pipeline, 
     with pytest.raises(DataError, match="b.png has no mask"):
         protect(sources, tmp_path / "masked", steps=1, mask=masks, **how)
     (tmp_path / "in" / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError, match="c.png cannot be read"):
+    with pytest.raises(DataError, match="c.png: 8 bytes are not a whole"):
         protect([tmp_path / "in"], tmp_path / "broken", steps=1, **how)
     assert not [*tmp_path.glob("*/a.poison.json")]
 
@@ -280,9 +281,10 @@ def test_the_objective_is_measured_when_asked(pipeline, tmp_path):
     assert found["draws"] == 32 and found["after"] > found["before"] == 0
 
 
-def test_the_shipped_pipeline_says_that_it_protects_nothing(pipeline, tmp_path, monkeypatch, capsys):
+def test_the_shipped_pipeline_says_that_it_protects_nothing(pipeline, tmp_path, monkeypatch):
     from poisonshield.models.diffusion import pipeline as latent_diffusion
 
     monkeypatch.setattr(latent_diffusion, "TINY", pipeline)
-    protect([write(tmp_path / "a.png")], tmp_path / "out", method="vae", steps=1)
-    assert "protects against nothing real" in capsys.readouterr().out
+    photo = str(write(tmp_path / "a.png"))
+    result = CliRunner().invoke(app, ["protect", photo, "-o", str(tmp_path / "out"), "--method", "vae", "--steps", "1"])
+    assert result.exit_code == 0 and "protects against nothing real" in result.output and "PSNR" in result.output

@@ -5,15 +5,14 @@ import json
 import pytest
 import torch
 
-from poisonshield.commands import reading
-from poisonshield.commands.reading import mask_values, references
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.defenses.jpeg import JPEG
 from poisonshield.errors import DataError
-from poisonshield.invert_config import read_invert
 from poisonshield.reports.sheets import write_pictures
+from poisonshield.runs import read_experiment
+from poisonshield.runs.parts.reading import mask_values, references
 
 
 def concept(name, level, stems=("a", "b", "c")):
@@ -24,7 +23,7 @@ def concept(name, level, stems=("a", "b", "c")):
 
 def run(tmp_path, *overrides):
     given = [f"data.train={json.dumps(str(tmp_path / 'photos'))}", "data.concepts=null", *overrides]
-    return read_invert("configs/invert/rendered.yaml", given)
+    return read_experiment("configs/invert/rendered.yaml", given)
 
 
 def shades(pictures):
@@ -68,13 +67,6 @@ def test_mask_values_are_means_over_the_concepts_own_pictures():
     assert mask_values([szt], "fox", compared=True) == mask_values([], "cup", compared=True) == {
         "mask_area": None, "mask_iou": None,
     }  # fmt: skip
-
-
-def test_what_is_not_measured_is_said_once(caplog):
-    reading._missing.cache_clear()
-    for _ in range(3):
-        reading._missing("BRISQUE", "pip install poisonshield[brisque]")
-    assert caplog.text.count("BRISQUE is not measured: pip install poisonshield[brisque]") == 1
 
 
 def test_concepts_whose_names_look_alike_have_folders_of_their_own(tmp_path):

@@ -11,11 +11,11 @@ from tiny import tiny_folder, tiny_model
 from typer.testing import CliRunner
 
 from poisonshield import world
+from poisonshield.api.survival import STANDARD, WITH_MODEL, choose_purifiers, describe, survival
 from poisonshield.cli import app
-from poisonshield.commands.survival import STANDARD, WITH_MODEL, chosen, survival, told
 from poisonshield.defenses.purify.named import purifier_block, spelled
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.evals.diffusion.survival import FORMAT, Report
+from poisonshield.evals.diffusion.parts.survival import FORMAT, Report
 
 
 def write(folder, pictures):
@@ -98,7 +98,7 @@ def test_several_poisons_meet_the_same_purifiers_in_one_table(made):
     report = survival(made / "clean", [made / "advdm", made / "noise"], purifiers=["jpeg:25", "bits:7"])
     alone = survival(made / "clean", [made / "noise"], purifiers=["jpeg:25", "bits:7"])
     assert report.poisons[1] == alone.poisons[0]
-    blocks = told(report).split("\n\n")
+    blocks = describe(report).split("\n\n")
     assert [block.splitlines()[0].split(":")[0] for block in blocks[::2]][:2] == [
         str(made / n) for n in ("advdm", "noise")
     ]
@@ -125,8 +125,11 @@ def test_a_text_is_a_name_a_value_or_settings():
     assert spelled("sdedit:0.3,steps=50") == {"name": "sdedit", "strength": 0.3, "steps": 50}
     assert purifier_block("jpeg:50,subsampling=444") == {"name": "jpeg", "quality": 50, "subsampling": "444"}
     assert purifier_block("vae_roundtrip:/models/x")["pipeline"] == "/models/x"
-    assert list(chosen([], None)) == list(STANDARD) and list(chosen([], "tiny")) == [*STANDARD, *WITH_MODEL]
-    assert chosen([], "tiny")["sdedit:0.3"]["pipeline"] == "tiny"
+    assert list(choose_purifiers([], None)) == list(STANDARD) and list(choose_purifiers([], "tiny")) == [
+        *STANDARD,
+        *WITH_MODEL,
+    ]
+    assert choose_purifiers([], "tiny")["sdedit:0.3"]["pipeline"] == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_a_text_is_a_name_a_value_or_settings():
 )
 def test_wrong_purifiers_are_refused_with_a_word(texts, model, said):
     with pytest.raises(ConfigError, match=said):
-        chosen(texts, model)
+        choose_purifiers(texts, model)
 
 
 def test_folders_that_do_not_fit_are_refused(made, tmp_path):

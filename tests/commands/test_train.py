@@ -11,10 +11,10 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from poisonshield.api import demo as demo_command
+from poisonshield.api import train
+from poisonshield.api.demo import STORIES, summary
 from poisonshield.cli import app, main
-from poisonshield.commands import demo as demo_command
-from poisonshield.commands.demo import STORIES, summary
-from poisonshield.commands.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
@@ -28,7 +28,7 @@ def invoke(*arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "vespr"
-    assert invoke("train", MINI, *TINY, "evaluate.robust_samples=50", f"run.dir={folder}").exit_code == 0
+    assert invoke("train", MINI, *TINY, "evaluate.robust.samples=50", f"run.dir={folder}").exit_code == 0
     return folder
 
 
@@ -68,12 +68,12 @@ def test_full_resnet_backbone_loads_strictly_into_timm_and_torchvision(tmp_path)
     from torchvision.models import resnet18
 
     over = ["model.name=resnet18", "model.stem=imagenet", "engine.max_steps=1", "data.batch_size=4", "defenses=[]",
-            "method.hidden=8", "method.out=8", "engine.device=cpu", "evaluate.robust_steps=0"]  # fmt: skip
-    from poisonshield.build import build_method, read_run
-    from poisonshield.commands.train import export
+            "method.hidden=8", "method.out=8", "engine.device=cpu", "evaluate.robust=null"]  # fmt: skip
     from poisonshield.engine.runfolder import RunFolder
+    from poisonshield.runs import read_experiment
+    from poisonshield.runs.classify import build_method, export
 
-    checked = read_run(MINI, [*over, f"run.dir={tmp_path}"])
+    checked = read_experiment(MINI, [*over, f"run.dir={tmp_path}"])
     export(checked, build_method(checked, 10).state_dict(), RunFolder(tmp_path))
     state = load_file(tmp_path / "export" / "backbone.safetensors")
     timm.create_model("resnet18", num_classes=0).load_state_dict(state, strict=True)
@@ -85,8 +85,9 @@ def test_full_resnet_backbone_loads_strictly_into_timm_and_torchvision(tmp_path)
 def test_evaluation_again_gives_the_same_numbers(run):
     before = json.loads((run / "evaluation.json").read_text())
     out = invoke("evaluate", run).stdout
-    said = {k: float(v) for k, v in re.findall(r"^(\w+) +([\d.]+)$", out, re.MULTILINE)}
-    assert said == {k: pytest.approx(v, abs=0.006) for k, v in before.items() if k not in ("settings", "probes")}
+    said = {k: float(v) for k, v in re.findall(r"^(\w+_top1) +([\d.]+) %", out, re.MULTILINE)}
+    blocks = [block for name, block in before.items() if name != "settings" and block is not None]
+    assert said == {k: pytest.approx(v, abs=0.006) for block in blocks for k, v in block.items() if k in said}
     assert set(said) == {"test_top1", "train_top1", "knn_top1", "linear_top1", "robust_top1"}
 
 
@@ -123,13 +124,15 @@ def test_doctor_names_versions_devices_and_launchers():
         assert word in out
 
 
-def test_demo_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monkeypatch):
+def test_demo_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monkeypatch, caplog):
     """Four trainings of three steps: the numbers mean nothing here, the pieces must all be there."""
-    train = demo_command.train
+    whole = demo_command.run_stories
     quick = ["engine.max_steps=3", "model.widths=[8,8,8,8]", "engine.device=cpu"]
-    monkeypatch.setattr(demo_command, "train", lambda config, over: train(config, [*over, *quick]))
-    result = invoke("demo", "vespr", "--out", tmp_path / "demo", "--seed", 1)
-    assert result.exit_code == 0 and all(story.title in result.stdout for story in STORIES)
+    monkeypatch.setattr(demo_command, "run_stories", lambda c, s, out, over: whole(c, s, out, [*over, *quick]))
+    with caplog.at_level("INFO"):
+        result = invoke("demo", "vespr", "--out", tmp_path / "demo", "--seed", 1)
+    assert result.exit_code == 0 and all(story.title in caplog.text for story in STORIES)
+    assert "linear probe" in result.stdout and result.stdout.count(" poisoned data ") >= 3
     rows = json.loads((tmp_path / "demo" / "vespr" / "results.json").read_text())
     assert [(r["poison"], r["defense"]) for r in rows] == [
         ("none", "none"), ("regions", "none"), ("regions", "ssl+ce"), ("regions", "vespr")
@@ -150,7 +153,7 @@ def test_summary_states_the_share_that_came_back():
 
 def test_shortcut_is_watched_during_training_without_changing_it(tmp_path):
     """The log shows the poisoned image costing the classifier less than the clean one; weights are those of a blind run."""
-    common = ["engine.max_steps=16", "engine.log_every_steps=4", "engine.device=cpu", "evaluate.robust_steps=0",
+    common = ["engine.max_steps=16", "engine.log_every_steps=4", "engine.device=cpu", "evaluate.robust=null",
               "method={name: supervised}", "defenses=[]"]  # fmt: skip
     weights = {}
     for count in (0, 64):

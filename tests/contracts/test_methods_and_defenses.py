@@ -8,9 +8,12 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_encoder
 
-from poisonshield.build import DEFENSES, METHODS
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.errors import ConfigError
+from poisonshield.runs.classify import Classify
+
+DEFENSES = Classify.defenses_from[0]
+METHODS = Classify.methods
 
 SMALL = {"hidden": 12, "out": 10, "predictor": 6, "bottleneck": 5}  # widths, for methods that have them
 
@@ -40,7 +43,7 @@ def train(method, batch, steps, optimizer=None, *, hold=False):
     optimizer = optimizer or torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for step in range(steps):
-        out = method(batch.replace(epoch=step))
+        out = method(batch.replace(draw=step))
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()

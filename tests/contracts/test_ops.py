@@ -1,7 +1,13 @@
-"""Every registered op: opcheck, fullgraph compilation, torch.func, determinism. A new op adds a row to CASES."""
+"""Every registered op: opcheck, fullgraph compilation, torch.func, determinism, its backends against its reference.
 
+Ops are found by scanning: the calls that are made are those of `examples()` in a room's reference.py.
+"""
+
+import importlib
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +15,11 @@ from torch._dynamo.testing import CompileCounter
 
 from poisonshield.errors import BackendError
 from poisonshield.ops import dispatch, info, jpeg, masked_diffusion_loss, q_sample, stats, use_backend
-from poisonshield.ops.jpeg.tables import scaled_tables
+from poisonshield.ops.record import flatten
 
 OPS = torch.ops.poisonshield
+ALPHAS = torch.linspace(0.99, 0.1, 20)
+TS = torch.tensor([3, 11])
 
 
 def made(*shape, seed=0, grad=False):
@@ -19,53 +27,15 @@ def made(*shape, seed=0, grad=False):
     return x.requires_grad_(grad)
 
 
-def number(value):
-    return torch.tensor(value, dtype=torch.int64)
+def examples():
+    """{op: [its record, ...]} of all rooms."""
+    found = {}
+    for room in dispatch.rooms():
+        found |= importlib.import_module(f"poisonshield.ops.{room}.reference").examples()
+    return found
 
 
-X = (2, 3, 17, 9)
-TABLES = scaled_tables(torch.tensor([30.0, 80.0]))
-AFFINE = torch.tensor([[255.0] * 3, [0.0] * 3])
-ALPHAS = torch.linspace(0.99, 0.1, 20)
-TS = torch.tensor([3, 11])
-NUMBERS = (number(5), number(0), number(1))
-RADIUS = torch.tensor([0.1, 0.2])
-
-CASES = {
-    "jpeg": [
-        (made(*X, grad=True), TABLES, AFFINE, "420", "smooth", "poly", 1, "fancy", False, 0.0, torch.float32),
-        (made(*X, grad=True), TABLES, AFFINE, "444", "exact", "ste", 1, "fancy", False, 0.0, torch.float32),
-        (
-            made(*X, grad=True).detach().to(memory_format=torch.channels_last),
-            TABLES.clone().requires_grad_(),
-            AFFINE, "420", "smooth", "none", 1, "box", True, 0.5, torch.float64,
-        ),
-    ],
-    "jpeg_backward": [(made(*X), made(*X), TABLES, AFFINE, "420", "poly", 1, "fancy", False, 0.0, True)],
-    "pgd_step_": [
-        (made(*X), made(*X, seed=1) - 0.5, made(*X, seed=2), RADIUS, RADIUS, norm, None, None, 0.0, 1.0, None, None, 0)
-        for norm in ("linf", "l2", "sign_l2")
-    ],
-    "pgd_random_start_": [
-        (made(*X), made(*X, seed=2), RADIUS, norm, *NUMBERS[:2], torch.arange(2), NUMBERS[2], None, None, 0.0, 1.0, None, 0)
-        for norm in ("linf", "l2")
-    ],
-    "q_sample": [
-        (made(*X, grad=True), TS, ALPHAS, made(*X, seed=1, grad=True), *NUMBERS, False, torch.float32),
-        (made(*X, grad=True), TS, ALPHAS, None, *NUMBERS, True, torch.float32),
-    ],
-    "q_sample_backward": [(made(*X), TS, ALPHAS, torch.float32, torch.float32)],
-    "diffusion_loss": [
-        (
-            made(*X, grad=True), None, made(*X, seed=1), made(*X, seed=2), TS, ALPHAS, "v", *NUMBERS,
-            made(2, 1, 17, 9, seed=3), RADIUS, 5.0, "huber", 0.3, "global", True,
-        ),
-        (
-            made(*X), made(*X, seed=1), None, None, None, None, "epsilon", *NUMBERS, None, None, 0.0, "mse", 1.0,
-            "numel", False,
-        ),
-    ],
-}  # fmt: skip
+CASES = {name: [flatten(record) for record in records] for name, records in examples().items()}
 ROWS = [(name, i) for name, rows in CASES.items() for i in range(len(rows))]
 
 
@@ -84,7 +54,7 @@ def results(out, args):
     return [args[0]] if out is None else list(out) if isinstance(out, tuple) else [out]
 
 
-def test_every_op_has_a_row():
+def test_every_op_has_an_example():
     registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("poisonshield::")}
     assert registered == set(CASES)
 
@@ -103,17 +73,36 @@ def test_two_runs_are_equal_to_the_bit(name, row):
     assert all(torch.equal(p, q) for p, q in zip(results(a, first), results(b, second), strict=True))
 
 
-@pytest.mark.parametrize("name, row", ROWS)
-def test_compiled_agrees_with_the_reference(name, row):
-    if "none" not in CASES[name][row] and name.startswith("jpeg"):
-        pytest.skip("rounds coefficients, some of which lie next to a tie: see test_jpeg.py for those")
+def rounds(name, row):
+    """Whether a call rounds coefficients, some of which lie so near to a tie that float32 may round them either way."""
+    return name.startswith("jpeg") and "none" not in CASES[name][row]
+
+
+def agree(name, row, backend, **tolerance):
     outs = []
     with torch.no_grad():
-        for backend in ("reference", "compiled"):
+        for b in ("reference", backend):
             args = fresh(CASES[name][row])
-            outs.append(results(getattr(OPS, name)(*args, backend), args))
+            outs.append(results(getattr(OPS, name)(*args, b), args))
     for p, q in zip(*outs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p, q, **tolerance)
+
+
+@pytest.mark.parametrize("name, row", ROWS)
+def test_compiled_agrees_with_the_reference(name, row):
+    if rounds(name, row):
+        pytest.skip("see test_jpeg.py for coefficients next to a tie")
+    agree(name, row, "compiled", rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, row", ROWS)
+def test_triton_agrees_with_the_reference(name, row, interpreted):
+    if rounds(name, row):
+        pytest.skip("see test_jpeg_triton.py for coefficients next to a tie")
+    try:
+        agree(name, row, "triton", rtol=1e-4, atol=1e-5)
+    except BackendError as err:
+        pytest.skip(str(err))
 
 
 PUBLIC = {
@@ -199,6 +188,24 @@ def test_a_backend_asked_for_by_name_runs_or_says_why():
         jpeg(x, 50, backend="cuda")
     with pytest.raises(BackendError, match="not an op backend"):
         jpeg(x, 50, backend="gpu")
+
+
+def test_triton_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Without this a call for cuda:1 would launch on cuda:0, with pointers of cuda:1."""
+    entered, ran = [], []
+
+    @contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+        entered.append("left")
+
+    kernels = SimpleNamespace(refusal=lambda function, args: None, pgd_step_=lambda args: ran.append(list(entered)))
+    room = dispatch.Room("pgd")
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(room, "_module", lambda backend: kernels)
+    room.run("pgd_step_", "triton", (SimpleNamespace(is_cuda=True, device=torch.device("cuda:1")),))
+    assert ran == [[torch.device("cuda:1")]] and entered[-1] == "left"
 
 
 def test_without_a_compiler_the_reference_runs_with_one_notice(monkeypatch):

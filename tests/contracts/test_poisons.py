@@ -1,14 +1,22 @@
-"""What every poison keeps, whatever it is: found by scanning, so a newcomer is tested without a line here."""
+"""What every poison of both halves keeps: found by scanning, so a newcomer is tested without a line here."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
+from poisons.diffusion.photos import picture, quick, settle
+from tiny import tiny_model
 
 from poisonshield.batch import Batch
 from poisonshield.errors import DataError, ShapeError
+from poisonshield.poisons.base import Poison
 from poisonshield.random import sample_ids
 from poisonshield.registry import Registry
 
-POISONS = Registry("poisonshield.poisons", kind="poison")
+KEYED = Registry("poisonshield.poisons", kind="poison")
+DIFFUSION = Registry("poisonshield.poisons.diffusion", kind="diffusion poison")
 CLASSES, SIZE, COUNT = 4, (16, 16), 24
 
 
@@ -18,17 +26,130 @@ def images(seed=0) -> Batch:
     return Batch(tuple(f"k{i}" for i in range(COUNT)), levels / 255, y=torch.arange(COUNT) % CLASSES)
 
 
+def photos() -> Batch:
+    x = torch.stack([picture(i, SIZE) for i in range(3)])
+    return Batch(("a", "b", "c"), x.float() / 255, y=torch.arange(3))
+
+
 def part(batch, rows):
     return batch.replace(keys=tuple(batch.keys[i] for i in rows.tolist()), x=batch.x[rows], y=batch.y[rows])
 
 
-@pytest.fixture(scope="module", params=POISONS.names())
+def norm_of(change, norm):
+    """The size of each sample's change, in pixel units or as a count: straight from the definition."""
+    flat = change.double().flatten(1)
+    if norm == "linf":
+        return flat.abs().amax(1)
+    if norm in ("l2", "rms"):
+        return flat.square().sum(1).sqrt() / (flat.shape[1] ** 0.5 if norm == "rms" else 1)
+    return (change.abs().amax(1) > 1e-6).flatten(1).sum(1)
+
+
+# Of both halves
+
+
+@dataclass
+class Case:
+    """A poison to test: how one is made ready, given a seed, and what it is applied to."""
+
+    make: Callable[[int], Poison]
+    batch: Batch
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return settle(tiny_model())
+
+
+@pytest.fixture(scope="module", params=[*KEYED.names(), *(f"diffusion/{name}" for name in DIFFUSION.names())])
+def case(request) -> Case:
+    half, _, name = request.param.rpartition("/")
+    cls = (DIFFUSION if half else KEYED).get(name)
+
+    def keyed(seed):
+        poison = cls(cls.Config(), num_classes=CLASSES, image_size=SIZE, seed=seed)
+        poison.fit([images()])
+        return poison
+
+    def diffusion(seed):
+        return cls(cls.Config(steps=2, **quick(cls)), model=request.getfixturevalue("pipeline"), seed=seed)
+
+    return Case(diffusion, photos()) if half else Case(keyed, images())
+
+
+def test_released_pixels_are_whole_levels_within_the_budget(case):
+    poison, batch = case.make(0), case.batch
+    x = poison.apply(batch).x
+    assert x.dtype == torch.float32 and x.shape == batch.x.shape and 0 <= x.min() and x.max() <= 1
+    assert torch.allclose(x * 255, (x * 255).round(), atol=1e-3)
+    assert (x != batch.x).flatten(1).any(1).all()
+    budget = poison.budget()
+    assert (budget and budget.norm) == poison.norm  # what a table says of the default settings
+    if budget is not None:
+        half_levels = {"linf": 0.5, "rms": 0.5, "l2": 0.5 * x[0].numel() ** 0.5, "l0": 0.0}[budget.norm]
+        assert norm_of(x - batch.x, budget.norm).max() <= budget.radius + half_levels / 255 + 1e-6
+
+
+def test_same_seed_gives_the_same_pixels_and_global_random_numbers_are_left_alone(case):
+    state = torch.get_rng_state()
+    first, again = (case.make(0).apply(case.batch).x for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pixels_depend_on_the_key_and_not_on_order_or_batch(case):
+    batch, poison = case.batch, case.make(0)
+    whole = poison.apply(batch).x
+    order = torch.arange(len(batch)).roll(1)
+    assert torch.equal(poison.apply(part(batch, order)).x, whole[order])
+    assert torch.equal(poison.apply(batch.replace(epoch=7, draw=7)).x, whole)
+    if not poison.coupled:
+        alone = torch.cat([poison.apply(part(batch, torch.tensor([i]))).x for i in range(len(batch))])
+        assert torch.equal(alone, whole)
+
+
+def test_other_keys_give_other_pixels_where_each_sample_has_its_own(case):
+    batch, poison = case.batch, case.make(0)
+    renamed = batch.replace(keys=tuple(f"other {key}" for key in batch.keys))
+    same = torch.equal(poison.apply(renamed).x, poison.apply(batch).x)
+    assert same == (poison.grain == "class")
+
+
+def test_description_is_plain_json_and_says_what_it_is(case):
+    poison = case.make(3)
+    said = poison.describe()
+    assert json.loads(json.dumps(said)) == said
+    assert (said["name"], said["seed"], said["grain"]) == (poison.name, 3, poison.grain)
+    assert type(poison.config).model_validate(said["config"]) == poison.config
+    budget = poison.budget()
+    assert said["budget"] == (budget and {"norm": budget.norm, "radius": budget.radius, "unit": budget.unit})
+
+
+def test_class_says_what_a_table_shows(case):
+    cls = type(case.make(0))
+    assert cls.source and cls.__doc__.splitlines()[0]
+    assert cls.grain in ("sample", "class")
+
+
+def test_empty_batch_stays_empty(case):
+    assert len(case.make(0).apply(part(case.batch, torch.arange(0)))) == 0
+
+
+def test_pixels_of_another_range_are_refused(case):
+    with pytest.raises(ShapeError, match="it takes"):
+        case.make(0).apply(case.batch.replace(x=case.batch.x * 255))
+
+
+# Of the half for classifiers
+
+
+@pytest.fixture(scope="module", params=KEYED.names())
 def make(request):
     made = {}
 
     def poison(seed=0):
         if seed not in made:
-            cls = POISONS.get(request.param)
+            cls = KEYED.get(request.param)
             made[seed] = cls(cls.Config(), num_classes=CLASSES, image_size=SIZE, seed=seed)
             made[seed].fit([images()])
         return made[seed]
@@ -36,45 +157,19 @@ def make(request):
     return poison
 
 
-def norm_of(change, norm):
-    if norm == "linf":
-        return change.abs().flatten(1).amax(1)
-    if norm == "l2":
-        return change.double().square().flatten(1).sum(1).sqrt()
-    return (change.abs().amax(1) > 1e-6).flatten(1).sum(1)
-
-
 def test_delta_keeps_the_declared_budget(make):
     poison = make()
-    size = norm_of(poison.delta(images()), poison.norm or "linf")
+    budget = poison.budget()
+    size = norm_of(poison.delta(images()), "linf" if budget is None else budget.norm)
     assert size.max() > 0
-    assert poison.norm is None or size.max() <= poison.budget() * (1 + 1e-5)
+    assert budget is None or size.max() <= budget.radius * (1 + 1e-5)
 
 
-def test_released_pixels_are_whole_levels_that_changed(make):
-    batch = images()
-    x = make().apply(batch).x
-    assert 0 <= x.min() and x.max() <= 1 and torch.allclose(x * 255, (x * 255).round(), atol=1e-3)
-    assert (x != batch.x).flatten(1).any(1).all()
-
-
-def test_pixels_depend_on_the_key_and_not_on_order_or_batch(make):
-    batch, poison = images(), make()
-    whole = poison.apply(batch).x
-    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(poison.apply(part(batch, order)).x, whole[order])
-    alone = torch.cat([poison.apply(part(batch, torch.tensor([i]))).x for i in range(COUNT)])
-    assert torch.equal(alone, whole)
-    later = poison.apply(batch.replace(epoch=7)).x
-    assert torch.equal(later, whole)
-
-
-def test_same_seed_gives_the_same_pixels_and_random_state_is_left_alone(make):
-    state, poison = torch.get_rng_state(), make()
+def test_order_and_batches_of_the_data_that_it_was_fitted_to_do_not_matter(make):
+    poison = make()
     again = type(poison)(poison.config, num_classes=CLASSES, image_size=SIZE, seed=0)
     again.fit([part(images(), torch.arange(COUNT).flip(0)[:11]), part(images(), torch.arange(COUNT).flip(0)[11:])])
     assert torch.equal(again.apply(images()).x, poison.apply(images()).x)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_another_seed_gives_another_pattern_unless_the_data_decides(make):
@@ -123,7 +218,7 @@ def test_recipe_gives_the_same_pixels(make, tmp_path):
     [
         ({"x": torch.rand(COUNT, 3, 8, 8)}, ShapeError, "built for torch.float32"),
         ({"x": torch.rand(COUNT, 3, *SIZE) * 255}, ShapeError, "it takes"),
-        ({"x": torch.randn(COUNT, 3, *SIZE)}, ShapeError, "Normalise inside the model"),
+        ({"x": torch.randn(COUNT, 3, *SIZE)}, ShapeError, "Normalize inside the model"),
         ({"y": torch.full((COUNT,), CLASSES)}, DataError, "labels 4 to 4"),
         ({"y": None}, DataError, "one label per sample"),
     ],
@@ -131,7 +226,3 @@ def test_recipe_gives_the_same_pixels(make, tmp_path):
 def test_unfit_batch_is_refused(make, change, error, words):
     with pytest.raises(error, match=words):
         make().apply(images().replace(**change))
-
-
-def test_empty_batch_stays_empty(make):
-    assert len(make().apply(part(images(), torch.arange(0)))) == 0

@@ -77,6 +77,7 @@ def test_each_key_comes_once_an_epoch_in_equal_steps(sources, per_shard, batch_s
         assert keys == one.keys and x.equal(one.x) and y.equal(one.y)
         assert {p.rank_sizes for p in parts} == ({tuple(map(len, parts))} if world > 1 else {None})
         seen += [(one.epoch, k) for k in keys]
+        assert one.draw == one.epoch
     assert sorted(seen) == [(e, f"k{i:02d}") for e in range(2) for i in range(23)]
 
 

@@ -125,7 +125,7 @@ def test_views_depend_on_key_epoch_and_seed_only(name, side):
         torch.testing.assert_close(a[rows], b, atol=1e-6, rtol=0)
         assert a.shape == x.shape and a.min() >= 0 and a.max() <= 1
     assert not torch.equal(whole[0], whole[1])
-    assert not torch.equal(whole[0], make(Batch(keys, x, epoch=1)).views[0])
+    assert not torch.equal(whole[0], make(Batch(keys, x, draw=1)).views[0])
     assert not torch.equal(whole[0], Views(ViewsConfig(), default=name, count=1, seed=4)(Batch(keys, x)).views[0])
 
 
@@ -165,7 +165,7 @@ def test_the_test_view_is_the_middle_and_draws_nothing():
     make = Views(ViewsConfig(name="test", size=28), default="ssl", count=1, seed=0)
     out = make(Batch(("a", "b"), x)).views[0]
     torch.testing.assert_close(out, tv.center_crop(tv.resize(x, [32], antialias=True), [28]), atol=2e-6, rtol=0)
-    assert torch.equal(out, make(Batch(("c", "d"), x, epoch=3)).views[0])
+    assert torch.equal(out, make(Batch(("c", "d"), x, draw=3)).views[0])
 
 
 def test_a_blur_kernel_without_a_middle_is_refused():

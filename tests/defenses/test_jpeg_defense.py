@@ -8,9 +8,9 @@ import torch
 from PIL import Image, features
 from tiny import tiny_batch
 
-from poisonshield.build import read_run
 from poisonshield.defenses.base import Context
 from poisonshield.defenses.jpeg import JPEG
+from poisonshield.runs import read_experiment
 
 
 @pytest.mark.skipif(not features.check("libjpeg_turbo"), reason="Pillow's codec is not libjpeg-turbo")
@@ -31,5 +31,5 @@ def test_equals_saving_and_loading(subsampling, pillow):
 
 
 def test_its_configuration_is_read():
-    run = read_run("configs/defend/jpeg_cifar10_mini.yaml", [])
+    run = read_experiment("configs/defend/jpeg_cifar10_mini.yaml", [])
     assert [d.config.quality for d in run.defenses] == [10]

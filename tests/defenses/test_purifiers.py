@@ -6,7 +6,6 @@ import torch
 from tiny import tiny_batch
 
 from poisonshield.batch import Batch
-from poisonshield.build import DEFENSES
 from poisonshield.defenses.adverse_cleaner import AdverseCleaner, bilateral, guided
 from poisonshield.defenses.base import Context
 from poisonshield.defenses.bits import Bits
@@ -14,6 +13,9 @@ from poisonshield.defenses.gaussian import Gaussian
 from poisonshield.defenses.jpeg import JPEG
 from poisonshield.defenses.median import Median
 from poisonshield.errors import ShapeError
+from poisonshield.runs.classify import Classify
+
+DEFENSES = Classify.defenses_from[0]
 
 PURIFIERS = [n for n in DEFENSES.names() if DEFENSES.get(n).purifier]
 

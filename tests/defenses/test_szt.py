@@ -38,13 +38,13 @@ def build(model=None, seed=0, **settings):
     return defense
 
 
-def photos(count=3, epoch=0, masks=True):
+def photos(count=3, draw=0, masks=True):
     """Rendered pictures with exact masks, on 8-bit levels."""
     shown = [world.render(i, seed=4) for i in range(count)]
     x = torch.stack([(p.x * 255).round() / 255 for p in shown])
     mask = torch.stack([p.mask for p in shown]) if masks else None
     keys = tuple(f"one/{'abcdef'[i]}@12#{i}" for i in range(count))
-    return Batch(keys, x, mask=mask, y=torch.zeros(count, dtype=torch.int64), epoch=epoch)
+    return Batch(keys, x, mask=mask, y=torch.zeros(count, dtype=torch.int64), draw=draw)
 
 
 def test_it_is_found_by_name_and_masks_are_too():
@@ -225,12 +225,12 @@ def test_mean_background_is_one_colour_and_keeps_its_key(model):
         assert (ground[:, 0] - wanted).abs().max() * 255 <= 0.501
 
 
-def test_noise_background_is_new_in_each_epoch_and_so_are_its_keys(model):
+def test_noise_background_is_new_in_each_draw_and_so_are_its_keys(model):
     defense = build(model, purifier=None, background="noise")
-    first, again, next_epoch = (defense.before(photos(epoch=e)) for e in (0, 0, 1))
-    assert torch.equal(first.x, again.x) and not torch.equal(first.x, next_epoch.x)
+    first, again, other = (defense.before(photos(draw=d)) for d in (0, 0, 1))
+    assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
     assert first.keys == again.keys == ("one/a@12~noise0#0", "one/b@12~noise0#1", "one/c@12~noise0#2")
-    assert not set(first.keys) & set(next_epoch.keys)
+    assert not set(first.keys) & set(other.keys)
     assert not torch.equal(build(model, seed=1, purifier=None, background="noise").before(photos()).x, first.x)
 
 
@@ -256,13 +256,13 @@ def test_swapped_background_is_another_pictures_without_its_concept(model):
             assert len(channel[covered[0]].unique()) <= 1
 
 
-def test_swap_does_not_depend_on_the_batchs_order_and_changes_with_the_epoch(model):
+def test_swap_does_not_depend_on_the_batchs_order_and_changes_with_the_draw(model):
     defense, batch = build(model, purifier=None, background="swap"), photos(5)
     order = [3, 0, 4, 2, 1]
     mixed = batch.replace(keys=tuple(batch.keys[i] for i in order), x=batch.x[order], mask=batch.mask[order])
     a, b = defense.before(batch), defense.before(mixed)
     assert tuple(a.keys[i] for i in order) == b.keys and torch.equal(a.x[order], b.x)
-    assert len({defense.before(batch.replace(epoch=e)).keys for e in range(6)}) > 1
+    assert len({defense.before(batch.replace(draw=d)).keys for d in range(6)}) > 1
 
 
 def test_swap_with_nobody_is_refused(model):
@@ -273,7 +273,7 @@ def test_swap_with_nobody_is_refused(model):
 def test_draws_of_one_picture_are_one_picture(model):
     """The key's part before # stands for the pixels, so both must get the same background."""
     batch = photos(2)
-    twice = Batch(("p#0", "p#1", "q#2"), batch.x[[0, 0, 1]], mask=batch.mask[[0, 0, 1]])
+    twice = Batch(("one/p@12#0", "one/p@12#1", "one/q@12#2"), batch.x[[0, 0, 1]], mask=batch.mask[[0, 0, 1]])
     for kind in ("noise", "swap"):
         out = build(model, purifier=None, background=kind).before(twice)
         assert torch.equal(out.x[0], out.x[1]) and out.keys[0].partition("#")[0] == out.keys[1].partition("#")[0]

@@ -18,7 +18,7 @@ from poisonshield.defenses.diffusion.masks.parts.otsu import cut, otsu
 from poisonshield.defenses.diffusion.masks.ssm import SSM
 from poisonshield.defenses.diffusion.szt import SZT
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.methods.diffusion.textual_inversion import start_word
+from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.diffusion.sensitivity import semantic_sensitivity
 
 
@@ -36,7 +36,9 @@ def photos(height=32, width=32, keys=("a#0", "b#1"), seed=0):
 
 def szt(model, mask, init="circle", **settings):
     inits = [init[name] if isinstance(init, dict) else init for name in model.placeholders]
-    context = Context(model=model, words=tuple(start_word(one) for one in inits))
+    context = Context(
+        model=model, words=tuple(TextualInversion.start_word(TextualInversion.Config(init=one)) for one in inits)
+    )
     defense = SZT(SZT.Config(mask=mask, **settings), context)
     defense.wrap(SimpleNamespace(name="m", trains_words=True))
     return defense

@@ -47,7 +47,7 @@ def full_attack(model, batch, start, *, eps, step, steps, flagged):
 @pytest.mark.parametrize("flagged", [(0,), (1,), (0, 1)])
 def test_fast_attack_equals_the_full_reference_attack(flagged):
     eps, step, steps = 8 / 255, 2 / 255, 10
-    model, batch = joint(eps=eps, step_size=step, steps=steps, attack_views=flagged), tiny_batch(16)
+    model, batch = joint(eps=eps, attack={"steps": steps, "step_size": step}, attack_views=flagged), tiny_batch(16)
     start = {
         i: (batch.random(5).within(f"view{i}").uniform("pgd/start/0", v[0].numel()).view(v.shape) * 2 - 1) * eps
         for i, v in enumerate(batch.views)
@@ -66,7 +66,7 @@ def attack_without_talking(rank, world):
 
     from poisonshield.models.batchnorm import synchronize
 
-    model = synchronize(joint(steps=3), torch.device("cpu"))
+    model = synchronize(joint(attack={"steps": 3}), torch.device("cpu"))
     names = [n for n in dir(dist) if n.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "barrier"))]
 
     def refuse(*arguments, **settings):
@@ -90,11 +90,11 @@ def attack_without_talking(rank, world):
 def test_attack_uses_no_collective():
     (count, one), (_, two) = run_dist(attack_without_talking, 2)
     assert count > 10 and one == two
-    assert torch.equal(torch.tensor(one), joint(steps=3).attacked(tiny_batch().views[0], 0, tiny_batch()))
+    assert torch.equal(torch.tensor(one), joint(attack={"steps": 3}).attacked(tiny_batch().views[0], 0, tiny_batch()))
 
 
 def test_attack_leaves_the_model_and_random_state_alone():
-    model, batch = joint(steps=3), tiny_batch()
+    model, batch = joint(attack={"steps": 3}), tiny_batch()
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -123,14 +123,14 @@ class WatchConvolutions(TorchDispatchMode):
 
 
 def test_attack_makes_no_weight_gradient():
-    model, batch = joint(steps=3), tiny_batch()
+    model, batch = joint(attack={"steps": 3}), tiny_batch()
     with WatchConvolutions() as watch:
         model.attacked(batch.views[0], 0, batch)
     assert (watch.backwards, watch.weight_gradients) == (2 * 3, 0)  # two convolutions, three steps
 
 
 def test_joint_loss_is_the_papers_sum():
-    model, batch = joint(steps=2, eps=4 / 255, ssl_weight=0.5, ce_weight=2.0), tiny_batch()
+    model, batch = joint(attack={"steps": 2}, eps=4 / 255, ssl_weight=0.5, ce_weight=2.0), tiny_batch()
     other = copy.deepcopy(model)
     out = model(batch)
     views = [other.attacked(batch.views[0], 0, batch), batch.views[1]]
@@ -151,7 +151,7 @@ def test_without_attacked_views_it_is_joint_training():
 
 
 def test_every_parameter_learns_from_one_step():
-    model, batch = joint(steps=1), tiny_batch()
+    model, batch = joint(attack={"steps": 1}), tiny_batch()
     model(batch).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -168,11 +168,11 @@ def test_supervised_method_is_refused_with_the_way_out():
 
 
 def test_loss_falls_on_tiny_data():
-    model, batch = joint(steps=2, eps=2 / 255), tiny_batch(24)
+    model, batch = joint(attack={"steps": 2}, eps=2 / 255), tiny_batch(24)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for epoch in range(40):
-        out = model(batch.replace(epoch=epoch))
+        out = model(batch.replace(draw=epoch))
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()

@@ -10,11 +10,14 @@ from pydantic import ValidationError
 from tiny import tiny_batch, tiny_encoder
 
 from poisonshield.attacks import ClassMemory, Linf
-from poisonshield.build import METHODS, read_run
 from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.errors import ConfigError
 from poisonshield.models.normalize import IMAGENET_STD
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import Classify
+
+METHODS = Classify.methods
 
 SMALL = {"hidden": 12, "out": 10, "predictor": 6, "bottleneck": 5}
 SSL = [n for n in METHODS.names() if METHODS.get(n).default_views == "ssl"]
@@ -37,7 +40,7 @@ def test_views_have_names():
 
 @pytest.mark.parametrize("method", SSL)
 def test_every_method_trains_inside_it(method):
-    model, batch = joint(method, steps=2, keep_clean=True), tiny_batch(12)
+    model, batch = joint(method, attack={"steps": 2}, keep_clean=True), tiny_batch(12)
     out = model(batch)
     out.loss.backward()
     assert torch.isfinite(out.loss) and {"ssl", "ce", "attack_ce_gap", "attack_similarity"} <= set(out.metrics)
@@ -50,7 +53,13 @@ def test_joint_attack_leaves_every_state_alone(method, mode):
     """Centres, optimal predictors, targets and batch statistics: the loss is evaluated, and nothing moves."""
     inner = {"directset": 0.5} if method in ("byol", "simsiam", "mec", "moco") else {}
     model = joint(
-        method, inner, attack_ssl_weight=1.0, attack_ce_weight=1.0, attack_views="both", steps=2, attack_mode=mode
+        method,
+        inner,
+        attack_ssl_weight=1.0,
+        attack_ce_weight=1.0,
+        attack_views="both",
+        attack={"steps": 2},
+        attack_mode=mode,
     )
     batch = tiny_batch(12)
     model(batch)  # so that state is no longer that of construction
@@ -84,7 +93,7 @@ def plain_joint_attack(model, batch, *, eps, step, steps, flagged, ssl, ce):
 @pytest.mark.parametrize("method", ["simclr", "barlow", "vicreg"])
 def test_joint_attack_ascends_the_weighted_sum(method, flagged, ssl, ce):
     inner = {"symmetrized": True}
-    settings = {"eps": 8 / 255, "step_size": 4 / 255, "steps": 2, "random_start": False}
+    settings = {"eps": 8 / 255, "attack": {"step_size": 4 / 255, "steps": 2, "random_start": False}}
     model = joint(method, inner, attack_views=flagged, attack_ssl_weight=ssl, attack_ce_weight=ce, **settings)
     batch = tiny_batch(8)
     model, batch = model.double(), batch.replace(views=tuple(v.double() for v in batch.views))
@@ -96,7 +105,7 @@ def test_joint_attack_ascends_the_weighted_sum(method, flagged, ssl, ce):
 def test_each_loss_may_see_its_own_views():
     batch = tiny_batch(8)
     for ssl_sees, ce_sees in [("attacked", "clean"), ("clean", "attacked")]:
-        model = joint(steps=2, ssl_sees=ssl_sees, ce_sees=ce_sees)
+        model = joint(attack={"steps": 2}, ssl_sees=ssl_sees, ce_sees=ce_sees)
         slow = copy.deepcopy(model)
         views = {"attacked": slow.attacked_views(batch), "clean": batch.views}
         ssl = slow.method.loss(tuple(slow.encoder(v) for v in views[ssl_sees]), batch).loss
@@ -113,7 +122,7 @@ def test_classifier_may_see_the_first_view_alone():
 
 
 def test_clean_copies_are_further_views_of_the_same_samples():
-    model, batch = joint(steps=2, keep_clean=True), tiny_batch(8)
+    model, batch = joint(attack={"steps": 2}, keep_clean=True), tiny_batch(8)
     slow = copy.deepcopy(model)
     views = (*slow.attacked_views(batch), batch.views[0])
     h = tuple(slow.encoder(v) for v in views)
@@ -145,7 +154,7 @@ def test_parts_that_do_not_fit_are_refused(settings, words):
 
 
 def test_legacy_radius_is_per_channel_and_not_clipped():
-    model, batch = joint(legacy_scalar_std=0.226, eps=4 / 255, step_size=4 / 255, steps=2), tiny_batch(8)
+    model, batch = joint(legacy_scalar_std=0.226, eps=4 / 255, attack={"step_size": 4 / 255, "steps": 2}), tiny_batch(8)
     x = batch.views[0].clamp(0, 0.001)
     moved = (model.attacked(x, 0, batch) - x).abs().amax((0, 2, 3)) * 255
     radius = torch.tensor([4 * s / 0.226 for s in IMAGENET_STD])
@@ -156,28 +165,29 @@ def test_legacy_radius_is_per_channel_and_not_clipped():
 
 def test_samples_above_the_stop_loss_are_attacked_no_further():
     batch = tiny_batch(16)
-    none, some = (joint(steps=3, stop_loss=s).attacked(batch.views[0], 0, batch) for s in (1e-6, 1e6))
-    full = joint(steps=3).attacked(batch.views[0], 0, batch)
-    start = joint(steps=0).attacked(batch.views[0], 0, batch)
+    none, some = (joint(attack={"steps": 3}, stop_loss=s).attacked(batch.views[0], 0, batch) for s in (1e-6, 1e6))
+    full = joint(attack={"steps": 3}).attacked(batch.views[0], 0, batch)
+    start = joint(attack={"steps": 0}).attacked(batch.views[0], 0, batch)
     assert torch.equal(some, full) and torch.equal(none, start)
-    model = joint(steps=6, stop_loss=1.5, eps=16 / 255, step_size=2 / 255)
+    model = joint(attack={"steps": 6, "step_size": 2 / 255}, stop_loss=1.5, eps=16 / 255)
     with torch.no_grad():
         before = F.cross_entropy(
-            model.eval().logits(joint(steps=0, eps=16 / 255).attacked(batch.views[0], 0, batch)),
+            model.eval().logits(joint(attack={"steps": 0}, eps=16 / 255).attacked(batch.views[0], 0, batch)),
             batch.y,
             reduction="none",
         )
     assert (before < 1.5).any() and (before >= 1.5).any()
-    still = model.train().attacked(batch.views[0], 0, batch) == joint(steps=0, eps=16 / 255).attacked(
+    still = model.train().attacked(batch.views[0], 0, batch) == joint(attack={"steps": 0}, eps=16 / 255).attacked(
         batch.views[0], 0, batch
     )
     assert torch.equal(still.flatten(1).all(1), before >= 1.5)
 
 
 def test_warm_start_begins_at_the_class_average():
-    model, batch = joint(warm_start=True, steps=1), tiny_batch(8)
+    model, batch = joint(warm_start=True, attack={"steps": 1}), tiny_batch(8)
     assert torch.equal(
-        model.attacked(batch.views[0], 0, batch), joint(steps=1, random_start=False).attacked(batch.views[0], 0, batch)
+        model.attacked(batch.views[0], 0, batch),
+        joint(attack={"steps": 1, "random_start": False}).attacked(batch.views[0], 0, batch),
     )
     model(batch)
     assert model.memory.average[0].abs().sum() > 0 and model.memory.average[1].abs().sum() == 0
@@ -197,9 +207,9 @@ def test_class_memory_keeps_classes_apart_and_stays_in_the_budget():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_inner_loop_has_a_precision_of_its_own(precision):
     batch = tiny_batch(16)
-    full = joint(steps=1, random_start=False).attacked(batch.views[0], 0, batch) - batch.views[0]
+    full = joint(attack={"steps": 1, "random_start": False}).attacked(batch.views[0], 0, batch) - batch.views[0]
     ours = (
-        joint(steps=1, random_start=False, attack_precision=precision).attacked(batch.views[0], 0, batch)
+        joint(attack={"steps": 1, "random_start": False}, attack_precision=precision).attacked(batch.views[0], 0, batch)
         - batch.views[0]
     )
     agree = (ours.sign() == full.sign()).double().mean().item()
@@ -225,16 +235,16 @@ def test_summed_and_scaled_half_precision_gradients_do_not_vanish():
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_other_norms_stay_inside_their_balls(norm):
-    model, batch = joint(norm=norm, eps=0.5, step_size=0.2, steps=4, restarts=2), tiny_batch(8)
+    model, batch = joint(norm=norm, eps=0.5, attack={"step_size": 0.2, "steps": 4, "restarts": 2}), tiny_batch(8)
     x_adv = model.attacked(batch.views[0], 0, batch)
     size = model.budget.measure(x_adv - batch.views[0])
     assert (size <= 0.5 + 1e-5).all() and (size > 0.1).all() and x_adv.min() >= 0 and x_adv.max() <= 1
 
 
 def test_joint_attack_may_start_warm_too():
-    settings = {"steps": 1, "attack_ssl_weight": 1.0, "attack_views": "both"}
-    warm, batch = joint(warm_start=True, **settings), tiny_batch(8)
-    cold = joint(random_start=False, **settings)
+    settings = {"attack_ssl_weight": 1.0, "attack_views": "both"}
+    warm, batch = joint(warm_start=True, attack={"steps": 1}, **settings), tiny_batch(8)
+    cold = joint(attack={"steps": 1, "random_start": False}, **settings)
     for a, b in zip(warm.attacked_views(batch), cold.attacked_views(batch), strict=True):
         assert torch.equal(a, b)
     warm(batch)
@@ -245,7 +255,7 @@ def test_attack_in_another_half_precision_leaves_the_step_alone():
     """fp16 inside a bf16 run: weights cast for the attack must not reach the training step."""
     batch = tiny_batch(8)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = joint(attack_precision="fp16", steps=2)(batch).loss
+        loss = joint(attack_precision="fp16", attack={"steps": 2})(batch).loss
     loss.backward()
     assert torch.isfinite(loss)
 
@@ -254,13 +264,13 @@ def test_diagnostics_compare_with_a_clean_copy_where_all_views_are_attacked():
     small = tiny_batch(8, views=1, side=6).views
     batch = tiny_batch(8)
     batch = batch.replace(views=batch.views + small)
-    model = joint(attack_views="both", keep_clean=True, steps=2)
+    model = joint(attack_views="both", keep_clean=True, attack={"steps": 2})
     slow = copy.deepcopy(model)
     views = (*slow.attacked_views(batch), batch.views[0], batch.views[1])
     h = [slow.encoder(v) for v in views]
     ce = [F.cross_entropy(slow.head(x), batch.y) for x in h]
     torch.testing.assert_close(model(batch).metrics["attack_ce_gap"], (ce[0] - ce[3]).detach())
-    assert "attack_ce_gap" not in joint(attack_views="both", steps=2)(batch).metrics
+    assert "attack_ce_gap" not in joint(attack_views="both", attack={"steps": 2})(batch).metrics
 
 
 def test_stop_loss_is_refused_where_every_pass_gathers_weights():
@@ -268,6 +278,6 @@ def test_stop_loss_is_refused_where_every_pass_gathers_weights():
         Path(__file__).parents[2] / "configs/defend/vespr_cifar10_mini.yaml",
         ["engine.backend=deepspeed", "engine.zero_stage=3"],
     )
-    read_run(path, deepspeed)
+    read_experiment(path, deepspeed)
     with pytest.raises(ConfigError, match="stop its attack by itself"):
-        read_run(path, [*deepspeed, "defenses.0.stop_loss=2.0"])
+        read_experiment(path, [*deepspeed, "defenses.0.stop_loss=2.0"])

@@ -1,11 +1,10 @@
-"""Two batches of four in a step are one batch of eight: against a loop over eights, on every backend, stopped, and bad."""
+"""Two batches of four in a step are one batch of eight: against a loop over eights, on every backend, stopped, bad."""
 
 import json
 import math
 
 import pytest
 import torch
-from dist import run_dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -171,7 +170,7 @@ def test_schedules_that_count_epochs_count_passes_over_the_data(tmp_path, schedu
 
 
 def test_steps_that_do_not_divide_an_epoch_still_follow_it(tmp_path):
-    """Five fours a step, twelve an epoch: steps 0 to 2 begin in the first epoch, 3 and 4 in the second, 5 to 7 in the third."""
+    """Five fours a step, twelve an epoch: steps 0 to 2 begin in epoch one, 3 and 4 in epoch two, 5 to 7 in three."""
     schedule = ScheduleConfig(name="constant", per_epoch=True, warmup_epochs=3)
     train(tmp_path, schedule=schedule, max_steps=8, accumulate=5)
     seen = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -214,8 +213,8 @@ def two_ranks(rank, world, root):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return run_dist(two_ranks, 2, tmp_path_factory.mktemp("accumulate"), deepspeed=True, timeout_s=400)
+def shared(ask_two_ranks):
+    return ask_two_ranks(__name__).ranks
 
 
 def tensors(state):

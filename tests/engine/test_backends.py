@@ -13,7 +13,6 @@ import signal
 
 import pytest
 import torch
-from dist import run_dist
 from torch import nn
 
 from engine.tiny import (
@@ -240,8 +239,8 @@ def tensors(state):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("backends")
+def root(ask_two_ranks):
+    return ask_two_ranks(__name__).folder
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +251,9 @@ def one(root):
 
 
 @pytest.fixture(scope="module")
-def two(root, one):
+def two(ask_two_ranks):
     """The answers of both ranks."""
-    return run_dist(two_ranks, 2, root, timeout_s=400)
+    return ask_two_ranks(__name__).ranks
 
 
 @pytest.fixture(scope="module")

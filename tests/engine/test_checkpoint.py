@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, is what was written, and cannot run code; damage is seen and named."""
 
+import datetime
 import hashlib
 import json
 import logging
@@ -12,8 +13,9 @@ from collections import OrderedDict, namedtuple
 import numpy
 import pytest
 import torch
-from dist import run_dist
+import torch.distributed as dist
 
+from poisonshield import collectives
 from poisonshield.engine import checkpoint
 from poisonshield.engine.checkpoint import (
     Checkpoints,
@@ -302,22 +304,36 @@ def test_error_on_purpose_keeps_its_kind_and_any_other_becomes_a_checkpoint_erro
     assert checkpoint.together(lambda: 5, what="reading", only_first=True) == 5
 
 
-def _late_first_rank(rank, world):
+def _set_patience(seconds):
+    """How long the group and its meeting point wait from now on; starting takes longer than this test wants to."""
+    patience = datetime.timedelta(seconds=seconds)
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(patience, dist.group.WORLD)
+    dist.distributed_c10d._get_default_store().set_timeout(patience)
+
+
+def two_ranks(rank, world, folder):
     """Rank 0 takes longer than the group's timeout; then it fails so."""
-    work = lambda: time.sleep(12) or "made"
-    answer = together(work, what="making", only_first=True, patient=True)
+
+    def work():
+        time.sleep(5)
+        return "made"
 
     def fail():
         raise ConfigError("no such poison")
 
+    collectives.barrier()
+    _set_patience(4)
+    answer = together(work, what="making", only_first=True, patient=True)
     try:
         together(fail, what="making", only_first=True, patient=True)
     except PoisonShieldError as err:
+        _set_patience(60)
         return answer, type(err).__name__, str(err)
 
 
 @pytest.mark.dist
-def test_ranks_wait_longer_than_the_group_would_for_work_that_one_does_alone():
-    first, second = run_dist(_late_first_rank, 2, patience_s=10)
+def test_ranks_wait_longer_than_the_group_would_for_work_that_one_does_alone(ask_two_ranks):
+    first, second = ask_two_ranks(__name__).ranks
     assert first == ("made", "ConfigError", "no such poison")
     assert second[:2] == ("made", "CheckpointError") and "another rank" in second[2]

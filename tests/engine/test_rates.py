@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from dist import run_dist
 from torch import nn
 
 from engine.tiny import AttackedMethod, TinyStream
 from poisonshield import collectives
 from poisonshield.batch import StepOutput
-from poisonshield.build import read_run
 from poisonshield.engine.backends.deepspeed import deepspeed_config
 from poisonshield.engine.lars import Lars
 from poisonshield.engine.optim import OptimConfig
@@ -23,6 +21,7 @@ from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import ConfigError
+from poisonshield.runs import read_experiment
 
 STEPS, WARMUP, PEAK = 8, 3, 0.1
 CLOSE = 1e-5  # float32 sums in another order
@@ -102,8 +101,8 @@ def two_ranks(rank, world, root):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run_dist(two_ranks, 2, tmp_path_factory.mktemp("rates"), timeout_s=300)[0]
+def two(ask_two_ranks):
+    return ask_two_ranks(__name__).ranks[0]
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +131,9 @@ def test_predictors_rate_makes_a_difference(hand):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_lars_on_pieces_of_tensors_is_refused_before_anything_starts(stage):
     overrides = ["optimizer.name=lars", "optimizer.nesterov=false", "optimizer.lr=1", "engine.backend=deepspeed"]
-    read_run(MINI, [*overrides, "engine.zero_stage=0"])
+    read_experiment(MINI, [*overrides, "engine.zero_stage=0"])
     with pytest.raises(ConfigError, match=rf"lars measures whole tensors, and engine.zero_stage {stage} cuts them"):
-        read_run(MINI, [*overrides, f"engine.zero_stage={stage}"])
+        read_experiment(MINI, [*overrides, f"engine.zero_stage={stage}"])
     with pytest.raises(ConfigError, match="lars measures whole tensors"):
         engine = EngineConfig(max_steps=1, backend="deepspeed", zero_stage=stage)
         deepspeed_config(engine, OptimConfig(name="lars", lr=1))
@@ -142,15 +141,15 @@ def test_lars_on_pieces_of_tensors_is_refused_before_anything_starts(stage):
 
 def test_rate_of_a_predictor_that_the_method_lacks_is_refused_with_its_line():
     with pytest.raises(ConfigError, match="optimizer.constant_predictor_lr: this method has no module `predictor`"):
-        read_run(MINI, ["optimizer.constant_predictor_lr=true"])
+        read_experiment(MINI, ["optimizer.constant_predictor_lr=true"])
     names = ["method.name=simsiam", "defenses=[]", "optimizer.constant_predictor_lr=true"]
-    assert read_run(MINI, names).settings.optimizer.constant_predictor_lr
+    assert read_experiment(MINI, names).settings.optimizer.constant_predictor_lr
 
 
 def test_record_keeps_the_rate_as_written_and_reads_back_as_the_same_run(tmp_path):
-    run = read_run(MINI, ["optimizer.lr_per_256=true", "optimizer.lr=0.4"])
+    run = read_experiment(MINI, ["optimizer.lr_per_256=true", "optimizer.lr=0.4"])
     assert run.settings.optimizer.lr == pytest.approx(0.1) and run.record["optimizer"]["lr"] == 0.4
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(run.record))))
-    again = read_run(path)
+    again = read_experiment(path)
     assert again.record == run.record and again.settings.optimizer == run.settings.optimizer

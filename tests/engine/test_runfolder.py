@@ -1,4 +1,4 @@
-"""Whose folder it is: another run's is refused, one's own is emptied or gone on with; results are rows of a table."""
+"""Whose folder it is: that of another run or of no run is refused, one's own is emptied or gone on with; rows."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from poisonshield.engine.runfolder import RESULT_KEYS, RunFolder
+from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import ConfigError
 
 RECORD = {
@@ -21,6 +21,8 @@ ROW = {
     "data": "mini", "poison": "lsp", "method": "simclr", "defense": "vespr", "seed": 1,
     "test_top1": 80.5, "knn_top1": 70.0, "linear_top1": None, "steps": 100, "seconds": 12.5,
 }  # fmt: skip
+IDENTITY = ("data", "poison", "method", "defense", "seed")
+MAKES = {"makes": ("pictures", "sheet.png"), "keeps": ("poisoned*",)}
 
 
 def changed(**leaves):
@@ -37,20 +39,25 @@ def changed(**leaves):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's folder as it is after that run: settings, metrics, results, one file in each subfolder."""
-    folder = RunFolder(tmp_path / "run")
+    """A run's folder as it is after that run: settings, metrics, results, what its experiment makes, and two others."""
+    folder = RunFolder(tmp_path / "run", **MAKES)
     folder.claim(RECORD, resume=False)
     folder.metrics.write_text('{"step": 1}\n')
-    folder.add_result(ROW)
-    for sub in (folder.checkpoints, folder.export, folder.tensorboard, folder.validation):
-        sub.mkdir()
-        (sub / "file").write_text("x")
+    folder.add_result(ROW, identity=IDENTITY)
+    for sub in ("checkpoints", "export", "tensorboard", "pictures", "poisoned.set"):
+        (folder.path / sub).mkdir()
+        (folder.path / sub / "file").write_text("x")
+    (folder.path / "sheet.png").write_text("x")
     (folder.path / "notes.txt").write_text("mine")
     return folder
 
 
 def left(folder):
-    return sorted(p.name for p in folder.path.iterdir())
+    return sorted(p.name for p in folder.path.iterdir() if p != folder.list)
+
+
+def made(folder):
+    return json.loads(folder.list.read_text())["made"]
 
 
 ALL = [
@@ -59,10 +66,13 @@ ALL = [
     "export",
     "metrics.jsonl",
     "notes.txt",
+    "pictures",
+    "poisoned.set",
     "results.json",
+    "sheet.png",
     "tensorboard",
-    "validation",
 ]
+EMPTIED = ["config.yaml", "notes.txt", "poisoned.set"]
 
 
 def test_settings_are_written_as_plain_yaml(tmp_path):
@@ -96,7 +106,7 @@ def test_run_that_left_neither_starts_anew_in_an_emptied_folder(folder, caplog):
     folder.results.unlink()
     with caplog.at_level(logging.WARNING, "poisonshield"):
         folder.claim(RECORD, resume=False)
-    assert left(folder) == ["config.yaml", "notes.txt"] and "Starting anew: removing" in caplog.text
+    assert left(folder) == EMPTIED and "Starting anew: removing" in caplog.text
 
 
 @pytest.mark.parametrize("resume", ["auto", "elsewhere/checkpoints/step-00000010"])
@@ -189,8 +199,8 @@ def test_explicit_checkpoint_is_taken_at_its_word(folder, caplog):
     ids=["other", "other, resumed", "same", "same, resumed"],
 )
 def test_overwrite_discards_another_run_but_not_its_own_progress(folder, record, resume, emptied):
-    RunFolder(folder.path, overwrite=True).claim(record, resume=resume)
-    assert left(folder) == (["config.yaml", "notes.txt"] if emptied else ALL)
+    RunFolder(folder.path, overwrite=True, **MAKES).claim(record, resume=resume)
+    assert left(folder) == (EMPTIED if emptied else ALL)
     assert yaml.safe_load(folder.config.read_text())["seed"] == record["seed"]
 
 
@@ -201,26 +211,124 @@ def test_unreadable_settings_are_a_worded_error(folder, text):
         folder.check(RECORD, resume="auto")
 
 
-def test_results_are_rows_with_fixed_keys(tmp_path):
+def test_what_runs_make_is_written_down_and_stays_so(folder):
+    every = ["checkpoints", "export", "metrics.jsonl", "results.json", "tensorboard"]
+    assert made(folder) == sorted([*every, "pictures", "sheet.png"])
+    RunFolder(folder.path, makes=("table.csv",)).claim(RECORD, resume="auto")
+    assert made(folder) == sorted([*every, "pictures", "sheet.png", "table.csv"])
+
+
+def test_experiment_of_another_kind_removes_what_the_list_names_and_no_more(folder):
+    """It knows neither the pictures nor the table, and finds the first on the list and the second not."""
+    (folder.path / "table.csv").write_text("mine")
+    RunFolder(folder.path, overwrite=True).claim(changed(seed=2), resume=False)
+    assert left(folder) == ["config.yaml", "notes.txt", "poisoned.set", "table.csv"]
+
+
+def test_folder_that_was_marked_is_a_runs_whatever_is_put_there_before_the_run(tmp_path):
+    folder = RunFolder(tmp_path / "run", **MAKES)
+    folder.mark()
+    (folder.path / "anything").touch()
+    folder.claim(RECORD, resume=False)
+    assert left(folder) == ["anything", "config.yaml"] and "sheet.png" in made(folder)
+    (tmp_path / "other").touch()
+    with pytest.raises(ConfigError, match="holds no run, but other things: other, run"):
+        RunFolder(tmp_path).mark()
+
+
+@pytest.mark.parametrize("names", [["pictures"], ["validation", "checkpoints"]], ids=str)
+def test_folder_of_a_run_that_wrote_no_list_counts_as_a_runs(folder, names):
+    """Runs of earlier versions: what they made is known, and what this experiment makes was not on any list."""
+    folder.list.unlink()
+    for name in names:
+        (folder.path / name).mkdir(exist_ok=True)
+    assert folder.check(RECORD, resume="auto") is False
+    with pytest.raises(ConfigError, match="holds a run of these settings already"):
+        folder.check(RECORD, resume=False)
+    RunFolder(folder.path, overwrite=True).claim(changed(seed=2), resume=False)
+    assert left(folder) == ["config.yaml", "notes.txt", "pictures", "poisoned.set", "sheet.png"]
+    assert "validation" in made(folder)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resume", [False, "auto", "elsewhere/checkpoints/step-00000010"])
+@pytest.mark.parametrize("config", [None, "learning_rate: 0.1\n", "run: 3\nengine: {}\n", "- run.dir\n"], ids=str)
+def test_folder_that_holds_no_run_is_refused_and_left_as_it_is(tmp_path, config, resume, overwrite):
+    for name in ("checkpoints", "export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "work of years").write_text("x")
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=r"holds no run, but other things: checkpoints, (config\.yaml, )?export\.\n"):
+        RunFolder(tmp_path, overwrite=overwrite).claim(RECORD, resume=resume)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_long_list_of_other_things_is_cut(tmp_path):
+    for name in "abcdefg":
+        (tmp_path / name).touch()
+    with pytest.raises(
+        ConfigError, match=r"other things: a, b, c, d, \.\.\.\.\n  A run starts in a folder that is new"
+    ):
+        RunFolder(tmp_path).check(RECORD, resume=False)
+
+
+def test_what_the_experiment_keeps_and_hidden_files_may_be_there_before_the_run(tmp_path):
+    """A poisoned set is made before the folder is claimed, and a start that was killed may have left a draft."""
+    (tmp_path / "poisoned.set").mkdir()
+    (tmp_path / ".config.yaml.tmp").touch()
+    RunFolder(tmp_path, **MAKES).claim(RECORD, resume=False)
+    assert (tmp_path / "poisoned.set").is_dir() and (tmp_path / "config.yaml").is_file()
+
+
+def test_run_that_was_killed_between_list_and_settings_goes_on(folder):
+    folder.config.unlink()
+    folder.results.unlink()
+    folder.claim(RECORD, resume="auto")
+    assert left(folder) == [name for name in ALL if name != "results.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"made": []}', '{"made": ["../other"]}', '{"made": [".."]}', '{"made": [""]}', '{"made": [3]}',
+     '{"made": "a"}', '{"made": ["/etc"]}'],
+)  # fmt: skip
+def test_list_that_is_damaged_or_names_what_lies_elsewhere_is_refused(folder, text):
+    folder.list.write_text(text)
+    with pytest.raises(ConfigError, match="is not readable as names that runs have made"):
+        RunFolder(folder.path, overwrite=True).claim(changed(seed=2), resume=False)
+    assert left(folder) == ALL
+
+
+def test_results_are_rows_as_given(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.add_result(dict(reversed(ROW.items())))
-    (row,) = json.loads(folder.results.read_text())
-    assert list(row) == list(RESULT_KEYS) == list(ROW) and row == ROW
+    row = dict(reversed(ROW.items()))
+    folder.add_result(row, identity=IDENTITY)
+    (found,) = json.loads(folder.results.read_text())
+    assert list(found) == list(row) and found == row
 
 
 def test_row_of_the_same_run_is_replaced_and_of_another_is_added(tmp_path):
     folder = RunFolder(tmp_path)
     rows = [ROW, {**ROW, "seed": 2}, {**ROW, "poison": "ar"}, {**ROW, "defense": "none"}, {**ROW, "method": "moco"}]
     for row in rows:
-        folder.add_result(row)
+        folder.add_result(row, identity=IDENTITY)
     assert json.loads(folder.results.read_text()) == rows
     better = {**ROW, "seed": 2, "test_top1": 90.0}
-    folder.add_result(better)
+    folder.add_result(better, identity=IDENTITY)
     assert json.loads(folder.results.read_text()) == [rows[0], *rows[2:], better]
 
 
-@pytest.mark.parametrize("row", [{k: ROW[k] for k in RESULT_KEYS[:-1]}, {**ROW, "note": "x"}], ids=["less", "more"])
-def test_row_of_other_keys_is_refused(tmp_path, row):
-    with pytest.raises(ConfigError, match="a result row has the keys data, poison, method"):
-        RunFolder(tmp_path).add_result(row)
+def test_identity_is_what_the_caller_says(tmp_path):
+    folder = RunFolder(tmp_path)
+    for row in ({"word": "a", "score": 1}, {"word": "b", "score": 2}, {"word": "a", "score": 3}):
+        folder.add_result(row, identity=("word",))
+    assert json.loads(folder.results.read_text()) == [{"word": "b", "score": 2}, {"word": "a", "score": 3}]
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_row_without_a_key_that_identifies_it_is_refused(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"a result row is known by data, poison, .*; this one has no {key}."):
+        RunFolder(tmp_path).add_result({k: v for k, v in ROW.items() if k != key}, identity=IDENTITY)
     assert not (tmp_path / "results.json").exists()

@@ -46,7 +46,8 @@ class TinyStream:
                 x = x * float("nan")
             self.step += 1
             keys = tuple(f"image-{i}" for i in mine.tolist())
-            yield Batch(keys, x=x, views=(x,), y=self.y[mine], rank_sizes=sizes if world > 1 else None, epoch=epoch)
+            sizes = sizes if world > 1 else None
+            yield Batch(keys, x=x, views=(x,), y=self.y[mine], rank_sizes=sizes, epoch=epoch, draw=epoch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from poisonshield.evals.features import Features
 from poisonshield.evals.knn import knn
+from poisonshield.evals.parts.features import Features
 
 
 def features(count, seed):

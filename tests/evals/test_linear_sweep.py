@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from poisonshield.evals.features import Features
 from poisonshield.evals.linear import linear, linear_sweep, probe_rate
+from poisonshield.evals.parts.features import Features
 
 
 def features(count, seed, dtype=torch.float64):

@@ -7,9 +7,9 @@ from torch import nn
 
 from poisonshield.batch import Batch
 from poisonshield.evals.classifier import classifier
-from poisonshield.evals.features import Features, extract
 from poisonshield.evals.knn import knn
 from poisonshield.evals.linear import linear
+from poisonshield.evals.parts.features import Features, extract
 from poisonshield.evals.robust import robust
 from poisonshield.methods.simclr import SimCLR
 from poisonshield.methods.supervised import Supervised

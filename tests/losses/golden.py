@@ -6,7 +6,10 @@ import torch
 
 
 def golden(views):
-    """(online P, target M): P_v[n, d] = sin(1.3 n + 0.7 d + 0.5 v + 0.2 n d), M_v[n, d] = cos(0.9 n - 0.4 d + 0.3 v + 0.1 n d)."""
+    """(online P, target M), one [4, 6] per view v, of
+
+    P_v[n, d] = sin(1.3 n + 0.7 d + 0.5 v + 0.2 n d)   and   M_v[n, d] = cos(0.9 n - 0.4 d + 0.3 v + 0.1 n d).
+    """
 
     def wave(f):
         return tuple(

@@ -1,4 +1,4 @@
-"""Barlow Twins, VICReg and MEC in their corrected forms against other people's code, and against slow loops in float64."""
+"""Barlow Twins, VICReg and MEC in their corrected forms against others' code, and against slow loops in float64."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from poisonshield.defenses.base import Context
 from poisonshield.defenses.vespr import VESPR
 from poisonshield.losses.barlow import barlow
 from poisonshield.losses.cosine import negative_cosine
-from poisonshield.losses.dino import dino, moved_centre
+from poisonshield.losses.dino import dino, move_centre
 from poisonshield.losses.infonce import infonce
 from poisonshield.losses.mec import mec
 from poisonshield.losses.vicreg import vicreg
@@ -50,7 +50,7 @@ def test_golden_dino_and_its_centre(symmetrized, values):
     (p, m), centre = golden(2), torch.zeros(6, dtype=torch.float64)
     for value in values:
         assert dino(p, m, centre, symmetrized=symmetrized).item() == pytest.approx(value, abs=1e-6)
-        centre = moved_centre(centre, m)
+        centre = move_centre(centre, m)
     assert centre[0].item() == pytest.approx(0.007438295, abs=1e-6)
 
 

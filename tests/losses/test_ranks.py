@@ -1,4 +1,4 @@
-"""Every loss over 1, 2 and 4 ranks: the value and the parameters' gradient are those of one process, float32 to 1e-5."""
+"""Every loss over 1, 2 and 4 ranks: value and parameters' gradient are those of one process, float32 to 1e-5."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from dist import run_dist
 from poisonshield import collectives
 from poisonshield.losses.barlow import barlow
 from poisonshield.losses.cosine import negative_cosine
-from poisonshield.losses.dino import dino, moved_centre
+from poisonshield.losses.dino import dino, move_centre
 from poisonshield.losses.infonce import infonce
 from poisonshield.losses.mec import mec
 from poisonshield.losses.vicreg import vicreg
@@ -19,7 +19,7 @@ SIZES = {1: [(12,)], 2: [(6, 6), (7, 5)], 4: [(3, 3, 3, 3), (5, 1, 4, 2)]}
 
 def dino_with_centre(online, target, *, rank_sizes):
     """The loss after one move of the centre, so that a centre which differs between ranks would show."""
-    centre = moved_centre(torch.zeros(WIDTH), target, rank_sizes=rank_sizes)
+    centre = move_centre(torch.zeros(WIDTH), target, rank_sizes=rank_sizes)
     return dino(online, target, centre, rank_sizes=rank_sizes)
 
 
@@ -95,7 +95,7 @@ def test_loss_and_gradient_do_not_depend_on_ranks(world):
 
 
 def infonce_talk(rank, world):
-    """Names of the collectives in forward and in backward of InfoNCE with gradient on both sides, and of cross-entropy."""
+    """Names of the collectives in forward and backward of InfoNCE, gradient on both sides, and of cross-entropy."""
     seen = []
     for name in ("_all_gather", "_reduce_scatter"):
         function = getattr(collectives, name)

@@ -10,17 +10,17 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_encoder
 
-from poisonshield.build import build_method, read_run
-from poisonshield.commands.evaluate import evaluate
-from poisonshield.commands.train import train
+from poisonshield.api import evaluate, train
 from poisonshield.defenses.adversarial import Adversarial
 from poisonshield.defenses.base import Context
 from poisonshield.errors import ConfigError
 from poisonshield.methods.supervised import Supervised
+from poisonshield.runs import read_experiment
+from poisonshield.runs.classify import build_method
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LIGHT = ["engine.device=cpu", "engine.log_every_steps=1", "engine.threads=1", "model.widths=[4,4,4,8]",
-         "evaluate.robust_steps=0"]  # fmt: skip
+         "evaluate.robust=null"]  # fmt: skip
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_finetuning_trains_everything(finished):
 
 def test_probe_is_attacked_through_its_frozen_encoder(finished):
     """Adversarial probing: input gradients pass, and modes come back as they were."""
-    defense = Adversarial(Adversarial.Config(steps=2), Context(0, 4))
+    defense = Adversarial(Adversarial.Config(attack={"steps": 2}), Context(0, 4))
     method = defense.wrap(make(finished[0], freeze_encoder=True)).train()
     before, batch = states(method), tiny_batch(12, views=1)
     plain = method.method(batch).loss
@@ -118,16 +118,16 @@ def test_joint_run_is_probed_from_its_folder(tmp_path):
     encoder = {k.removeprefix("method."): v for k, v in joint.items() if k.startswith("method.encoder.")}
     assert len(encoder) > 20 and all(torch.equal(v, probed[k]) for k, v in encoder.items())
     with pytest.raises(ConfigError, match=r"model.stem_stride 2 \(here 1\)"):
-        build_method(read_run(probe, [*asked, "model.stem_stride=1"]), 10)
+        build_method(read_experiment(probe, [*asked, "model.stem_stride=1"]), 10)
     shutil.rmtree(first)  # a finished probe has its weights, and needs that run no more
-    assert evaluate(second)["test_top1"] == pytest.approx(
+    assert evaluate(second)["classifier"]["test_top1"] == pytest.approx(
         json.loads((second / "results.json").read_text())[-1]["test_top1"], abs=0.005
     )
 
 
 @pytest.mark.parametrize("name", ["linear_probe", "finetune"])
 def test_experiments_have_the_authors_rates(name):
-    run = read_run(CONFIGS / "evaluate" / f"{name}.yaml")
+    run = read_experiment(CONFIGS / "evaluate" / f"{name}.yaml")
     optimizer, schedule = run.settings.optimizer, run.settings.schedule
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (10.0, 0.9, 0.0)
     assert (run.settings.engine.epochs, run.settings.data.batch_size) == (100, 512)
@@ -137,7 +137,7 @@ def test_experiments_have_the_authors_rates(name):
 
 
 def test_vespr_presets_have_the_authors_rates():
-    large, small = (read_run(CONFIGS / "defend" / f"vespr_{name}.yaml") for name in ("in100", "cifar10"))
+    large, small = (read_experiment(CONFIGS / "defend" / f"vespr_{name}.yaml") for name in ("in100", "cifar10"))
     assert (large.settings.optimizer.lr, large.settings.data.batch_size, large.settings.engine.epochs) == (
         0.25,
         128,
@@ -151,9 +151,10 @@ def test_vespr_presets_have_the_authors_rates():
     assert small.settings.views.size == 28 and small.settings.model.stem_padding == 2
     assert large.record["optimizer"]["lr"] == 0.5 and large.record["optimizer"]["lr_per_256"]
     for run in (large, small):
-        s, attack = run.settings, run.defenses[0].config
+        s, vespr = run.settings, run.defenses[0].config
+        attack = vespr.attack.config
         assert (s.optimizer.name, s.optimizer.momentum, s.optimizer.nesterov) == ("sgd", 0.9, False)
         assert s.optimizer.weight_decay == 1e-4 and not s.optimizer.exclude_norm_and_bias
         assert (s.schedule.name, s.schedule.warmup_epochs, s.schedule.per_epoch) == ("cosine", 10, True)
-        assert (attack.steps, attack.attack_views, attack.ssl_weight, attack.ce_weight) == (10, (0,), 1.0, 1.0)
-        assert (attack.eps, attack.step_size) == (pytest.approx(4 / 255), pytest.approx(0.6 / 255))
+        assert (attack.steps, vespr.attack_views, vespr.ssl_weight, vespr.ce_weight) == (10, (0,), 1.0, 1.0)
+        assert (vespr.eps, attack.step_size) == (pytest.approx(4 / 255), pytest.approx(0.6 / 255))

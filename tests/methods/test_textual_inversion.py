@@ -28,7 +28,7 @@ def made_batch(step, names=("ring",), *, per=2, side=16, mask=False, t_range=Non
     masks = torch.zeros(len(keys), 1, side, side)
     masks[:, :, 2:9, 4:12] = 1
     return Batch(
-        tuple(keys), torch.stack(x), y=torch.tensor(y), captions=tuple(captions), epoch=step,
+        tuple(keys), torch.stack(x), y=torch.tensor(y), captions=tuple(captions), draw=step,
         mask=masks if mask else None, t_range=t_range,
     )  # fmt: skip
 

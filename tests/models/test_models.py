@@ -1,4 +1,4 @@
-"""Encoders: shapes, stems, strict export names; normalisation; batch norm over ranks when alone."""
+"""Encoders: shapes, stems, strict export names; normalization; batch norm over ranks when alone."""
 
 import copy
 import os
@@ -12,7 +12,7 @@ from torch import nn
 
 from poisonshield.errors import BackendError, ConfigError
 from poisonshield.models.backbones import BackboneConfig, StridedPointwise, build_encoder
-from poisonshield.models.batchnorm import SyncedBatchNorm, synchronize
+from poisonshield.models.batchnorm import SyncedBatchNorm, per_view_statistics, synchronize
 from poisonshield.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
 
@@ -61,7 +61,7 @@ def test_unknown_backbone_gets_the_nearest_name():
 def test_batch_norm_with_an_activation_inside_is_not_converted(device):
     from timm.layers import BatchNormAct2d
 
-    with pytest.raises(BackendError, match="BatchNormAct2d cannot be synchronised"):
+    with pytest.raises(BackendError, match="BatchNormAct2d cannot be synchronized"):
         synchronize(nn.Sequential(BatchNormAct2d(4)), torch.device(device))
 
 
@@ -70,7 +70,7 @@ def test_network_without_a_stem_to_change_is_refused():
         build_encoder(BackboneConfig(name="vit_tiny_patch16_224", stem="cifar"))
 
 
-def test_normalisation_is_inside_and_in_pixel_units():
+def test_normalization_is_inside_and_in_pixel_units():
     x = torch.rand(2, 3, 4, 4)
     for c in range(3):
         expected = (x[:, c] - IMAGENET_MEAN[c]) / IMAGENET_STD[c]
@@ -91,6 +91,39 @@ def test_synchronized_batch_norm_alone_is_plain_batch_norm():
     synced = synchronize(synced, torch.device("cpu"))
     assert isinstance(synced[1], SyncedBatchNorm) and list(synced.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(synced(x), plain(x))
+
+
+def test_synchronized_norms_keep_the_tensors_mode_and_names_of_those_they_replace():
+    shared = nn.BatchNorm1d(3)
+    module = nn.Sequential(nn.BatchNorm2d(2, eps=0.1, momentum=None), shared, nn.Sequential(shared)).eval()
+    before = module.state_dict(keep_vars=True)
+    parameters = dict(module.named_parameters())
+    synced = synchronize(module, torch.device("cpu"))
+    assert synced is module and synced[1] is synced[2][0] and all(not m.training for m in synced.modules())
+    assert all(isinstance(m, SyncedBatchNorm) for m in (synced[0], synced[1]))
+    assert synced[0].eps == 0.1 and synced[0].momentum is None
+    after = synced.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[k] is before[k] for k in before)
+    assert all(p is parameters[name] for name, p in synced.named_parameters())
+
+
+def test_a_norm_alone_is_synchronized_too():
+    norm = nn.BatchNorm1d(3, affine=False, track_running_stats=False)
+    synced = synchronize(norm, torch.device("cpu"))
+    x = torch.rand(5, 3)
+    assert isinstance(synced, SyncedBatchNorm)
+    assert torch.equal(synced(x), norm(x))
+
+
+def test_an_error_inside_leaves_batch_norm_as_it_was():
+    norm = nn.BatchNorm1d(2)
+    x = torch.rand(6, 2)
+    expected = nn.BatchNorm1d(2)(x)
+    with pytest.raises(KeyError), per_view_statistics(norm, 3):
+        assert not torch.allclose(norm(x), expected)
+        raise KeyError
+    norm.reset_running_stats()
+    assert torch.equal(norm(x), expected)
 
 
 @pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3"), ("resnet_mini", "bn2")])

@@ -101,13 +101,13 @@ def test_target_starts_as_a_copy_and_follows_slowly():
     online = tiny_encoder()
     target = Target(TargetConfig(momentum=0.9), online)
     before = [p.clone() for p in target.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, online.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, online.parameters(), strict=True))
     assert not any(p.requires_grad for p in target.parameters())
     with torch.no_grad():
         for p in online.parameters():
             p.add_(1.0)
     target.follow(online, progress=0.5)
-    for p, old in zip(target.parameters(), before):
+    for p, old in zip(target.parameters(), before, strict=True):
         torch.testing.assert_close(p, old + 0.1)
 
 

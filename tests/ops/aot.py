@@ -1,6 +1,7 @@
 """Compiles Triton kernels for sm_90 without a GPU and prints what each one uses, one JSON object a line.
 
-Run by itself, since kernels that Triton's interpreter has claimed cannot be compiled: `python tests/ops/aot.py [room ...]`.
+Run by itself, since kernels that Triton's interpreter has claimed cannot be compiled:
+`python tests/ops/aot.py [room ...]`, by default every room that has Triton kernels.
 """
 
 import importlib
@@ -12,8 +13,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-ROOMS = ("jpeg", "pgd", "diffusion")
 
 
 def compiled(kernel, signature, constants, options, even):
@@ -70,4 +69,6 @@ def main(rooms):
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels of the interpreter cannot be compiled"
-    main(sys.argv[1:] or ROOMS)
+    from poisonshield.ops.dispatch import rooms
+
+    main(sys.argv[1:] or rooms())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from poisonshield.errors import ShapeError
+from poisonshield.errors import GradientError, ShapeError
 from poisonshield.ops import masked_diffusion_loss, q_sample
 from poisonshield.random import philox_normal
 
@@ -146,6 +146,51 @@ def test_gradcheck_of_pred_and_target(normalise):
     )
     masked_diffusion_loss(pred, target=target).backward()
     assert pred.grad is not None and target.grad is None
+
+
+@pytest.mark.parametrize("twice", [(True, False), (False, True), (True, True)])
+def test_second_derivatives_are_refused(twice):
+    """Of pred, of the target, or of both: they were 0 once, without a word."""
+    leaves = [made(2, 2, 3, 3, seed=s).requires_grad_() for s in range(2)]
+    out = masked_diffusion_loss(leaves[0], target=leaves[1], grad_target=True)
+    chosen = [leaf for leaf, wanted in zip(leaves, twice, strict=True) if wanted]
+    grads = torch.autograd.grad(out, chosen, create_graph=True)
+    assert all(g.any() for g in grads)
+    with pytest.raises(GradientError, match="no second derivatives"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+def test_second_derivatives_are_refused_by_torch_func():
+    f = lambda p: masked_diffusion_loss(p, target=torch.zeros_like(p))  # noqa: E731
+    with pytest.raises(GradientError, match="no second derivatives"):
+        torch.func.grad(lambda p: torch.func.grad(f)(p).square().sum())(made(2, 2, 3, 3))
+
+
+def test_a_gradient_is_differentiable_in_what_scales_it():
+    """The loss is linear in a factor outside, so this derivative of the gradient is known: the gradient itself."""
+    pred, factor = made(2, 2, 3, 3).requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(
+        masked_diffusion_loss(pred, target=made(2, 2, 3, 3, seed=1)) * factor, pred, create_graph=True
+    )
+    (by_factor,) = torch.autograd.grad(g.sum(), factor)
+    assert by_factor.item() == pytest.approx(g.sum().item() / 2)
+
+
+@pytest.mark.parametrize("name", ["mask", "weight", "alphas_cumprod"])
+def test_what_gets_no_gradient_may_not_require_one(name):
+    pred, t = made(2, 2, 3, 3), torch.tensor([3, 40])
+    settings = {"mask": torch.ones(2, 1, 3, 3), "weight": torch.ones(2), "alphas_cumprod": ALPHAS.clone()}
+    settings[name].requires_grad_()
+    run = lambda: masked_diffusion_loss(pred, target=pred * 2, t=t, **settings)  # noqa: E731
+    with pytest.raises(
+        GradientError, match=f"{name} requires gradients, and none would reach it. Give {name}.detach()"
+    ):
+        run()
+    with torch.no_grad():
+        assert run() > 0
+    if name == "alphas_cumprod":
+        with pytest.raises(GradientError, match="alphas_cumprod requires gradients"):
+            q_sample(pred, t, settings[name], seed=0)
 
 
 def test_gradcheck_of_noising():

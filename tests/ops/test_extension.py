@@ -146,7 +146,7 @@ def test_without_torch_the_way_out_is_named(checkout):
 
 
 def test_doctor_tells_the_reason():
-    from poisonshield.commands.doctor import report
+    from poisonshield.api.doctor import report
 
     facts = report()["op backends"]
     assert facts["cuda"] == info()["cuda"] and {"nvcc", "C++ compiler"} <= set(facts)

@@ -12,7 +12,9 @@ from torch.autograd import gradcheck
 
 from poisonshield.errors import GradientError
 from poisonshield.ops import JPEG, jpeg, jpeg_coefficients, jpeg_tables, use_backend
+from poisonshield.ops.jpeg.reference import JpegArguments, JpegSettings, Pipeline
 from poisonshield.ops.jpeg.tables import scaled_tables
+from poisonshield.ops.record import flatten
 
 ODD = [(9, 7), (2, 18), (1, 1), (3, 4)]
 FORMS = [("420", "fancy"), ("420", "box"), ("444", "fancy")]
@@ -49,11 +51,9 @@ def test_equals_the_slow_model(form, rounding):
 
 
 def _units(x, quality, subsampling):
-    from poisonshield.ops.jpeg import reference
-
     affine = torch.tensor([[255.0] * 3, [0.0] * 3], dtype=torch.float64)
     tables = scaled_tables(quality.reshape(1).double())
-    return reference.Pipeline(x, tables, affine, subsampling, "none", 1, "fancy", False).u
+    return Pipeline(x, tables, affine, JpegSettings(subsampling)).u
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
@@ -69,6 +69,11 @@ def test_gradcheck(form, rounding):
         )
 
 
+def by_the_op(x, tables, affine, **settings):
+    arguments = JpegArguments(x, tables, affine, "smooth", JpegSettings(**settings), torch.float64)
+    return torch.ops.poisonshield.jpeg(*flatten(arguments), "auto")
+
+
 @pytest.mark.parametrize("rounding", ["none", "poly"])
 def test_gradcheck_of_tables(rounding):
     """On the op itself, since the public tables are rounded to integers with a straight-through slope."""
@@ -77,9 +82,7 @@ def test_gradcheck_of_tables(rounding):
     tables = (jpeg_tables(torch.tensor([40, 70])).double() + 0.3).requires_grad_()
 
     def f(tables):
-        return torch.ops.poisonshield.jpeg(
-            x, tables, affine, "420", "smooth", rounding, 1, "fancy", False, 0.0, torch.float64, "auto"
-        )
+        return by_the_op(x, tables, affine, rounding=rounding)
 
     assert gradcheck(f, (tables,), eps=1e-6, atol=1e-5)
 
@@ -90,9 +93,7 @@ def test_gradients_of_quality_follow_the_chain_rule():
     (jpeg(x, quality) * w).sum().backward()
     tables = scaled_tables(quality.detach()).requires_grad_()
     affine = torch.tensor([[255.0] * 3, [0.0] * 3], dtype=torch.float64)
-    out = torch.ops.poisonshield.jpeg(
-        x, tables, affine, "420", "smooth", "poly", 10, "fancy", False, 0.0, torch.float64, "auto"
-    )
+    out = by_the_op(x, tables, affine)
     (by_table,) = torch.autograd.grad((out * w).sum(), tables)
     base = jpeg_tables(50).double()  # scale 100: the base itself
     inside = (tables > 1) & (tables < 255)

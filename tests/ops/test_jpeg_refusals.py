@@ -46,6 +46,11 @@ X = torch.zeros(2, 3, 8, 8)
         (lambda: jpeg(X, 50, value_range=(1, 0)), ValueError, "is empty"),
         (lambda: jpeg(X.to(torch.uint8), 50, mode="exact", value_range=(-1, 1)), ValueError, "0..255 already"),
         (lambda: jpeg(X.clone().requires_grad_(), 50, rounding="hard"), GradientError, "has no gradient"),
+        (
+            lambda: jpeg(X, 50, mean=torch.zeros(3, requires_grad=True), std=torch.ones(3)),
+            GradientError,
+            "mean requires gradients",
+        ),
         (lambda: jpeg_coefficients(X, 50, subsampling="411"), ValueError, "Known: 420"),
         (lambda: JPEG((90, 10)), ValueError, "low before high"),
         (lambda: JPEG(50, p=2), ValueError, "not a probability"),

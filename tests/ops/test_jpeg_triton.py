@@ -27,7 +27,7 @@ def near_ties(x, quality, subsampling):
     """How many coefficients lie so near to a tie that float32 may round them either way."""
     affine = torch.tensor([[255.0] * 3, [0.0] * 3], dtype=torch.float64)
     tables = scaled_tables(quality.double())
-    units = reference.Pipeline(x.double(), tables, affine, subsampling, "none", 1, "fancy", False).u
+    units = reference.Pipeline(x.double(), tables, affine, reference.JpegSettings(subsampling)).u
     return sum(int(((u.abs() % 1 - 0.5).abs() < 1e-4).sum()) for u in units)
 
 

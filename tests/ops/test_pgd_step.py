@@ -370,11 +370,18 @@ def step(x=None, grad=G, x0=None, **settings):
         (lambda: step(mean=torch.zeros(2), std=torch.ones(3)), ShapeError, r"Give a tensor \[3\]"),
         (lambda: step(mask=torch.ones(2, 3, 4)), ShapeError, "does not broadcast"),
         (lambda: step(active=torch.ones(2)), ShapeError, "Give a bool tensor"),
+        (lambda: step(active=torch.ones(2, device="meta").bool()), ValueError, "active is on meta and x_adv on cpu"),
+        (lambda: step(mask=torch.ones(2, 3, 4, 4, device="meta")), ValueError, "mask is on meta and x_adv on cpu"),
         (lambda: step(targeted=torch.ones(2)), ShapeError, "targeted is"),
         (lambda: step(clip=(1, 0)), ValueError, "is empty"),
         (lambda: step(levels=-1), ValueError, "levels -1"),
         (lambda: pgd_random_start_(X.clone(), X, eps=0.1, seed=torch.zeros(2).long()), ShapeError, "seed is"),
         (lambda: pgd_random_start_(X.clone(), X, eps=0.1, seed=1, sample_ids=torch.ones(2)), ShapeError, "sample_ids"),
+        (
+            lambda: pgd_random_start_(X.clone(), X, eps=0.1, seed=1, sample_ids=torch.ones(2, device="meta").long()),
+            ValueError,
+            "sample_ids is on meta and x_adv on cpu",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, error, message):

@@ -5,6 +5,7 @@ import torch
 
 from poisonshield.errors import BackendError
 from poisonshield.ops import pgd_random_start_, pgd_step_
+from poisonshield.ops.pgd.reference import examples
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 SHAPE = (3, 3, 40, 33)
@@ -85,8 +86,8 @@ def test_what_is_not_covered_is_refused_with_the_reason():
         pgd_random_start_(x0.clone(), x0, eps=0.1, norm="l2", seed=0, backend="triton")
     from poisonshield.ops.pgd import triton_kernels  # not above: kernels learn at import that they are interpreted
 
-    huge = torch.empty(1, 2**31, device="meta")
-    assert "2^31 elements" in triton_kernels.refusal("pgd_step_", huge, *[None] * 11, 0)
+    example = examples()["pgd_step_"][0]._replace(x_adv=torch.empty(1, 2**31, device="meta"))
+    assert "2^31 elements" in triton_kernels.refusal("pgd_step_", example)
     last = x0.to(memory_format=torch.channels_last)
     assert torch.equal(
         pgd_step_(last, x0.clone(), x0, step=0.1, eps=0.1), pgd_step_(x0.clone(), x0.clone(), x0, step=0.1, eps=0.1)

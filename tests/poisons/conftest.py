@@ -1,4 +1,4 @@
-"""Real images for the poisons' acceptance tests: a shard of CIFAR-10 where it lies beside the checkout, else bundled."""
+"""Real images for the poisons' acceptance tests: a shard of CIFAR-10 if one lies beside the checkout, else bundled."""
 
 from pathlib import Path
 

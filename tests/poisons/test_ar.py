@@ -1,4 +1,4 @@
-"""AR: the recurrence to the bit, matched filters that tell classes apart without training, and no straight line that does."""
+"""AR: the recurrence to the bit, matched filters that tell classes apart untrained, and no straight line that does."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from poisonshield.errors import ConfigError
 from poisonshield.poisons.ar import AR, autoregress
+from poisonshield.poisons.base import Radius
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_diagonals_give_the_bits_of_the_loop_over_pixels():
 
 
 def test_radius_is_one(ar, delta):
-    assert ar.budget() == 1.0
+    assert ar.budget() == Radius("l2", 1.0)
     assert (delta.double().square().flatten(1).sum(1).sqrt() - 1).abs().max() < 1e-5
 
 

@@ -58,7 +58,7 @@ def test_weaker_eps_is_noticed_too(mini, built):
 
 
 @pytest.mark.parametrize("cls", KINDS)
-def test_normalised_image_is_noticed(cls, mini, built):
+def test_normalized_image_is_noticed(cls, mini, built):
     poison = built(cls, mini)
     released = (poison.apply(mini).x - 0.5) / 0.25
     with pytest.raises(BudgetError, match=r"256 levels in \[0, 1\] were wanted"):

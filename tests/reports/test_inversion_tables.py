@@ -7,10 +7,9 @@ import pytest
 import torch
 import yaml
 
-from poisonshield.commands import grid
-from poisonshield.engine.runfolder import RunFolder
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
-from poisonshield.reports.inversion_tables import LearnedRun, add_word_distances, concept_table, flat, readouts, table
+from poisonshield.reports.inversion_tables import LearnedRun, add_word_distances, columns, concept_table, flat, table
+from poisonshield.runs import read_experiment
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "invert" / "rendered.yaml"
 CONCEPTS = {"cup": "id", "hat": "id", "fox": "od", "owl": "od"}
@@ -29,6 +28,11 @@ def place(poison, defense, found, **axes):
 def spread(at):
     """About `at`, so that intervals are not empty."""
     return {c: at + 0.01 * i for i, c in enumerate(CONCEPTS)}
+
+
+def names(rows):
+    """{key: head} of the columns that tables of these rows have."""
+    return {number.key: number.title for number in columns(rows)}
 
 
 def cells(text, *starts):
@@ -88,7 +92,7 @@ def test_without_a_judge_the_effect_is_read_off_a_feature_network_and_else_off_l
         "networks": {"dino_i": {"status": "ok", "value": 0.5, "network": "d"}, "clip_i": {"status": "unavailable"}}
     }
     known = [flat(row) for row in rows(None, **scored)]
-    assert known[0]["dino_i"] == 0.5 and "clip_i" not in known[0] and readouts(known)["dino_i"] == "dino i"
+    assert known[0]["dino_i"] == 0.5 and "clip_i" not in known[0] and names(known)["dino_i"] == "dino i"
     dino = [
         (labels, [r | {"fidelity": None, "dino_i": r["fidelity"], **scored} for r in found]) for labels, found in GRID
     ]
@@ -99,6 +103,14 @@ def test_without_a_judge_the_effect_is_read_off_a_feature_network_and_else_off_l
     assert "By latent cosine" in table(latent)
 
 
+def test_columns_are_the_always_shown_then_the_known_in_a_fixed_order():
+    always = ["fidelity", "shown, %", "feature distance", "colour distance", "latent cosine", "high frequencies"]
+    assert list(names([{"fidelity": 0.5, "round_trip_error": 0.1}]).values()) == always
+    scores = {"other_i": {"status": "ok", "value": 0.5}, "dino_i": {"status": "ok", "value": 0.4}}
+    row = flat({"brisque": 1.0, "word_l2": 2.0, "mask_area": 0.5, "dino_i": None, "networks": scores})
+    assert list(names([row]).values())[6:] == ["BRISQUE", "dino i", "mask area", "distance to clean word", "other i"]
+
+
 def test_no_table_without_clean_training_or_without_numbers():
     assert table(GRID[2:]) == "" and table([]) == ""
     assert table([(labels, [r | {"fidelity": None} for r in found]) for labels, found in GRID]) == ""
@@ -106,12 +118,12 @@ def test_no_table_without_clean_training_or_without_numbers():
 
 def test_columns_that_no_row_fills_are_left_out_and_older_rows_do_not_miss_them():
     old = {"concept": "cup", "group": None, "seed": 0, "fidelity": 0.5}
-    assert "brisque" not in readouts([old]) and "mask_iou" not in readouts([old | {"mask_iou": None}])
-    names = readouts([old, old | {"brisque": 30.0, "mask_iou": 0.9}])
-    assert names["brisque"] == "BRISQUE" and names["mask_iou"] == "mask IoU"
+    assert "brisque" not in names([old]) and "mask_iou" not in names([old | {"mask_iou": None}])
+    found = names([old, old | {"brisque": 30.0, "mask_iou": 0.9}])
+    assert found["brisque"] == "BRISQUE" and found["mask_iou"] == "mask IoU"
     word = {"word": {"nearest": [[["ring", 0.4], ["o", 0.3]], [["yellow", 0.5]]]}}
     text = concept_table([old | word, old | {"concept": "hat", "group": "od", "brisque": 31.25} | word])
-    assert cells(text, "cup")[:2] == ["-", "0.5"] and cells(text, "cup")[-2:] == ["-", "ring, yellow"]
+    assert cells(text, "cup")[:2] == ["-", "0.500"] and cells(text, "cup")[-2:] == ["-", "ring, yellow"]
     assert cells(text, "hat")[-2:] == ["31.25", "ring, yellow"]
 
 
@@ -153,9 +165,9 @@ def test_a_grid_of_inversions_with_older_rows_and_records_is_read(tmp_path):
         f"base: {CONFIG}\ndir: {tmp_path / 'runs'}\nseeds: [0, 1]\nblocks:\n"
         "  - poison: {clean: {}, advdm: {data.poison: {name: advdm}}}\n    defense: {none: {}}\n    data.batch_size: [2]\n"
     )
-    _, found = grid.read_grid(path)
-    for i, cell in enumerate(found):
-        folder = RunFolder(cell.folder.path)
+    grid = read_experiment(path)
+    for i, cell in enumerate(grid.cells):
+        folder = cell.run.folder
         folder.claim(cell.run.record, resume=False)
         record = yaml.safe_load(folder.config.read_text())
         del record["data"]["mask_reference"], record["data"]["left_out"]
@@ -169,10 +181,10 @@ def test_a_grid_of_inversions_with_older_rows_and_records_is_read(tmp_path):
             "seconds": 3,
         }
         folder.results.write_text(json.dumps([row]))
-    text = grid.run_grid(path, only_list=True)
+    text = grid.table()
     assert "| clean | none | 2 | 0.75 (0.70 to 0.80) |" in text and text.count("2 of 2") == 2
     assert "data.batch_size: 2" in text and cells(text, "none")[1].startswith("0.00")
-    grid.write_tables(tmp_path / "runs", found)
+    grid.write_tables()
     assert "od,0.8," in (tmp_path / "runs" / "results.csv").read_text()
 
 
@@ -183,16 +195,16 @@ def test_folds_are_one_line_of_a_grid_and_rows_of_their_own_in_its_file(tmp_path
         "blocks:\n  - poison: {clean: {}, advdm: {data.poison: {name: advdm}}}\n    defense: {none: {}}\n"
         "    data.left_out: [0, 1, 2]\n"
     )
-    _, found = grid.read_grid(path)
-    for cell in found:
-        RunFolder(cell.folder.path).claim(cell.run.record, resume=False)
+    grid = read_experiment(path)
+    for cell in grid.cells:
+        cell.run.folder.claim(cell.run.record, resume=False)
         fold = cell.run.settings.data.left_out
         row = {"concept": "cup", "group": None, "seed": 0, "left_out": fold, "latent_cosine": 0.1 * fold, "seconds": 3}
-        cell.folder.results.write_text(
+        cell.run.folder.results.write_text(
             json.dumps([row | ({"latent_cosine": 0.0} if cell.labels["poison"] == "advdm" else {})])
         )
-    text = grid.table(found)
+    text = grid.table()
     assert "| clean | none | - | - | - | - | 0.10 (0.00 to 0.20) | - | 3 | 3 of 3 |" in text
     assert "By latent cosine" in text and "left_out" not in text
-    grid.write_tables(tmp_path / "runs", found)
+    grid.write_tables()
     assert (tmp_path / "runs" / "results.csv").read_text().count("\nclean,none,") == 3

@@ -8,7 +8,9 @@ from tiny import tiny_model
 
 from poisonshield import world
 from poisonshield.errors import CheckpointError, ConfigError, ShapeError
+from poisonshield.world import judge_changes as changes
 from poisonshield.world import judge_lessons as made
+from poisonshield.world import judge_textures as textures
 from poisonshield.world.judge import ConceptJudge
 from poisonshield.world.judge_training import train_judge
 
@@ -42,8 +44,8 @@ def test_a_judge_trained_for_seconds_knows_objects_and_lets_textures_fall(short)
     assert right["share"] >= 0.8 and right["none"] <= 0.2
     assert short.fidelity(x, "yellow", "cross")["share"] <= 0.1
     assert short.fidelity(x, "red", "circle")["share"] <= 0.1
-    assert short.fidelity(made.grounds(60, 64, rng()), "yellow", "circle")["share"] <= 0.1
-    assert short.fidelity(made.shuffle(x, rng()), "yellow", "circle")["share"] <= 0.1
+    assert short.fidelity(textures.draw_grounds(60, 64, rng()), "yellow", "circle")["share"] <= 0.1
+    assert short.fidelity(changes.shuffle(x, rng()), "yellow", "circle")["share"] <= 0.1
 
 
 def test_training_repeats_and_leaves_the_global_generator_alone():
@@ -130,7 +132,7 @@ def test_what_does_not_fit_is_refused_in_words(short, tmp_path):
 
 def test_labels_say_what_each_lesson_keeps(objects):
     none = (6, 6)
-    assert objects.none == none
+    assert (objects.no_color, objects.no_shape) == none
     expected = {
         "whole": (None, None),
         "ground": none,
@@ -142,8 +144,8 @@ def test_labels_say_what_each_lesson_keeps(objects):
         "blobs": (None, 6),
     }
     assert made.KINDS.keys() == expected.keys()
-    for name, (_, make) in made.KINDS.items():
-        x, labels = make(objects, rng())
+    for name, kind in made.KINDS.items():
+        x, labels = kind.make(objects, rng())
         assert x.shape == (120, 3, 64, 64) and x.min() >= 0 and x.max() <= 1
         for column, value in enumerate(expected[name]):
             wanted = objects.labels[:, column] if value is None else torch.full((120,), value)
@@ -160,35 +162,35 @@ def test_objects_know_their_names_and_paint(objects):
 
 
 def test_mixed_batches_hold_every_kind_and_repeat(objects):
-    x, labels = made.lessons(objects, 200, rng(1))
-    again, same = made.lessons(objects, 200, rng(1))
+    x, labels = made.make_lessons(objects, 200, rng(1))
+    again, same = made.make_lessons(objects, 200, rng(1))
     assert torch.equal(x, again) and torch.equal(labels, same)
     assert 60 <= int((labels[:, 1] < 6).sum()) <= 170
-    only, _ = made.lessons(objects, 10, rng(), kinds={"ground": made.KINDS["ground"]})
+    only, _ = made.make_lessons(objects, 10, rng(), kinds={"ground": made.KINDS["ground"]})
     assert only.shape == (10, 3, 64, 64)
 
 
 def test_broken_and_cut_masks_lost_a_good_part(objects):
     mask = objects.mask.float() / 255
     area = mask.sum((1, 2, 3))
-    broken = made.break_up(mask, rng()).sum((1, 2, 3)) / area
+    broken = changes.break_up(mask, rng()).sum((1, 2, 3)) / area
     assert broken.min() >= 0.25 and broken.max() <= 0.7
-    kept = made.cut(mask, rng()).sum((1, 2, 3)) / area
+    kept = changes.cut(mask, rng()).sum((1, 2, 3)) / area
     assert float(kept.mean()) <= 0.65 and float((kept > 0.85).float().mean()) <= 0.05
-    covered = made.blobs(mask, rng()).mean((1, 2, 3))
+    covered = changes.draw_blobs(mask, rng()).mean((1, 2, 3))
     assert covered.min() >= 0.08 and covered.max() <= 0.52
 
 
 def test_swelling_is_one_pixel_less_to_two_more_all_around():
     disc = torch.zeros(200, 1, 32, 32)
     disc[:, :, 10:20, 8:20] = 1
-    areas = set(made.swell(disc, rng()).sum((1, 2, 3)).tolist())
+    areas = set(changes.swell(disc, rng()).sum((1, 2, 3)).tolist())
     assert areas == {8 * 10, 10 * 12, 12 * 14, 14 * 16}
 
 
 def test_shuffling_moves_tiles_and_loses_no_pixel():
     x = torch.rand(3, 3, 64, 64, generator=rng())
-    moved = made.shuffle(x, rng())
+    moved = changes.shuffle(x, rng())
     assert not torch.equal(moved, x)
     assert torch.equal(moved.flatten(2).sort(2).values, x.flatten(2).sort(2).values)
     tiles = {
@@ -199,17 +201,17 @@ def test_shuffling_moves_tiles_and_loses_no_pixel():
 
 def test_foreign_colours_are_far_from_known_ones_and_mixtures_hold_only_known_ones(objects):
     mask = (objects.mask > 254).expand(-1, 3, -1, -1)
-    x, _ = made.foreign(objects, rng())
+    x, _ = made.show_foreign(objects, rng())
     for picture, inside in zip(x, mask, strict=True):
         seen = picture[inside].view(3, -1).mean(1)
         assert float((objects.tones - seen).norm(dim=1).amin()) > 0.2
-    paint = made.mixtures(20, 64, objects.tones, rng()).permute(0, 2, 3, 1).reshape(-1, 3)
+    paint = textures.draw_mixtures(20, 64, objects.tones, rng()).permute(0, 2, 3, 1).reshape(-1, 3)
     assert float(torch.cdist(paint[:5000], objects.tones).amin(1).max()) <= 1e-3
 
 
 def test_blur_is_a_gaussian_and_spares_the_unchosen():
     x = torch.rand(2, 3, 64, 64, generator=rng())
-    out = made._blur(x, torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
+    out = changes.blur(x, torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
     line = [math.exp(-0.5 * k * k) for k in range(-4, 5)]
     total = sum(line)
     expected = sum(
@@ -221,7 +223,7 @@ def test_blur_is_a_gaussian_and_spares_the_unchosen():
 
 def test_softened_pictures_stay_pictures(objects):
     x = objects.x.float() / 255
-    soft = made.soften(x, rng())
+    soft = changes.soften(x, rng())
     assert soft.shape == x.shape and soft.min() >= 0 and soft.max() <= 1
     assert not torch.equal(soft, x)
     assert abs(float(soft.mean() - x.mean())) < 0.02
@@ -254,7 +256,7 @@ def unknown_textures(count):
     two = tones[torch.rand(count, 6, generator=g).argsort(1)[:, :2]][..., None, None]
     waves = torch.sin(0.2 * x + 0.9 * torch.rand(count, 1, 1, generator=g) * y)[:, None].gt(0).float()
     return {
-        "yellow 1/f": (tones[3].view(1, 3, 1, 1) + 0.3 * (made.grounds(count, 64, g) - 0.5)).clamp(0, 1),
+        "yellow 1/f": (tones[3].view(1, 3, 1, 1) + 0.3 * (textures.draw_grounds(count, 64, g) - 0.5)).clamp(0, 1),
         "voronoi": paint.gather(1, nearest[..., None].expand(-1, -1, 3)).permute(0, 2, 1).reshape(count, 3, 64, 64),
         "checkers": board * two[:, 0] + (1 - board) * two[:, 1],
         "stripes": waves * two[:, 0] + (1 - waves) * two[:, 1],

@@ -32,7 +32,7 @@ def draw_split(source: Path, out: Path, *, split: str, count: int, seed: int) ->
     paths = sorted(source.glob(f"*-{split}-*.tar*"))
     samples = [s for p in paths for s in read_tar(p, left_out=Counter())]
     keys = [f"{split}-{key}" for key, *_ in samples]
-    labels = torch.tensor([int(label) for *_, label in samples])
+    labels = torch.tensor([int(label or b"") for *_, label in samples])
     order = philox_words(1, seed=seed, ids=sample_ids(keys), stream=stream_of("draw"))[:, 0].sort(stable=True).indices
     each = count // len(classes)
     chosen = torch.cat([order[labels[order] == c][:each] for c in range(len(classes))]).sort().values.tolist()

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from poisonshield.errors import DataError
+from poisonshield.keys import RESERVED, Key
 
 
 @dataclass(frozen=True, eq=False)
 class ConceptImage:
     """pixels uint8 [3, S, S]; mask float32 [1, S, S] in [0, 1], multiples of 1/255, or None; key
-    "<concept>/<stem>@<8 hex of the pixels>"."""
+    "<concept>/<stem>@<8 hex of the pixels>", see keys.py."""
 
     key: str
     pixels: Tensor
@@ -30,14 +31,14 @@ class ConceptImage:
         cls, concept: str, stem: str, pixels: Tensor, mask: Tensor | None = None, caption: str = ""
     ) -> "ConceptImage":
         """The picture under the key that its pixels give it. mask: rounded to 8 bits, as files hold it."""
-        stem = re.sub(r"[.#@:/]", "_", stem)  # they part keys, and names within tars
+        stem = re.sub(f"[.{RESERVED}]", "_", stem)  # a dot parts names within tars
         mask = None if mask is None else (mask.float() * 255).round() / 255
-        return cls(f"{concept}/{stem}@{digest8(pixels)}", pixels, mask, caption)
+        return cls(str(Key(concept, stem, digest8(pixels))), pixels, mask, caption)
 
     @property
     def stem(self) -> str:
         """The file's name without ending."""
-        return self.key.rpartition("@")[0].partition("/")[2]
+        return Key.parse(self.key).stem
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +53,10 @@ class Concept:
     @classmethod
     def of(cls, name: str, images: Sequence[ConceptImage], group: str | None = None) -> "Concept":
         """The concept with its digest. Raises DataError for a name that keys cannot hold, and for no or equal keys."""
-        if re.search(r"^$|^\.|[#@:/]|^masks?$", name, re.IGNORECASE):
+        if re.search(rf"^$|^\.|[{RESERVED}]|^masks?$", name, re.IGNORECASE):
             raise DataError(
-                f"{name!r} cannot name a concept: keys use # @ : and / themselves, and folders called mask hold masks.\n"
-                "  Rename its folder."
+                f"{name!r} cannot name a concept: keys use # @ : and / themselves, and folders called mask hold "
+                "masks.\n  Rename its folder."
             )
         keys = [image.key for image in images]
         if len(set(keys)) < len(keys) or not keys:
@@ -78,8 +79,8 @@ class Concept:
         rest = [image for image in self.images if image not in left]
         if not left or not rest:
             raise DataError(
-                f"picture {number} of {self.name} cannot be left out: it has {len(self.images)}, counted from 0, and one at "
-                "least must stay."
+                f"picture {number} of {self.name} cannot be left out: it has {len(self.images)}, counted from 0, and "
+                "one at least must stay."
             )
         return Concept.of(self.name, rest, self.group), left[0]
 

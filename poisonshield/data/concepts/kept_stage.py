@@ -19,9 +19,9 @@ from poisonshield.errors import CheckpointError
 
 @dataclass(frozen=True)
 class KeptStage:
-    """`stage`, whose results are read from `folder` once they are there. Wants batches with keys, x and epoch.
+    """`stage`, whose results are read from `folder` once they are there. Wants batches with keys, x and draw.
 
-    folder: another one for whatever else the result depends on than keys and epoch. x, mask and t_range are kept; a
+    folder: another one for whatever else the result depends on than keys and draw. x, mask and t_range are kept; a
     stage that changes more of a batch does not fit. seen: told of what was given and of what was read in the stage's
     place. Raises CheckpointError for a file that is damaged.
     """
@@ -31,7 +31,7 @@ class KeptStage:
     seen: Callable[[Batch, Batch], None]
 
     def __call__(self, batch: Batch) -> Batch:
-        told = "\n".join((str(batch.epoch), *batch.keys))
+        told = "\n".join((str(batch.draw), *batch.keys))
         path = self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
         if not path.is_file():
             made = self.stage(batch)
@@ -51,7 +51,7 @@ class KeptStage:
         return made
 
     def _write(self, path: Path, made: Batch) -> None:
-        tensors = {"x": made.x} if made.mask is None else {"x": made.x, "mask": made.mask}
+        tensors = {name: t for name, t in (("x", made.x), ("mask", made.mask)) if t is not None}
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{uuid4().hex}")
         t_range = "" if made.t_range is None else f"{made.t_range[0]} {made.t_range[1]}"

@@ -12,7 +12,8 @@ from typing import Any
 
 from poisonshield.data.index import split_name
 from poisonshield.data.masks import is_mask_folder, stem_of_mask
-from poisonshield.data.tree import IMAGE_ENDINGS
+from poisonshield.data.pictures import ENDINGS, find_pictures
+from poisonshield.data.tars import file_in
 from poisonshield.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture before it is read. name: how errors call it. about: its JSON."""
+    """One picture before it is read. name, mask_name: how errors call it and its mask. about: its JSON."""
 
     stem: str
     name: str
@@ -38,7 +39,7 @@ class Sample:
 def in_folders(root: Path) -> dict[str, list[Sample]]:
     """The pictures of each concept, in order of their paths."""
     folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    alone = [p for p in sorted(root.iterdir()) if p.is_file() and p.suffix.lower() in IMAGE_ENDINGS]
+    alone = find_pictures(root, nested=False)
     if alone and (others := [p for p in folders if not is_mask_folder(p.name) and _in_folder(p)]):
         raise DataError(
             f"{alone[0]} lies beside {others[0]}, which holds pictures too: is this one concept or several?\n"
@@ -55,10 +56,9 @@ def in_folders(root: Path) -> dict[str, list[Sample]]:
 
 
 def _in_folder(folder: Path) -> list[Sample]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     pictures: dict[str, Path] = {}
     masks: dict[str, Path] = {}
-    for path in (p for p in files if p.suffix.lower() in IMAGE_ENDINGS):
+    for path in find_pictures(folder):
         stem = stem_of_mask(path.relative_to(folder))
         table, stem = (pictures, path.stem) if stem is None else (masks, stem)
         if stem in table:
@@ -80,7 +80,7 @@ def in_tars(tars: Sequence[Path]) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
     for tar in tars:
         for key, fields in _read_tar(tar).items():
-            images = [e for e in fields if f".{e}" in IMAGE_ENDINGS]
+            images = [e for e in fields if f".{e}" in ENDINGS]
             if len(images) != 1:
                 raise DataError(f"sample {key} in {tar} has {len(images)} pictures, one is wanted.\n{FORMS}")
             about = _fields(fields["json"], f"{key}.json in {tar}") if "json" in fields else {}
@@ -113,7 +113,7 @@ def _read_tar(path: Path) -> dict[str, dict[str, bytes]]:
                 key, extension = split_name(member.name)
                 if extension in samples.setdefault(key, {}):
                     raise tarfile.ReadError(f"{member.name} is in it twice")
-                samples[key][extension] = tar.extractfile(member).read()
+                samples[key][extension] = file_in(tar, member)
             # tarfile takes a damaged header for the end and says nothing; the true end is a block of zeros
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -3,27 +3,29 @@
 Pictures are cut and resized here, once, and each mask with the same crop.
 """
 
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from torch import Tensor
 
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.layout import FORMS, Sample, in_folders, in_tars
 from poisonshield.data.images import fit
-from poisonshield.data.masks import read_mask, refuse_empty, too_deep
+from poisonshield.data.masks import read_mask, refuse_empty
+from poisonshield.data.pictures import Picture, read_picture
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.registry import suggest
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 log = logging.getLogger(__name__)
+
+Crop = Literal["center", "squash"]
+Masks = Literal["file", "alpha"]
 
 IN_DISTRIBUTION = ("BlackKeyboard", "CautionSign", "CokeCan", "EuroCoin", "MetalWrench")
 OUT_OF_DISTRIBUTION = ("BlueElephant", "ButterflyClip", "CatPaw", "FishDoll", "MonkeySleigh")
-"""NovelConcepts10 (Styborski et al. 2025): concepts that Stable Diffusion's training data shows, and that it does not."""
+"""NovelConcepts10 (Styborski et al. 2025): concepts that Stable Diffusion saw in training, and those it did not."""
 
 _GROUPS = {n.lower(): "id" for n in IN_DISTRIBUTION} | {n.lower(): "od" for n in OUT_OF_DISTRIBUTION}
 
@@ -33,8 +35,8 @@ def load_concepts(
     *,
     size: int,
     names: Sequence[str] | None = None,
-    crop: Literal["center", "squash"] = "center",
-    masks: Literal["file", "alpha"] | None = None,
+    crop: Crop = "center",
+    masks: Masks | None = None,
     group: Literal["all", "id", "od"] = "all",
 ) -> tuple[Concept, ...]:
     """The concepts of a folder of pictures (one), of a folder of such folders, or of WebDataset tars; sorted by name.
@@ -70,7 +72,8 @@ def _chosen(
         raise ConfigError(f"group {group!r}: all, id or od is wanted.")
     if missing := [n for n in names or () if n not in found]:
         raise DataError(
-            f"{root} has no concept {missing[0]!r}.{suggest(missing[0], list(found))}  It has: {', '.join(sorted(found))}."
+            f"{root} has no concept {missing[0]!r}.{suggest(missing[0], list(found))}  It has: "
+            f"{', '.join(sorted(found))}."
         )
     chosen = [n for n in names or found if group in ("all", _group(n, found[n]))]
     if not chosen:
@@ -82,60 +85,72 @@ def _group(name: str, samples: Sequence[Sample]) -> str | None:
     return next((s.about["group"] for s in samples if s.about.get("group")), _GROUPS.get(name.lower()))
 
 
-def _concept(name: str, samples: Sequence[Sample], *, size: int, crop: str, masks: str | None) -> Concept:
-    if masks == "file" and (bare := [s.name for s in samples if s.mask is None]):
+def load_images(
+    files: Sequence[Path],
+    *,
+    size: int,
+    crop: Crop = "center",
+    masks: Mapping[str, Path] | None = None,
+    concept: str = "pictures",
+) -> tuple[ConceptImage, ...]:
+    """Single picture files as load_concepts reads those of a concept, in the order given.
+
+    masks: the mask file of each by the picture's stem. concept: the name in their keys. Raises DataError as
+    load_concepts does.
+    """
+    samples = []
+    for path in files:
+        mask = None if masks is None else masks.get(path.stem)
+        samples.append(Sample(path.stem, str(path), path, mask, str(mask)))
+    return _images(concept, samples, size=size, crop=crop, masks=None if masks is None else "file")
+
+
+def _concept(name: str, samples: Sequence[Sample], *, size: int, crop: Crop, masks: Masks | None) -> Concept:
+    return Concept.of(name, _images(name, samples, size=size, crop=crop, masks=masks), _group(name, samples))
+
+
+def _images(
+    name: str, samples: Sequence[Sample], *, size: int, crop: Crop, masks: Masks | None
+) -> tuple[ConceptImage, ...]:
+    """The pictures of a concept, cut and resized. Says how many had to be enlarged."""
+    if masks == "file" and (bare := [s for s in samples if s.mask is None]):
         raise DataError(
-            f"{bare[0]} has no mask, as {len(bare)} of the {len(samples)} pictures of {name}.\n"
-            f"  Put it beside the picture as {samples[0].stem}.mask.png or into masks/{samples[0].stem}.png, or set masks: null."
+            f"{bare[0].name} has no mask, as {len(bare)} of the {len(samples)} pictures of {name}.\n"
+            f"  Put it beside the picture as {bare[0].stem}.mask.png or into masks/{bare[0].stem}.png, "
+            "or set masks: null."
         )
     images, small = [], []
     for sample in samples:
-        picture, alpha = _open(sample)
-        if min(picture.size) < size:
-            small.append(min(picture.size))
-        mask = None
-        if masks == "file":
-            mask = read_mask(_bytes(sample.mask), name=sample.mask_name, size=picture.size)
-        elif masks == "alpha":
-            if alpha is None:
-                raise DataError(f"{sample.name} has no alpha channel to take as its mask. Set masks: file or null.")
-            mask = alpha
-        if mask is not None:
-            mask = fit(mask, size, crop, nearest=True)
-            refuse_empty(mask.numpy(), f"of {sample.name}, within the {crop} {size}x{size} crop,")
-            mask = mask.float() / 255
-        caption = sample.about.get("caption")
-        if caption is None:
-            words = sample.stem.replace("_", " ").strip()
-            caption = words if any(c.isalpha() for c in words) else ""  # 00.jpg tells nothing
-        images.append(ConceptImage.of(name, sample.stem, fit(picture, size, crop), mask, caption))
+        picture = read_picture(sample.picture, name=sample.name)
+        small += [side for side in [min(picture.image.size)] if side < size]
+        mask = _mask(sample, picture, size=size, crop=crop, masks=masks)
+        images.append(ConceptImage.of(name, sample.stem, fit(picture.rgb, size, crop), mask, _caption(sample)))
     if small:
         log.warning(
             "%s: %d pictures are smaller than %d (down to %d) and are enlarged.", name, len(small), size, min(small)
         )
-    return Concept.of(name, images, _group(name, samples))
+    return tuple(images)
 
 
-def _open(sample: Sample) -> tuple["Image.Image", "Image.Image | None"]:
-    """The picture in RGB, turned as its EXIF data says, and its alpha channel if it has one."""
-    from PIL import Image, ImageOps
-
-    data = _bytes(sample.picture)
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        raise DataError(
-            f"{sample.name} cannot be read as an image ({err}). Restore it, or take it out of the set."
-        ) from err
-    if too_deep(data, image):
-        raise DataError(f"{sample.name} has more than 8 bits a channel. Convert it to 8 bits first.")
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB"), None
-    image = image.convert("RGBA")
-    return image.convert("RGB"), image.getchannel("A")  # colours stay as they are stored, under transparent pixels too
+def _mask(sample: Sample, picture: Picture, *, size: int, crop: Crop, masks: Masks | None) -> Tensor | None:
+    """float32 [1, size, size] in [0, 1], cut as its picture is; None if no masks are read."""
+    if masks is None:
+        return None
+    if masks == "alpha" or sample.mask is None:
+        found = picture.alpha
+        if found is None:
+            raise DataError(f"{sample.name} has no alpha channel to take as its mask. Set masks: file or null.")
+    else:
+        found = read_mask(sample.mask, name=sample.mask_name, size=picture.image.size)
+    mask = fit(found, size, crop, nearest=True)
+    refuse_empty(mask.numpy(), f"of {sample.name}, within the {crop} {size}x{size} crop,")
+    return mask.float() / 255
 
 
-def _bytes(stored: Path | bytes) -> bytes:
-    return stored.read_bytes() if isinstance(stored, Path) else stored
+def _caption(sample: Sample) -> str:
+    """What its JSON says, else the words of its name; "" for a name without a letter, as 00.jpg tells nothing."""
+    caption = sample.about.get("caption")
+    if caption is not None:
+        return caption
+    words = sample.stem.replace("_", " ").strip()
+    return words if any(c.isalpha() for c in words) else ""

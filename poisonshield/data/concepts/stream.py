@@ -8,29 +8,20 @@ it learns the same beside others, on any number of ranks and after a restart.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.data.concepts import Concept, digest8
+from poisonshield.data.concepts import Concept
 from poisonshield.data.concepts.prompts import TEMPLATES
+from poisonshield.data.concepts.staged import StagedConcepts
 from poisonshield.data.stream import Stage
-from poisonshield.errors import CheckpointError, ConfigError, DataError, ShapeError
+from poisonshield.errors import CheckpointError, ConfigError, DataError
+from poisonshield.keys import Key
 from poisonshield.random import KeyedRandom, sample_ids
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A concept's pictures after the stage: x float32 [n, 3, H, W], mask [n, 1, H, W] or None, keys of these pixels."""
-
-    keys: tuple[str, ...]
-    x: Tensor
-    mask: Tensor | None
-    captions: tuple[str, ...]
-    t_range: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,18 @@ class _Draw:
     template: str
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What a slot shows: x float32 [3, H, W], mask [1, H, W] or None, and the prompt."""
+
+    key: Key
+    x: Tensor
+    mask: Tensor | None
+    prompt: str
+    label: int
+    t_range: tuple[int, int] | None
+
+
 class ConceptStream:
     """Batches of this rank without end: of every concept batch_size / world_size samples, one concept after the other.
 
@@ -53,7 +56,8 @@ class ConceptStream:
 
     Yields Batch with keys "<concept>/<stem>@<hash of the pixels>[:flip]#<slot>", slot being the number within the
     concept's global batch; x [b, 3, H, W]; mask if there are masks; y int64, the concept's place in `concepts`;
-    captions, the prompts; the stage's t_range; epoch, the number of the step, so that keyed draws are new in each.
+    captions, the prompts; the stage's t_range; epoch, of steps_per_epoch steps; draw, the step, so that random numbers
+    are new in each.
     A concept shows each of its pictures once before any again. steps_per_epoch: until all have been shown.
     Raises ConfigError for settings that do not fit, DataError and ShapeError for what the stage gives back.
     """
@@ -76,24 +80,24 @@ class ConceptStream:
         self.concepts, self.batch_size, self.seed, self.tokens = tuple(concepts), batch_size, seed, dict(tokens)
         self.with_captions = prompts == "caption"
         self.templates = TEMPLATES if isinstance(prompts, str) else tuple(prompts)
-        self.stage, self.flip, self.per_epoch, self.variants = stage, flip, per_epoch, variants
+        self.flip, self.per_epoch, self.variants = flip, per_epoch, variants
         self.rank, self.world_size = rank, world_size
         self._check(prompts)
         self.steps_per_epoch = -(-max(len(c.images) for c in self.concepts) // batch_size)
         self.position = 0
-        self._ready: dict[tuple[int, int], _Ready] = {}
+        self._staged = StagedConcepts(
+            self.concepts, stage, per_epoch=per_epoch, variants=variants, captions=self.with_captions
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            parts = [self._part(number, self.position) for number in range(len(self.concepts))]
+            batch = self._batch(self.position)
             self.position += 1
-            yield _joined(parts)
+            yield batch
 
     def prepare(self) -> None:
         """Runs the stage on all pictures that it will see and that come again, before training asks for them."""
-        for number in range(len(self.concepts)):
-            for epoch in range(self.variants or 1):
-                self._prepared(number, epoch)
+        self._staged.prepare()
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches were handed out, and of what. Plain numbers and text."""
@@ -117,9 +121,9 @@ class ConceptStream:
         """Everything that a batch depends on. Of a stage its result counts, whatever it is called."""
         purified = hashlib.sha256()
         for number in range(len(self.concepts)):
-            ready = self._prepared(number, 0)
-            purified.update("\n".join((*ready.keys, *ready.captions, str(ready.t_range))).encode())
-            purified.update(b"" if ready.mask is None else ready.mask.numpy().tobytes())
+            made = self._staged.of(number, 0)
+            purified.update("\n".join((*map(str, made.keys), *made.captions, str(made.t_range))).encode())
+            purified.update(b"" if made.mask is None else made.mask.numpy().tobytes())
         return {
             "concepts": {c.name: c.digest for c in self.concepts},
             "order": [c.name for c in self.concepts],
@@ -132,93 +136,59 @@ class ConceptStream:
             "per_epoch": [self.per_epoch, self.variants],
         }
 
-    def _part(self, number: int, step: int) -> Batch:
+    def _batch(self, step: int) -> Batch:
+        """This rank's samples of all concepts in one step."""
+        shown = [self._samples(number, step) for number in range(len(self.concepts))]
+        samples = [sample for part in shown for sample in part]
+        _refuse_unlike(shown)
+        masks = [sample.mask for sample in samples if sample.mask is not None]
+        return Batch(
+            keys=tuple(str(sample.key) for sample in samples),
+            x=torch.stack([sample.x for sample in samples]),
+            mask=torch.stack(masks) if masks else None,
+            y=torch.tensor([sample.label for sample in samples]),
+            captions=tuple(sample.prompt for sample in samples),
+            t_range=samples[0].t_range,
+            epoch=step // self.steps_per_epoch,
+            draw=step,
+        )
+
+    def _samples(self, number: int, step: int) -> list[_Sample]:
         """This rank's samples of one concept in one step."""
         share = self.batch_size // self.world_size
         slots = range(self.rank * share, (self.rank + 1) * share)
         draws = self._draws(self.concepts[number], step)
-        ready = {epoch: self._prepared(number, epoch) for epoch in sorted({draws[s].epoch for s in slots})}
-        keys, x, masks, captions = [], [], [], []
-        for slot in slots:
-            draw, source = draws[slot], ready[draws[slot].epoch]
-            mirrored = lambda image, draw=draw: image[draw.picture].flip(-1) if draw.flipped else image[draw.picture]
-            keys.append(f"{source.keys[draw.picture]}{':flip' if draw.flipped else ''}#{slot}")
-            x.append(mirrored(source.x))
-            masks.append(None if source.mask is None else mirrored(source.mask))
-            captions.append(self._prompt(number, draw, source))
-        ranges = {r.t_range for r in ready.values()}
-        if len(ranges) > 1:
-            raise ConfigError(
-                f"the defense's timesteps of {self.concepts[number].name} change with the epoch: {ranges}."
-            )
-        return Batch(
-            keys=tuple(keys),
-            x=torch.stack(x),
-            mask=None if masks[0] is None else torch.stack(masks),
-            y=torch.full((share,), number),
-            captions=tuple(captions),
-            t_range=ranges.pop(),
-            epoch=step,
-        )
+        return [self._sample(number, slot, draws[slot]) for slot in slots]
+
+    def _sample(self, number: int, slot: int, draw: _Draw) -> _Sample:
+        pictures, i = self._staged.of(number, draw.epoch), draw.picture
+        x, mask = pictures.x[i], None if pictures.mask is None else pictures.mask[i]
+        if draw.flipped:
+            x, mask = x.flip(-1), None if mask is None else mask.flip(-1)
+        key = replace(pictures.keys[i], flipped=draw.flipped, slot=slot)
+        prompt = draw.template.replace("{}", self.tokens[self.concepts[number].name])
+        if self.with_captions:
+            prompt = f"{prompt}, {pictures.captions[i]}"
+        return _Sample(key, x, mask, prompt, number, pictures.t_range)
 
     def _draws(self, concept: Concept, step: int) -> list[_Draw]:
         """What the concept shows in each slot of a step, on all ranks."""
-        ids, count = sample_ids([concept.name]), len(concept.images)
-        at_step = KeyedRandom(self.seed, ids, step, "concepts")
+        at_step = KeyedRandom(self.seed, sample_ids([concept.name]), step, "concepts")
         flips = (at_step.uniform("flip", self.batch_size)[0] < self.flip).tolist()
         which = (at_step.uniform("template", self.batch_size)[0].double() * len(self.templates)).long().tolist()
-        places = [divmod(step * self.batch_size + slot, count) for slot in range(self.batch_size)]
-        orders = {
-            epoch: KeyedRandom(self.seed, ids, epoch, "concepts")
-            .uniform("order", count)[0]
-            .argsort(stable=True)
-            .tolist()
-            for epoch in {epoch for epoch, _ in places}
-        }
+        # Slots take the concept's pictures one after the other; where all were taken, its next epoch begins.
+        first = step * self.batch_size
+        places = [divmod(n, len(concept.images)) for n in range(first, first + self.batch_size)]
+        orders = {epoch: self._order(concept, epoch) for epoch in {epoch for epoch, _ in places}}
         return [
             _Draw(epoch, orders[epoch][place], flips[slot], self.templates[which[slot]])
             for slot, (epoch, place) in enumerate(places)
         ]
 
-    def _prompt(self, number: int, draw: _Draw, source: _Ready) -> str:
-        prompt = draw.template.replace("{}", self.tokens[self.concepts[number].name])
-        return f"{prompt}, {source.captions[draw.picture]}" if self.with_captions else prompt
-
-    def _prepared(self, number: int, epoch: int) -> _Ready:
-        """The concept's pictures after the stage, made when first asked for: a stage may wait for a model."""
-        epoch = 0 if not self.per_epoch or self.stage is None else epoch % self.variants if self.variants else epoch
-        if (number, epoch) not in self._ready:
-            if self.per_epoch and self.variants is None:  # earlier epochs do not come again
-                self._ready = {k: v for k, v in self._ready.items() if k[0] != number or k[1] in (0, epoch - 1)}
-            self._ready[number, epoch] = self._staged(number, epoch)
-        return self._ready[number, epoch]
-
-    @torch.no_grad()
-    def _staged(self, number: int, epoch: int) -> _Ready:
-        concept = self.concepts[number]
-        images = concept.images
-        masks = [image.mask for image in images]
-        batch = Batch(
-            keys=tuple(image.key for image in images),
-            x=torch.stack([image.pixels for image in images]).float() / 255,
-            mask=None if masks[0] is None else torch.stack(masks),
-            captions=tuple(image.caption for image in images),
-            y=torch.full((len(images),), number),
-            epoch=epoch,
-        )
-        given = batch
-        if self.stage is not None:
-            batch = self.stage(batch)
-            _check_staged(concept.name, given, batch)
-        if self.with_captions and (mute := [i.key for i, c in zip(images, batch.captions, strict=True) if not c]):
-            raise DataError(
-                f"{mute[0]} has no caption: its file's name holds no letter.\n"
-                "  Name the file by its caption, write one into its JSON, or set prompts: templates."
-            )
-        x = batch.x.detach().float().cpu()
-        keys = tuple(f"{concept.name}/{i.stem}@{_digest8(pixels)}" for i, pixels in zip(images, x, strict=True))
-        mask = None if batch.mask is None else batch.mask.detach().float().cpu().contiguous()
-        return _Ready(keys, x, mask, tuple(batch.captions), batch.t_range)
+    def _order(self, concept: Concept, epoch: int) -> list[int]:
+        """The numbers of the concept's pictures in the order of one of its epochs."""
+        chance = KeyedRandom(self.seed, sample_ids([concept.name]), epoch, "concepts")
+        return chance.uniform("order", len(concept.images))[0].argsort(stable=True).tolist()
 
     def _check(self, prompts: str | Sequence[str]) -> None:
         names = [c.name for c in self.concepts]
@@ -250,39 +220,18 @@ class ConceptStream:
             raise DataError(f"of {other[0].key} and {images[0].key} one has a mask and one has none. Load all alike.")
 
 
-def _check_staged(name: str, given: Batch, batch: Batch) -> None:
-    """A stage changes pixels, masks and captions of the pictures that it got, and no more."""
-    n, side = len(given), tuple(given.x.shape)
-    if batch.x is None or tuple(batch.x.shape) != side or batch.captions is None or len(batch.captions) != n:
-        shape = None if batch.x is None else tuple(batch.x.shape)
-        raise ShapeError(f"the stage gave {shape} back for the pictures {side} of {name}; the same shape is wanted.")
-    if batch.mask is not None and tuple(batch.mask.shape) != (n, 1, *side[2:]):
-        raise ShapeError(f"the stage gave masks {tuple(batch.mask.shape)} for {name}; {(n, 1, *side[2:])} is wanted.")
-    low, high = float(batch.x.min()), float(batch.x.max())
-    if not (low >= -1e-6 and high <= 1 + 1e-6):  # so written, NaN is caught
-        raise DataError(f"the stage gave pixels in [{low:g}, {high:g}] for {name}; they must be in [0, 1].")
-
-
-def _digest8(x: Tensor) -> str:
-    """8 hex digits of float pixels [3, H, W]: those of the file's pixels if they are 8-bit levels, as JPEG leaves them."""
-    levels = (x * 255).round().clamp(0, 255).to(torch.uint8)
-    return digest8(levels if torch.equal(levels.float() / 255, x) else x)
-
-
-def _joined(parts: Sequence[Batch]) -> Batch:
-    """The concepts' samples as one batch."""
-    if len({part.t_range for part in parts}) > 1:
-        told = ", ".join(f"{p.keys[0].partition('/')[0]} {p.t_range}" for p in parts)
+def _refuse_unlike(shown: Sequence[Sequence[_Sample]]) -> None:
+    """Raises ConfigError or DataError if the samples of a step differ in timesteps, or in having a mask."""
+    for part in shown:
+        if len(ranges := {sample.t_range for sample in part}) > 1:
+            name = part[0].key.concept
+            raise ConfigError(f"the defense's timesteps of {name} change with the epoch: {ranges}.")
+    if len({part[0].t_range for part in shown}) > 1:
+        told = ", ".join(f"{part[0].key.concept} {part[0].t_range}" for part in shown)
         raise ConfigError(f"the defense wants other timesteps for each concept ({told}). Train them one at a time.")
-    if len({part.mask is None for part in parts}) > 1:
-        bare = next(p.keys[0] for p in parts if p.mask is None)
-        raise DataError(f"{bare} has no mask after the defense and other concepts have one. A batch has all or none.")
-    return Batch(
-        keys=tuple(key for part in parts for key in part.keys),
-        x=torch.cat([part.x for part in parts]),
-        mask=None if parts[0].mask is None else torch.cat([part.mask for part in parts]),
-        y=torch.cat([part.y for part in parts]),
-        captions=tuple(caption for part in parts for caption in part.captions),
-        t_range=parts[0].t_range,
-        epoch=parts[0].epoch,
-    )
+    samples = [sample for part in shown for sample in part]
+    bare = [sample.key for sample in samples if sample.mask is None]
+    if bare and len(bare) < len(samples):
+        raise DataError(
+            f"{bare[0]} has no mask after the defense and other pictures have one. A batch has all or none."
+        )

@@ -21,6 +21,7 @@ from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
 from poisonshield.defenses.diffusion.purify.background import with_background
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.keys import picture_of
 from poisonshield.losses.zone import Zone
 from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
@@ -247,7 +248,7 @@ class SZT(Defense):
             mask=None if mask is None else mask.to(device),
             end=self.config.t_max,
             seed=self.seed,
-            keys=[key.partition("#")[0] for key in batch.keys],
+            keys=[picture_of(key) for key in batch.keys],
         )
         self.resolved = choose_t_min(profile)
         log.info("szt trains from timestep %d on, where the gradients of two purifiers agree.", self.resolved)
@@ -306,7 +307,7 @@ class SZT(Defense):
         mask, given [B, 1, H, W]: the one that counts, and one to compare it with.
         """
         for i, key in enumerate(batch.keys):
-            picture, area = key.partition("#")[0], float(mask[i].mean())
+            picture, area = picture_of(key), float(mask[i].mean())
             if area == 0:
                 raise DataError(
                     f"the mask of {key} is empty, so nothing of it would be trained on.\n"

@@ -1,4 +1,7 @@
-"""What the trainer needs from a backend. The file `backends/<name>.py` holds the class with that `name`."""
+"""What the engine needs from a backend, and what a backend says of itself, so that nobody asks for its name.
+
+The file `backends/<name>.py` holds the class with that `name`.
+"""
 
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -20,9 +23,35 @@ class Backend(Protocol):
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]  # what `poisonshield doctor` says of it in a few words
+    packages: ClassVar[tuple[str, ...]] = ()  # must be installed; each is also the name of an extra of this package
+    zero_stages: ClassVar[tuple[int, ...]] = (0,)  # what `engine.zero_stage` may be
+    drops_steps: ClassVar[bool] = True  # whether `discard` works, which `engine.nonfinite: skip` needs
+    needs_group: ClassVar[bool] = False  # a process group even for one process alone; it then stays open to the end
+
     method: Method  # as built, without wrappers
 
     def __init__(self, config: EngineConfig, optimizer: OptimConfig, device: torch.device) -> None: ...
+
+    @classmethod
+    def check(cls, engine: EngineConfig) -> None:
+        """Raise ValueError for settings that this backend cannot serve together. Called when settings are read."""
+
+    @classmethod
+    def derived(cls, engine: EngineConfig, optimizer: OptimConfig) -> str | None:
+        """The settings that this backend makes from ours, as text for `--print-config`; None if it makes none.
+
+        Raises ConfigError if it cannot serve these two sections together.
+        """
+        return None
+
+    @classmethod
+    def prepare_process(cls, device: torch.device) -> None:
+        """Set what this process needs before the group is joined, and before the backend's package is imported."""
+
+    def describe(self) -> str:
+        """How the backend is called in the lines before the first step."""
+        return self.name
 
     def prepare(self, method: Method) -> None:
         """Take over a method that sits on the device, and build its optimiser."""

@@ -6,7 +6,9 @@ is set by the trainer. A method's whole step is one call of the engine; its inne
 second call of the engine per backward fails at stages 0 to 2 and is silently wrong at stage 3.
 """
 
+import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
+from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.optim import OptimConfig, build_optimizer, set_lr
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import BackendError, CheckpointError
@@ -41,14 +44,43 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimConfig) -> dict[str, 
     }
 
 
-class DeepSpeed:
+class DeepSpeed(Backend):
     """Shards optimiser (1), gradients (2) and weights (3); a sharded checkpoint fits only as many ranks as wrote it."""
 
     name: ClassVar[str] = "deepspeed"
+    summary: ClassVar[str] = "ZeRO 0 to 3, on one process or on those that a launcher starts"
+    packages: ClassVar[tuple[str, ...]] = ("deepspeed",)
+    zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    drops_steps: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = True  # DeepSpeed keeps hold of the first group it sees; a second run needs that one
 
     def __init__(self, config: EngineConfig, optimizer: OptimConfig, device: torch.device) -> None:
         self.config, self.optim_config, self.device = config, optimizer, device
         self.json = deepspeed_config(config, optimizer)
+
+    @classmethod
+    def check(cls, engine: EngineConfig) -> None:
+        """Raises ValueError for bf16 at stage 0."""
+        if engine.precision == "bf16" and engine.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 with deepspeed needs zero_stage 1, 2 or 3: stage 0 has no sharded float32 copy of the "
+                "weights and drifts. Without sharding, backend: plain does the same work."
+            )
+
+    @classmethod
+    def derived(cls, engine: EngineConfig, optimizer: OptimConfig) -> str | None:
+        """The JSON that DeepSpeed gets."""
+        return f"# DeepSpeed gets:\n{json.dumps(deepspeed_config(engine, optimizer), indent=2)}"
+
+    @classmethod
+    def prepare_process(cls, device: torch.device) -> None:
+        """Tell DeepSpeed to use the CPU where we do; it reads this when it is first imported."""
+        if device.type != "cuda":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+
+    def describe(self) -> str:
+        """Name and ZeRO stage."""
+        return f"{self.name}, ZeRO {self.config.zero_stage}"
 
     def prepare(self, method: Method) -> None:
         """Hand method and optimiser to DeepSpeed."""
@@ -68,13 +100,13 @@ class DeepSpeed:
         # for the backward. Its hooks run between these two.
         inner = [m for m in method.modules() if isinstance(m, Method)]
         for module in inner:
-            module.register_forward_hook(lambda _module, _inputs, output: (output.loss, output.metrics))
+            module.register_forward_hook(_unpack_output)
         self.engine, *_ = deepspeed.initialize(
             model=method, model_parameters=trainable, optimizer=optimizer, config=self.json
         )
         for module in inner:
-            module.register_forward_hook(lambda _module, _inputs, output: StepOutput(*output))
-        self.engine.checkpoint_engine = _weights_only(self.engine.checkpoint_engine)
+            module.register_forward_hook(_pack_output)
+        self.engine.checkpoint_engine.load = _load_weights_only
 
     def forward_backward(self, batch: Batch, *, part: int = 0) -> StepOutput:
         """One call of the engine, one backward; DeepSpeed counts the parts of a step itself and divides by them."""
@@ -143,6 +175,16 @@ class DeepSpeed:
         return whole
 
 
+def _unpack_output(_module: Method, _inputs: Any, output: StepOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    """A forward hook: the output as a tuple and a dict, in which ZeRO 3 finds tensors."""
+    return output.loss, output.metrics
+
+
+def _pack_output(_module: Method, _inputs: Any, output: tuple[Tensor, dict[str, Tensor]]) -> StepOutput:
+    """A forward hook: the output as a method gives it, after ZeRO 3 has seen it."""
+    return StepOutput(*output)
+
+
 def _import_deepspeed() -> Any:
     """deepspeed, quiet, and without the shared-memory op that it would otherwise compile on the CPU."""
     try:
@@ -151,34 +193,28 @@ def _import_deepspeed() -> Any:
     except ImportError as err:
         raise BackendError(
             "engine.backend is deepspeed but deepspeed is not installed.\n"
-            "  pip install 'poisonshield[deepspeed]', or set engine.backend: plain."
+            "  pip install '.[deepspeed]', or set engine.backend: plain."
         ) from err
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(_worth_saying)
+    logging.getLogger("DeepSpeed").addFilter(_is_worth_saying)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_worth_saying(record: logging.LogRecord) -> bool:
     """False for "ZeRO with an untested optimizer": SGD and AdamW are tested with every stage here."""
     return "untested optimizer" not in record.getMessage()
 
 
-def _weights_only(writer: Any) -> Any:
-    """DeepSpeed's reader of checkpoint files, made to refuse all but tensors, plain values and its own records."""
+def _load_weights_only(path: str, map_location: Any = None) -> Any:
+    """A checkpoint file of DeepSpeed's, refused if it holds more than tensors, plain values and DeepSpeed's records."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     records = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-    def load(path: str, map_location: Any = None) -> Any:
-        """The same, on as many ranks as wrote it (stage 0: on any number)."""
-        with torch.serialization.safe_globals(records):
-            try:
-                return torch.load(path, map_location=map_location, weights_only=True)
-            except Exception as err:  # torch raises many kinds; none of them names the file
-                raise CheckpointError(f"{path} cannot be read as tensors and plain values: {err}") from err
-
-    writer.load = load
-    return writer
+    with torch.serialization.safe_globals(records):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as err:  # torch raises many kinds; none of them names the file
+            raise CheckpointError(f"{path} cannot be read as tensors and plain values: {err}") from err

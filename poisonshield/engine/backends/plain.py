@@ -3,7 +3,7 @@
 import inspect
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
+from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.checkpoint import load_plain, save_plain
 from poisonshield.engine.optim import OptimConfig, build_optimizer, set_lr
 from poisonshield.engine.settings import EngineConfig
@@ -24,10 +25,11 @@ _BUFFER_SWITCH = (
 )
 
 
-class Plain:
+class Plain(Backend):
     """Every rank holds everything; a checkpoint is rank 0's copy and fits any number of ranks."""
 
     name: ClassVar[str] = "plain"
+    summary: ClassVar[str] = "one process, or DDP where torchrun starts several"
 
     def __init__(self, config: EngineConfig, optimizer: OptimConfig, device: torch.device) -> None:
         self.config, self.optim_config, self.device = config, optimizer, device
@@ -37,11 +39,12 @@ class Plain:
         """Build the optimiser; wrap in DistributedDataParallel where there are several ranks."""
         self.method = method
         self.optimizer = build_optimizer(method, self.optim_config)
-        self.module: nn.Module = method
+        self.wrapper: DistributedDataParallel | None = None
         if collectives.world_size() > 1:
             # Buffers are not broadcast: batch statistics are either synced in the forward or meant to be local.
             # No device_ids: the batch is on the device already, and DDP would try to take a Batch apart.
-            self.module = DistributedDataParallel(method, **{_BUFFER_SWITCH: False})
+            options: dict[str, Any] = {_BUFFER_SWITCH: False}
+            self.wrapper = DistributedDataParallel(method, **options)
 
     def forward_backward(self, batch: Batch, *, part: int = 0) -> StepOutput:
         """Forward under autocast (bf16) or not, one backward. Ranks exchange gradients in a step's last part only."""
@@ -49,10 +52,11 @@ class Plain:
             if self.config.nonfinite == "skip":
                 self._buffers_before = [b.clone() for b in self.method.buffers()]
             self.optimizer.zero_grad(set_to_none=True)
-        alone = part < self.config.accumulate - 1 and self.module is not self.method
-        with self.module.no_sync() if alone else nullcontext():
+        module = self.method if self.wrapper is None else self.wrapper
+        more_to_come = part < self.config.accumulate - 1
+        with self.wrapper.no_sync() if self.wrapper is not None and more_to_come else nullcontext():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                output = self.module(batch)
+                output = module(batch)
             (output.loss / self.config.accumulate).backward()
         return StepOutput(output.loss.detach(), {k: v.detach() for k, v in output.metrics.items()})
 
@@ -74,7 +78,7 @@ class Plain:
         """Gradients dropped, buffers as before the forward."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for buffer, before in zip(self.method.buffers(), self._buffers_before):
+            for buffer, before in zip(self.method.buffers(), self._buffers_before, strict=False):
                 buffer.copy_(before)
 
     def save(self, folder: Path) -> None:

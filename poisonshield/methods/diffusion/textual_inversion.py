@@ -1,8 +1,8 @@
 """Textual inversion: new words for a frozen pipeline, learned from a few pictures each. Source: Gal et al. 2022.
 
 The learned vectors are a parameter of their own, so no other row of the vocabulary can move, by weight decay or
-otherwise. Many words train in one batch: a sample sees its own word only and losses are summed over words, so under Adam
-each word goes the way that it would go alone.
+otherwise. Many words train in one batch: a sample sees its own word only and losses are summed over words, so under
+Adam each word goes the way that it would go alone.
 """
 
 import logging
@@ -18,6 +18,7 @@ from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.keys import slot_of
 from poisonshield.losses.zone import Zone, latent_mask, zone_loss
 from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.latents import LatentCache
@@ -38,24 +39,33 @@ class TextualInversion(DiffusionMethod):
     name: ClassVar[str] = "textual_inversion"
 
     class Config(Settings):
-        """vectors: k, of one word. init: a word of one token whose vector they start from, "normal:STD" or "zeros"; a
-        mapping from concept to such. vae: the posterior's mean, or a sample drawn every step. cache_latents: encode each
-        picture once. min_snr: gamma of Hang et al.'s weights. keep_norm: after each step, scale the vectors to the
-        vocabulary's median norm.
-        """
+        """How many vectors a word has, where they start, and how their loss is weighed."""
 
-        vectors: int = Field(1, ge=1)
-        init: str | dict[str, str] = "normal:0.02"
-        vae: Literal["mean", "sample"] = "mean"
-        cache_latents: bool = True
-        min_snr: float | None = Field(None, gt=0)
-        keep_norm: bool = False
+        vectors: int = Field(1, ge=1, description="Vectors of one word, each as wide as a token's.")
+        init: str | dict[str, str] = Field(
+            "normal:0.02",
+            description="Where vectors start: a word of one token, normal:STD or zeros; or a mapping from each concept "
+            "to one of these.",
+        )
+        vae: Literal["mean", "sample"] = Field(
+            "mean", description="Which latents a picture has: the posterior's mean, or a sample drawn at every step."
+        )
+        cache_latents: bool = Field(True, description="Encode each picture once, and keep its latents in memory.")
+        min_snr: float | None = Field(
+            None,
+            gt=0,
+            description="Gamma of Hang et al.'s min-SNR weights (2023), 5 as a rule; null weighs all timesteps alike.",
+        )
+        keep_norm: bool = Field(
+            False, description="After each step, scale the vectors to the median norm of the vocabulary."
+        )
 
     def __init__(
         self, config: Config, *, model: LatentDiffusion, tokens: Mapping[str, str], seed: int, samples: int = 1
     ) -> None:
-        """tokens: concept -> placeholder; added to the model's vocabulary here. samples: of a concept in one step, on
-        all ranks together. Raises ConfigError for words that the vocabulary knows.
+        """A method that learns a word for each concept of `tokens`, concept -> placeholder, added to the model here.
+
+        samples: of a concept in one step, on all ranks together. Raises ConfigError for words that the model knows.
         """
         super().__init__()
         self.config, self.seed, self.samples = config, seed, samples
@@ -63,17 +73,31 @@ class TextualInversion(DiffusionMethod):
         self.placeholders = {name: model.add_placeholder(token, config.vectors) for name, token in tokens.items()}
         self.vectors = nn.Parameter(torch.cat([self._start(name) for name in tokens]))
         self._ids: dict[str, Tensor] = {}
-        self._told = False
+        self._warned = False
 
     @property
     def model(self) -> LatentDiffusion:
         """The frozen pipeline."""
         return self._frozen[0]
 
-    def start_words(self) -> tuple[str | None, ...]:
-        """method.init of each concept, where that is a word."""
-        init = self.config.init
-        return tuple(start_word(init[name] if isinstance(init, dict) else init) for name in self.placeholders)
+    @classmethod
+    def check(cls, config: Config, *, zero_stage: int) -> None:
+        """keep_norm moves the vectors themselves, and sharded optimisers move copies that it never sees."""
+        if config.keep_norm and zero_stage > 0:
+            raise ConfigError(
+                f"method.keep_norm moves the vectors after each step, and engine.zero_stage {zero_stage} would put them "
+                "back. Set zero_stage: 0, or backend: plain; vectors are too few to be worth sharding."
+            )
+
+    @classmethod
+    def start_word(cls, config: Config, concept: str | None = None) -> str | None:
+        """`init`, where that is a word; of all concepts the first that is none decides."""
+        if isinstance(config.init, str):
+            return _word(config.init)
+        if concept is not None:
+            return _word(config.init[concept])
+        words = [_word(init) for init in config.init.values()]
+        return None if None in words or not words else words[0]
 
     def rows(self, name: str) -> Tensor:
         """The vectors [k, d] of a concept."""
@@ -83,65 +107,79 @@ class TextualInversion(DiffusionMethod):
 
     def forward(self, batch: Batch) -> StepOutput:
         """The sum over concepts of the mean loss of each one's samples."""
+        assert batch.x is not None and batch.y is not None and batch.captions is not None  # a concept stream has all
         model, cache = self._frozen
         rng = batch.random(self.seed, batch.x.device)
-        noise_of = lambda purpose, like: rng.normal(purpose, like[0].numel()).view_as(like).to(like.dtype)
+
+        def normal(purpose: str, like: Tensor) -> Tensor:
+            return rng.normal(purpose, like[0].numel()).view_as(like).to(like.dtype)
+
         posterior = None
         if self.config.vae == "sample":
             side = [s // model.factor for s in batch.x.shape[2:]]
-            posterior = noise_of("posterior", batch.x.new_empty(len(batch), model.latent_channels, *side))
+            posterior = normal("posterior", batch.x.new_empty(len(batch), model.latent_channels, *side))
         z = cache(batch, noise=posterior)
-        t, noise = self.timesteps(batch), noise_of("noise", z)
+        t, noise = self.timesteps(batch), normal("noise", z)
         context = model.text(self._tokens(batch.captions), self.vectors)
         pred = model.predict(model.noised(z, t, noise), t, context)
-        losses = self._losses(pred, model.target(z, t, noise), t, batch)  # [B]
+        losses = self._losses(pred, model.target(z, t, noise), t, batch, batch.y)  # [B]
+        # Each concept has weight 1, so that its step does not depend on how many samples it has in the batch.
         counts = torch.bincount(batch.y, minlength=len(self.placeholders)).to(losses.dtype)
         return StepOutput((losses / counts[batch.y]).sum(), {"per_concept": losses.mean()})
 
     def timesteps(self, batch: Batch) -> Tensor:
         """int64 [B], from batch.t_range or all of them."""
-        u = batch.random(self.seed, batch.x.device).uniform("t", 1)[:, 0]
+        device = None if batch.x is None else batch.x.device
+        u = batch.random(self.seed, device).uniform("t", 1)[:, 0]
         t_range = batch.t_range or (0, self.model.num_timesteps)
         stratum = None
         if self.t_sampler == "stratified":
-            stratum = torch.tensor([int(key.rpartition("#")[2]) for key in batch.keys], device=u.device)
+            stratum = torch.tensor([slot_of(key) for key in batch.keys], device=u.device)
         return draw_timesteps(u, t_range=t_range, sampler=self.t_sampler, stratum=stratum, strata=self.samples)
 
-    def _losses(self, pred: Tensor, target: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def _losses(self, pred: Tensor, target: Tensor, t: Tensor, batch: Batch, y: Tensor) -> Tensor:
         """[B]; those of one concept have its loss as their mean."""
-        zone, mask = self.zone or Zone(), None
-        if batch.mask is not None:
-            if self.zone is None:
-                raise DataError(
-                    f"{batch.keys[0]} comes with a mask, and nothing in this run uses masks.\n"
-                    "  Add the defense szt with a mask, or set data.masks: null."
-                )
-            mask = latent_mask(batch.mask, tuple(pred.shape[-2:]), zone)
-        if zone.norm == "batch":  # its terms share one denominator, which must be the concept's own
-            losses = pred.new_zeros(len(pred))
-            for y in batch.y.unique():
-                own = batch.y == y
-                losses = losses.index_put(
-                    (own.nonzero()[:, 0],), zone_loss(pred[own], target[own], None if mask is None else mask[own], zone)
-                )
-            if mask is not None:
-                losses = losses * self._share(mask, batch.y)
+        zone = self.zone or Zone()
+        mask = self._latent_mask(batch, pred, zone)
+        if zone.norm == "batch":
+            losses = self._losses_by_concept(pred, target, mask, y, zone)
         else:
             losses = zone_loss(pred, target, mask, zone)
-        return losses if self.config.min_snr is None else losses * self._snr_weight(t, batch)
+        gamma = self.config.min_snr
+        return losses if gamma is None else losses * self._snr_weight(gamma, t, batch)
+
+    def _latent_mask(self, batch: Batch, pred: Tensor, zone: Zone) -> Tensor | None:
+        """The batch's mask [B, 1, h, w] at the size of pred [B, C, h, w]. Raises DataError if nothing uses masks."""
+        if batch.mask is None:
+            return None
+        if self.zone is None:
+            raise DataError(
+                f"{batch.keys[0]} comes with a mask, and nothing in this run uses masks.\n"
+                "  Add the defense szt with a mask, or set data.masks: null."
+            )
+        return latent_mask(batch.mask, (pred.shape[-2], pred.shape[-1]), zone)
+
+    def _losses_by_concept(self, pred: Tensor, target: Tensor, mask: Tensor | None, y: Tensor, zone: Zone) -> Tensor:
+        """[B], each concept by itself: the terms of norm "batch" share one denominator, which must be its own."""
+        losses = pred.new_zeros(len(pred))
+        for concept in y.unique():
+            own = y == concept
+            terms = zone_loss(pred[own], target[own], None if mask is None else mask[own], zone)
+            losses = losses.index_put((own.nonzero()[:, 0],), terms)
+        return losses if mask is None else losses * self._share(mask, y)
 
     def _share(self, mask: Tensor, y: Tensor) -> Tensor:
-        """[B]: this rank's part of each concept's mask in the global batch, times the ranks. 1 where there is one rank."""
+        """[B]: this rank's part of each concept's mask in the global batch, times the ranks; 1 for one rank."""
         area = mask.new_zeros(len(self.placeholders)).index_add(0, y, mask.flatten(1).sum(1))
         total = collectives.all_reduce_sum(area)
         return (collectives.world_size() * area / total.clamp(min=torch.finfo(area.dtype).tiny))[y]
 
-    def _snr_weight(self, t: Tensor, batch: Batch) -> Tensor:
+    def _snr_weight(self, gamma: float, t: Tensor, batch: Batch) -> Tensor:
         """min(SNR, gamma) / SNR, for v-prediction / (SNR + 1)."""
-        gamma, snr = self.config.min_snr, self.model.snr().to(t.device)
+        snr = self.model.snr().to(t.device)
         first = (batch.t_range or (0, 0))[0] if self.t_sampler != "soft" else 0
-        if not self._told and self.model.prediction_type == "epsilon" and bool((snr[first:] <= gamma).all()):
-            self._told = True
+        if not self._warned and self.model.prediction_type == "epsilon" and bool((snr[first:] <= gamma).all()):
+            self._warned = True
             log.warning("min_snr %g changes nothing: from t = %d on the ratio is below it everywhere.", gamma, first)
         over = snr[t] + (1 if self.model.prediction_type == "v" else 0)
         return (snr[t].clamp(max=gamma) / over).float()
@@ -154,6 +192,7 @@ class TextualInversion(DiffusionMethod):
             self.vectors.mul_(norm / self.vectors.norm(dim=1, keepdim=True))
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
+        # The prompts come again and again, and reading them is slow beside a small step.
         new = [c for c in dict.fromkeys(captions) if c not in self._ids]
         if new:
             self._ids.update(zip(new, self.model.tokens(new), strict=True))
@@ -177,10 +216,12 @@ class TextualInversion(DiffusionMethod):
                 scale = float(std)
             except ValueError:
                 scale = math.nan
+            # nan too: it is not larger than 0.
             if not scale > 0:
                 raise ConfigError(
                     f"method.init {init!r}: write normal:STD with a positive number, such as normal:0.02."
                 )
+            # By the name, so that a concept starts alike alone and among others.
             return KeyedRandom(self.seed, sample_ids([name])).normal("init", k * width).view(k, width) * scale
         return self.model.word_vector(init).cpu().expand(k, width).clone()
 
@@ -188,10 +229,10 @@ class TextualInversion(DiffusionMethod):
         """The frozen pipeline moves along, though it is no part of the state."""
         super()._apply(fn, recurse)
         self.model._apply(fn, recurse)
-        self._ids = {}
+        self._ids = {}  # they may lie on another device now
         return self
 
 
-def start_word(init: str) -> str | None:
+def _word(init: str) -> str | None:
     """The word that an entry of `init` names; None for zeros and normal:STD."""
     return None if init == "zeros" or init.startswith("normal:") else init

@@ -34,6 +34,7 @@ class Learned:
         v = self.vectors
         if v.dim() != 2 or v.shape[0] < 1 or v.shape[1] < 1 or not v.is_floating_point():
             raise ShapeError(f"the vectors of {self.token!r} are {v.dtype} {tuple(v.shape)}; floats [k, d] are wanted.")
+        # The record is frozen; its own constructor is the one place that may still set a field.
         object.__setattr__(self, "vectors", v.detach().to("cpu", torch.float32).contiguous())
 
 
@@ -59,6 +60,7 @@ def save_embedding(learned: Learned, path: str | Path, form: Form = "diffusers")
     elif form == "kohya":
         data = safetensors_bytes({"emb_params": vectors}, metadata={"token": learned.token})
     else:
+        # As diffusers writes it: a word of one vector has no first dimension.
         data = safetensors_bytes({learned.token: vectors[0] if len(vectors) == 1 else vectors})
     _write(path, data)
 
@@ -76,27 +78,33 @@ def load_embedding(path: str | Path, token: str | None = None, *, width: int | N
     content, named = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}; an embedding file holds a table of tensors.")
+    vectors: Any
+    word: Any
     if "string_to_param" in content:
-        found, vectors, named = "a1111", _a1111(path, content["string_to_param"]), content.get("name")
+        form, vectors, word = "a1111", _a1111(path, content["string_to_param"]), content.get("name")
     elif "emb_params" in content:
-        found, vectors = "kohya", content["emb_params"]
+        form, vectors, word = "kohya", content["emb_params"], named
     else:
-        found, (named, vectors) = "diffusers", _only_word(path, content, token)
-    if not isinstance(vectors, Tensor) or vectors.layout != torch.strided or not vectors.is_floating_point():
-        told = f"{vectors.dtype} {vectors.layout}" if isinstance(vectors, Tensor) else type(vectors).__name__
-        raise DataError(f"{path} ({found} form): the vectors are {told}; a dense tensor of floats is wanted.")
-    if vectors.dim() not in (1, 2) or 0 in vectors.shape:
-        raise DataError(
-            f"{path} ({found} form): the vectors have shape {list(vectors.shape)}; [d] or [k, d] is wanted."
-        )
-    if not bool(torch.isfinite(vectors).all()):
-        raise DataError(f"{path} ({found} form): the vectors are not finite. Train the word again.")
+        form, (word, vectors) = "diffusers", _only_word(path, content, token)
+    _check_vectors(f"{path} ({form} form)", vectors)
     if width is not None and vectors.shape[-1] != width:
         raise DataError(
-            f"{path}: its vectors are {vectors.shape[-1]} wide and {width} is wanted. It was learned for another text encoder."
+            f"{path}: its vectors are {vectors.shape[-1]} wide and {width} is wanted. "
+            "It was learned for another text encoder."
         )
-    word = token or (named if isinstance(named, str) and named else path.stem)
-    return Learned(word, vectors.reshape(-1, vectors.shape[-1]))
+    found = word if isinstance(word, str) and word else path.stem
+    return Learned(token or found, vectors.reshape(-1, vectors.shape[-1]))
+
+
+def _check_vectors(where: str, vectors: Any) -> None:
+    """Raises DataError unless these are finite floats [d] or [k, d]."""
+    if not isinstance(vectors, Tensor) or vectors.layout != torch.strided or not vectors.is_floating_point():
+        given = f"{vectors.dtype} {vectors.layout}" if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise DataError(f"{where}: the vectors are {given}; a dense tensor of floats is wanted.")
+    if vectors.dim() not in (1, 2) or 0 in vectors.shape:
+        raise DataError(f"{where}: the vectors have shape {list(vectors.shape)}; [d] or [k, d] is wanted.")
+    if not bool(torch.isfinite(vectors).all()):
+        raise DataError(f"{where}: the vectors are not finite. Train the word again.")
 
 
 def _a1111(path: Path, params: Any) -> Any:
@@ -112,9 +120,9 @@ def _only_word(path: Path, content: dict[str, Any], token: str | None) -> tuple[
         return words[0], content[words[0]]
     if token in words:
         return token, content[token]
-    shown = ", ".join(repr(w) for w in words[:6]) or "none"
+    names = ", ".join(repr(w) for w in words[:6]) or "none"
     raise DataError(
-        f"{path} has {len(content)} entries ({shown}); the file of one learned word is wanted.\n"
+        f"{path} has {len(content)} entries ({names}); the file of one learned word is wanted.\n"
         "  If it holds several words, say which by `token`; files for two text encoders are not read."
     )
 
@@ -142,11 +150,13 @@ def _read_pickled(path: Path) -> tuple[Any, None]:
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, since two runs may write the same word at once.
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
+            # On the disk before the rename is, or a crash could leave an empty file of the right name.
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

@@ -26,7 +26,7 @@ _AGAIN = "  Copy or download it again"
 
 
 def check_folder(path: Path) -> None:
-    """Raise ConfigError for a folder that is no Stable Diffusion pipeline, DataError naming a file that is not whole."""
+    """Raises ConfigError for a folder that is no Stable Diffusion pipeline, DataError naming a file that is damaged."""
     for part, name in _SETTINGS.items():
         if not (path / part / name).is_file():
             raise ConfigError(
@@ -34,6 +34,7 @@ def check_folder(path: Path) -> None:
                 "  Give a folder that diffusers' save_pretrained wrote, or `tiny` for the shipped pipeline."
             )
         _read_json(path / part / name)
+    # The tokenizer and the scheduler have no weights.
     for part in _WEIGHTS:
         for file in _weights(path / part):
             _check_weights(file)
@@ -66,6 +67,7 @@ def refuse_missing(part: Path, missing: list[str]) -> None:
 
 def _weights(part: Path) -> list[Path]:
     """The files that hold a part's weights. Raises DataError if there is none, or a part of many is missing."""
+    # A large part lies in several files, and an index says which.
     names = [f"{name}{index}" for name in _WEIGHTS[part.name] for index in ("", ".index.json")]
     found = next((part / name for name in names if (part / name).is_file()), None)
     if found is None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
+from poisonshield.keys import picture_of
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 
 class LatentCache:
-    """`cache(batch)` is the scaled latents of batch.x, float32 [B, C, h, w]; new keys are encoded, known ones looked up.
+    """`cache(batch)` is the scaled latents of batch.x, float32 [B, C, h, w]; only new keys are encoded.
 
     sample: a posterior sample with the numbers of `noise`, instead of the mean. enabled: False encodes every time.
     """
@@ -23,9 +24,10 @@ class LatentCache:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, *, noise: Tensor | None = None) -> Tensor:
+        assert batch.x is not None  # streams of concepts and captioned pictures always give pixels
         if not self.enabled:
             return self.model.encode(batch.x, noise=noise)
-        pictures = [key.partition("#")[0] for key in batch.keys]
+        pictures = [picture_of(key) for key in batch.keys]
         for i, picture in enumerate(pictures):
             if picture not in self.known:  # one by one: rounding must not depend on which are new together
                 mean, std = self.model.posterior(batch.x[i : i + 1])
@@ -33,4 +35,5 @@ class LatentCache:
         mean = torch.stack([self.known[p][0] for p in pictures])
         if noise is None:
             return self.model.scale(mean)
+        # The sample, not kept: its noise is new in every step.
         return self.model.scale(mean + torch.stack([self.known[p][1] for p in pictures]) * noise)

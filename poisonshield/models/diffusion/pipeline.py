@@ -1,8 +1,8 @@
 """A frozen latent diffusion model, read from a diffusers Stable Diffusion folder: the one door to diffusers.
 
-Pixels are [0, 1] here as everywhere; the VAE's own [-1, 1] stays inside. Learned token vectors are never written into the
-text encoder: they are given to `text`, and a hook lays them over the embedding's output, so gradients reach them alone.
-Nothing is fetched: a folder that lacks a part is refused by name. `tiny` is the pipeline that ships with the package.
+Pixels are [0, 1] here as everywhere; the VAE's own [-1, 1] stays inside. Learned token vectors are never written into
+the text encoder: they are given to `text`, and a hook lays them over the embedding's output, so gradients reach them
+alone. Nothing is fetched: a folder that lacks a part is refused by name. `tiny` is the pipeline that is shipped.
 """
 
 import hashlib
@@ -23,8 +23,15 @@ from poisonshield.errors import ConfigError, ShapeError
 from poisonshield.models.diffusion.files import check_folder, reading, refuse_missing
 from poisonshield.ops.diffusion import q_sample
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What settings and options call the types of a pipeline's networks."""
+
 TINY = Path(str(resources.files("poisonshield.models.diffusion"))) / "tiny"
 """The shipped pipeline: a rendered world of shapes and colours at 64 pixels."""
+
+
+Part = Any
+"""A part of diffusers or transformers, whose settings (`config`) and inner parts only the running object declares."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +48,28 @@ class Placeholder:
         return (self.token, *(f"{self.token}_{i}" for i in range(1, self.count)))
 
 
+@dataclass
+class _TextCall:
+    """What the running call of `text` is about: the learned rows [R, d] if there are any, and its ids [B, L]."""
+
+    rows: Tensor | None = None
+    ids: Tensor | None = None
+
+
 class LatentDiffusion(nn.Module):
     """VAE, U-Net, text encoder, tokenizer and noise schedule of one folder; no weight of it requires gradients.
 
-    prediction_type: "epsilon" or "v". alphas_cumprod [T] float32. factor: pixels per latent cell.
+    prediction_type: "epsilon" or "v". alphas_cumprod [T] float32. factor: pixels per latent cell. vocabulary: how many
+    words the text encoder has rows for; learned ones have the ids from there on.
     """
 
+    vae: Part
+    unet: Part
+    text_encoder: Part
+    alphas_cumprod: Tensor
+
     def __init__(
-        self,
-        vae: nn.Module,
-        unet: nn.Module,
-        text_encoder: nn.Module,
-        tokenizer: object,
-        scheduler: object,
-        *,
-        name: str = "given",
+        self, vae: Part, unet: Part, text_encoder: Part, tokenizer: Part, scheduler: Part, *, name: str = "given"
     ) -> None:
         super().__init__()
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
@@ -64,13 +78,15 @@ class LatentDiffusion(nn.Module):
         if prediction not in ("epsilon", "v_prediction"):
             raise ConfigError(f"pipeline {name} predicts {prediction!r}; epsilon and v_prediction are supported.")
         self.prediction_type = "v" if prediction == "v_prediction" else "epsilon"
+        # Not saved with the weights: the scheduler's settings give it again.
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float().clone(), persistent=False)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.placeholders: dict[str, Placeholder] = {}
-        self.vocabulary = text_encoder.get_input_embeddings().num_embeddings
-        # (rows, ids) of the running call of `text`; in a list, since a parameter set as an attribute would be registered.
-        self._call: list[Tensor | None] = [None, None]
+        self.vocabulary: int = text_encoder.get_input_embeddings().num_embeddings
+        # In a record of its own, since rows may be a parameter, and one set as an attribute would be registered.
+        self._call = _TextCall()
         embedding = text_encoder.get_input_embeddings()
+        # Ids of learned words lie beyond the embedding's table: one hook hides them from it, one fills their rows in.
         embedding.register_forward_pre_hook(self._hide_learned)
         embedding.register_forward_hook(self._show_learned)
         self.requires_grad_(False).eval()
@@ -84,6 +100,7 @@ class LatentDiffusion(nn.Module):
         """
         path = TINY if str(folder) == "tiny" else Path(folder)
         check_folder(path)
+        # A missing file would be asked for over the network otherwise.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -99,6 +116,7 @@ class LatentDiffusion(nn.Module):
                 refuse_missing(path / part, made[1]["missing_keys"])
                 return made[0]
 
+        # The loading info names weights that the file lacks; they would be random numbers.
         network = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
         return cls(
             read(AutoencoderKL, "vae", **network),
@@ -111,23 +129,23 @@ class LatentDiffusion(nn.Module):
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
+        """How many timesteps the noise schedule has, T."""
         return len(self.alphas_cumprod)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the networks' weights. Latents, noise and losses are float32 (float64 where the networks are)."""
+        """The precision of the weights. Latents, noise and losses are float32 (float64 where the networks are)."""
         return self.unet.dtype
 
     @property
     def latent_channels(self) -> int:
         """C of latents [B, C, h, w]."""
-        return self.vae.config.latent_channels
+        return int(self.vae.config.latent_channels)
 
     @property
     def width(self) -> int:
         """The size of one token vector."""
-        return self.text_encoder.config.hidden_size
+        return int(self.text_encoder.config.hidden_size)
 
     def digest(self) -> str:
         """A hash of what decides the results: weights, settings of the networks and the schedule, and the vocabulary.
@@ -136,6 +154,7 @@ class LatentDiffusion(nn.Module):
         """
         out = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
+            # As bytes, because numpy knows no bfloat16.
             out.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         # Keys that begin with _ tell how a file was written and read; one is a list in the order of a set.
         settings = [
@@ -163,17 +182,17 @@ class LatentDiffusion(nn.Module):
         return self._full(posterior.mean), self._full(posterior.std)
 
     def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents z [B, C, h, w] of x [B, 3, H, W] in [0, 1]: the posterior's mean, or with `noise` its sample."""
+        """Scaled latents z [B, C, h, w] of x [B, 3, H, W] in [0, 1]: the posterior's mean, with `noise` its sample."""
         mean, std = self.posterior(x)
         return self.scale(mean if noise is None else mean + std * noise)
 
     def scale(self, z: Tensor) -> Tensor:
         """The VAE's latents as the U-Net wants them."""
-        return (z - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
+        return (z - self._shift) * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] of scaled latents, not clipped. Differentiable."""
-        z = z / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+        z = z / self.vae.config.scaling_factor + self._shift
         return self._full(self.vae.decode(z.to(self.dtype)).sample) / 2 + 0.5
 
     # Text
@@ -197,8 +216,8 @@ class LatentDiffusion(nn.Module):
         ids = [self.tokenizer.convert_tokens_to_ids(w) for w in placeholder.words]
         if ids != list(range(first, first + count)):
             raise ConfigError(
-                f"the tokenizer of {self.name} gives {token!r} the ids {ids}, and its text encoder has {self.vocabulary} "
-                f"rows, so {first} was wanted. The two do not belong together."
+                f"the tokenizer of {self.name} gives {token!r} the ids {ids}, and its text encoder has "
+                f"{self.vocabulary} rows, so {first} was wanted. The two do not belong together."
             )
         self.placeholders[token] = placeholder
         return placeholder
@@ -216,7 +235,7 @@ class LatentDiffusion(nn.Module):
         """Token ids int64 [B, L], padded. Raises ConfigError if a placeholder falls off the end."""
         texts = list(prompts)
         if self.placeholders:
-            longest_first = sorted(self.placeholders, key=len, reverse=True)
+            longest_first = sorted(self.placeholders, key=len, reverse=True)  # <cats> before <cat, if both are words
             pattern = re.compile("|".join(map(re.escape, longest_first)))
             texts = [pattern.sub(lambda m: " ".join(self.placeholders[m[0]].words), prompt) for prompt in prompts]
         length = self.tokenizer.model_max_length
@@ -225,6 +244,7 @@ class LatentDiffusion(nn.Module):
         for prompt, row in zip(prompts, ids, strict=True):
             for token in pattern.findall(prompt) if self.placeholders else ():
                 last = self.placeholders[token].first + self.placeholders[token].count - 1
+                # Where its last word is, all words before it are.
                 if int((row == last).sum()) == 0:
                     raise ConfigError(f"{prompt!r} is longer than {length} tokens, and {token} falls off its end.")
         return ids.to(self.alphas_cumprod.device)
@@ -233,7 +253,7 @@ class LatentDiffusion(nn.Module):
         """The context [B, L, d_c] of ids [B, L]. rows [R, d]: the vectors of all placeholders; gradients reach them."""
         if rows is None and bool((ids >= self.vocabulary).any()):
             raise ConfigError("a prompt holds a placeholder, and no vectors were given for it.")
-        with self._learned(rows):
+        with self._lend(rows):
             return self.text_encoder(ids).last_hidden_state
 
     def prompts(self, prompts: Sequence[str], rows: Tensor | None = None) -> Tensor:
@@ -247,18 +267,18 @@ class LatentDiffusion(nn.Module):
         return q_sample(z, t, self.alphas_cumprod.to(z.dtype), noise=noise, return_noise=False)[0]
 
     def predict(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """What the U-Net says of z_t: the noise, or the velocity where prediction_type is "v"."""
+        """The U-Net's prediction [B, C, h, w] for z_t: the noise, or the velocity where prediction_type is "v"."""
         return self._full(self.unet(z_t.to(self.dtype), t, encoder_hidden_states=context.to(self.dtype)).sample)
 
     def target(self, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What `predict` should say."""
+        """What `predict` should give, [B, C, h, w]."""
         if self.prediction_type == "epsilon":
             return noise
         a = self.alphas_cumprod.to(z.dtype)[t].view(-1, 1, 1, 1)
         return a.sqrt() * noise - (1 - a).sqrt() * z
 
     def epsilon(self, pred: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction means."""
+        """The noise [B, C, h, w] that follows from a prediction."""
         if self.prediction_type == "epsilon":
             return pred
         a = self.alphas_cumprod.to(pred.dtype)[t].view(-1, 1, 1, 1)
@@ -269,24 +289,32 @@ class LatentDiffusion(nn.Module):
         a = self.alphas_cumprod.double()
         return a / (1 - a)
 
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0  # older VAEs have none, and some files say null
+
     def _full(self, x: Tensor) -> Tensor:
+        """x in float32 at least, whatever the networks' precision."""
         return x if x.dtype == torch.float64 else x.float()
 
     @contextmanager
-    def _learned(self, rows: Tensor | None) -> Iterator[None]:
-        self._call[0] = rows
+    def _lend(self, rows: Tensor | None) -> Iterator[None]:
+        """Inside, the text encoder's embedding has these rows too."""
+        self._call.rows = rows
         try:
             yield
         finally:
-            self._call[:] = [None, None]
+            self._call = _TextCall()
 
     def _hide_learned(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._call[1] = args[0]
+        """Gives the embedding some known word in the place of every learned one."""
+        self._call.ids = args[0]
         return (args[0].clamp(max=self.vocabulary - 1), *args[1:])
 
     def _show_learned(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        rows, ids = self._call
-        if rows is None:
+        """Lays the learned rows over the embedding's output where their words stand."""
+        rows, ids = self._call.rows, self._call.ids
+        if rows is None or ids is None:
             return out
         learned = ids >= self.vocabulary
         rows = rows[(ids - self.vocabulary).clamp(min=0)].to(out.dtype)

@@ -39,7 +39,9 @@ def sample(
     _check(model, context, noise, steps=steps, guidance=guidance, uncond=uncond, switch=switch, micro_batch=micro_batch)
     device = model.alphas_cumprod.device
     context, noise = context.to(device), noise.to(device)
-    if guidance != 1:
+    if guidance == 1:
+        uncond = None
+    else:
         uncond = model.prompts([""]) if uncond is None else uncond
         uncond = uncond.to(context).expand(len(context), -1, -1)
     pictures = []
@@ -51,7 +53,7 @@ def sample(
             noise[rows],
             steps=steps,
             guidance=guidance,
-            uncond=None if guidance == 1 else uncond[rows],
+            uncond=None if uncond is None else uncond[rows],
             switch=None if switch is None else (switch[0], switch[1].to(context)[rows]),
         )
         pictures.append(model.decode(z).clamp(0, 1))
@@ -61,9 +63,9 @@ def sample(
 def ddim(model: LatentDiffusion, steps: int) -> Any:
     """diffusers' DDIMScheduler with the pipeline's noise schedule, set to `steps` timesteps.
 
-    As StableDiffusionPipeline takes it, whatever the folder was written for: nothing is clipped and the last timestep is
-    1. Schedulers of folders that do not say so (Euler, DPM) would have latents clipped at 1. With as many steps as there
-    are timesteps the last one is 0, since the first would lie beyond them all.
+    As StableDiffusionPipeline takes it, whatever the folder was written for: nothing is clipped and the last timestep
+    is 1. Schedulers of folders that do not say so (Euler, DPM) would have latents clipped at 1. With as many steps as
+    there are timesteps the last one is 0, since the first would lie beyond them all.
     """
     from diffusers import DDIMScheduler
 
@@ -91,7 +93,7 @@ def latent_shape(model: LatentDiffusion, size: int | None = None) -> tuple[int, 
 
     Raises ShapeError if size is no multiple of the pixels in a latent cell.
     """
-    side = model.unet.config.sample_size if size is None else size // model.factor
+    side = int(model.unet.config.sample_size) if size is None else size // model.factor
     if size is not None and size % model.factor:
         raise ShapeError(f"pictures of {size} pixels do not divide into latent cells of {model.factor}.")
     return model.latent_channels, side, side
@@ -122,15 +124,16 @@ def _denoise(
     scheduler = ddim(model, steps)
     z = z * scheduler.init_noise_sigma
     for t in scheduler.timesteps.tolist():
-        spoken = context if switch is None or t >= switch[0] else switch[1]
+        current = context if switch is None or t >= switch[0] else switch[1]
         if uncond is None:
-            pred = model.predict(z, torch.full((len(z),), t, device=z.device), spoken)
+            pred = model.predict(z, torch.full((len(z),), t, device=z.device), current)
         else:
-            both = torch.cat([uncond, spoken])
-            without, with_ = model.predict(torch.cat([z, z]), torch.full((len(both),), t, device=z.device), both).chunk(
-                2
-            )
-            pred = without + guidance * (with_ - without)
+            # One pass of the network for both, as diffusers does.
+            both = torch.cat([uncond, current])
+            times = torch.full((len(both),), t, device=z.device)
+            without, guided = model.predict(torch.cat([z, z]), times, both).chunk(2)
+            pred = without + guidance * (guided - without)
+        # Without fresh noise: a picture is a function of its start and its context.
         z = scheduler.step(pred, t, z, eta=0.0).prev_sample
     return z
 
@@ -148,8 +151,8 @@ def _check(
 ) -> None:
     if context.dim() != 3 or noise.dim() != 4 or len(context) != len(noise) or not len(noise):
         raise ShapeError(
-            f"context {tuple(context.shape)} and noise {tuple(noise.shape)}: [B, L, d] and [B, C, h, w] with one and the "
-            "same B of at least 1 are wanted."
+            f"context {tuple(context.shape)} and noise {tuple(noise.shape)}: [B, L, d] and [B, C, h, w] with one and "
+            "the same B of at least 1 are wanted."
         )
     if noise.shape[1] != model.latent_channels:
         raise ShapeError(

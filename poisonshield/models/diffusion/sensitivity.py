@@ -1,4 +1,4 @@
-"""Semantic sensitivity maps: which positions of a picture speak to the learned words of a prompt, timestep by timestep.
+"""Maps of semantic sensitivity: which positions of a picture speak to a prompt's learned words, timestep by timestep.
 
 With v the learned rows, e = prediction - target at one draw of the noise, and l_p the sum of e^2 over channels at p:
   loss_grad  ||d l_p / dv||  where learning comes from
@@ -30,8 +30,8 @@ from poisonshield.random import KeyedRandom, sample_ids
 
 log = logging.getLogger(__name__)
 
-MODES = ("loss_grad", "pred_jac", "input_sal", "delta", "signed")
 Mode = Literal["loss_grad", "pred_jac", "input_sal", "delta", "signed"]
+# How torch and its parts name a missing forward rule: they raise no error of their own kind for it.
 _NO_RULE = re.compile("forward AD|forward-mode|jvp|functorch|vmap|batching rule")
 # Step of central differences, beside the vector's norm. Tiny network, float32: 4e-4 off; at 0.3 3e-2, at 0.001 1e-3.
 _STEP = 0.03
@@ -104,20 +104,19 @@ def semantic_sensitivity(
         known = ", ".join(model.placeholders) or "none; call add_placeholder first"
         raise ConfigError(f"the prompt {prompt!r} holds no placeholder. Known: {known}.")
     keys = [str(i) for i in range(len(x))] if keys is None else keys
-    push, maps = _Push(derivative, chunk), []
+    jacobian = _Jacobian(derivative, probes=None if exact else probes, chunk=chunk, seed=seed)
+    maps = []
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        at, read, other = _embedding(model, ids, rows, wrt, rows_b, direction)
+        words = _Words.of(model, ids, rows, wrt, rows_b=rows_b, direction=direction)
         for key, picture in zip(keys, x.to(ids.device, model.dtype).split(1), strict=True):
             z = model.encode(picture)
-            source = (picture, model.encode) if inputs == "pixels" else (z, lambda z: z)
             for t in timesteps:
                 drawn = []
                 for n in range(noises):
                     rng = KeyedRandom(seed, sample_ids([key]), n, "sensitivity").to(z.device)
-                    error = _error_of(model, read, t, rng.normal("noise", z.numel()).view_as(z).to(z))
-                    units = _directions(at, probes=probes, exact=exact, chunk=chunk, seed=seed, draw=n)
-                    cell = _Cell(error, at, z, source, push, units, 1.0 if exact else 1 / probes, other)
-                    drawn.append(_MAPS[mode](cell))
+                    noise = rng.normal("noise", z.numel()).view_as(z).to(z)
+                    draw = _Draw(words, z, t, noise, number=n, pixels=picture if inputs == "pixels" else None)
+                    drawn.append(_MAPS[mode](draw, jacobian))
                 maps.append(torch.stack(drawn).mean(0))
     stack = torch.stack(maps).float().unflatten(0, (len(x), len(timesteps)))  # [B, T, h, w]
     if mask is not None:
@@ -125,124 +124,199 @@ def semantic_sensitivity(
     return Sensitivity(stack, tuple(timesteps), mode, mask)
 
 
-def _embedding(
-    model: LatentDiffusion, ids: Tensor, rows: Tensor, wrt: str, rows_b: Tensor | None, direction: Tensor | None
-) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor | None]:
-    """What is differentiated by, how it becomes the context, and the mode's other embedding or direction beside it."""
-    learned = ids[ids >= model.vocabulary].unique() - model.vocabulary
-    rows, rows_b, direction = (
-        v if v is None else v.detach().to(ids.device, model.dtype) for v in (rows, rows_b, direction)
-    )
-    if wrt == "token":
-        at, read, wanted = rows[learned], lambda v: model.text(ids, rows.index_copy(0, learned, v)), rows.shape
-    else:
-        at, read = model.text(ids, rows), lambda context: context
-        wanted = at.shape[1:]
-    if direction is not None:
-        if direction.shape != wanted:
-            raise ShapeError(f"direction has shape {tuple(direction.shape)}; with wrt={wrt!r} it is {tuple(wanted)}.")
-        return at, read, (direction[learned] if wrt == "token" else direction[None])
-    if rows_b is not None:
-        return at, read, rows_b[learned] if wrt == "token" else model.text(ids, rows_b)
-    return at, read, None
+@dataclass(frozen=True)
+class _Words:
+    """The vectors that a map differentiates by, and the way from them to the network's context.
+
+    at: the prompt's learned rows [R', d], or its context [1, L, d_c]. other: delta's second embedding or signed's
+    direction, shaped as `at`; None in other modes. learned: which of `rows` [R, d] the prompt holds, and `at` is; None
+    where `at` is the context.
+    """
+
+    model: LatentDiffusion
+    ids: Tensor
+    rows: Tensor
+    learned: Tensor | None
+    at: Tensor
+    other: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        model: LatentDiffusion,
+        ids: Tensor,
+        rows: Tensor,
+        wrt: str,
+        *,
+        rows_b: Tensor | None,
+        direction: Tensor | None,
+    ) -> "_Words":
+        """The words of a prompt's ids [1, L], before the text encoder (wrt "token") or after it ("context")."""
+
+        def cast(v: Tensor) -> Tensor:
+            return v.detach().to(ids.device, model.dtype)
+
+        def choose(rows: Tensor) -> Tensor:
+            """What stands for all rows [R, d]: those in the prompt, or its context."""
+            return model.text(ids, rows) if learned is None else rows[learned]
+
+        rows = cast(rows)
+        learned = ids[ids >= model.vocabulary].unique() - model.vocabulary if wrt == "token" else None
+        at, other = choose(rows), None
+        if direction is not None:
+            wanted = rows.shape if wrt == "token" else at.shape[1:]
+            if direction.shape != wanted:
+                raise ShapeError(
+                    f"direction has shape {tuple(direction.shape)}; with wrt={wrt!r} it is {tuple(wanted)}."
+                )
+            other = cast(direction)[None] if learned is None else cast(direction)[learned]
+        elif rows_b is not None:
+            other = choose(cast(rows_b))
+        return cls(model, ids, rows, learned, at, other)
+
+    def context(self, v: Tensor) -> Tensor:
+        """The context [1, L, d_c] that vectors shaped as `at` become."""
+        if self.learned is None:
+            return v
+        return self.model.text(self.ids, self.rows.index_copy(0, self.learned, v))
+
+    @property
+    def beside(self) -> Tensor:
+        """`other`, in the modes that have one."""
+        assert self.other is not None  # _check_settings demands it of whoever asks for such a mode
+        return self.other
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """One picture, timestep and draw. error(v, z) [1, C, h, w]; units: chunks of directions [k, *at.shape]; weight: of
-    each direction's square in the sum; source: what stands for the input, and how it becomes latents."""
+class _Draw:
+    """One picture at timestep t under draw `number` of the noise: latents z and noise, both [1, C, h, w].
 
-    error: Callable[[Tensor, Tensor], Tensor]
-    at: Tensor
+    pixels [1, 3, H, W]: what z was encoded from, where the map is over pixels; None where it is over latent cells.
+    """
+
+    words: _Words
     z: Tensor
-    source: tuple[Tensor, Callable[[Tensor], Tensor]]
-    push: "_Push"
-    units: Iterator[Tensor]
-    weight: float
-    other: Tensor | None
+    t: int
+    noise: Tensor
+    number: int
+    pixels: Tensor | None
 
-    def pushed(self, directions: Tensor) -> Tensor:
-        """J u [k, C, h, w] for directions u."""
-        return self.push(lambda v: self.error(v, self.z), self.at, directions)[:, 0]
+    def error(self, v: Tensor, z: Tensor) -> Tensor:
+        """prediction - target [1, C, h, w] for words v, shaped as words.at, and latents z."""
+        model, t = self.words.model, torch.tensor([self.t], device=z.device)
+        # Written out, since the fused noising has neither a forward rule nor a second derivative.
+        a = model.alphas_cumprod[self.t].to(self.noise.dtype)
+        z_t = a.sqrt() * z + (1 - a).sqrt() * self.noise
+        return model.predict(z_t, t, self.words.context(v)) - model.target(z, t, self.noise)
 
+    @property
+    def source(self) -> Tensor:
+        """The input that the map is over: the pixels or the latents."""
+        return self.z if self.pixels is None else self.pixels
 
-def _loss_grad(cell: _Cell) -> Tensor:
-    e = cell.error(cell.at, cell.z)
-    squares = sum((2 * (e * cell.pushed(u)).sum(1)).square().sum(0) for u in cell.units)
-    return (cell.weight * squares).sqrt()
-
-
-def _pred_jac(cell: _Cell) -> Tensor:
-    return (cell.weight * sum(cell.pushed(u).square().sum((0, 1)) for u in cell.units)).sqrt()
-
-
-def _signed(cell: _Cell) -> Tensor:
-    return 2 * (cell.error(cell.at, cell.z) * cell.pushed(cell.other[None])).sum(1)[0]
+    def latents(self, source: Tensor) -> Tensor:
+        """The latents [1, C, h, w] of a source."""
+        return source if self.pixels is None else self.words.model.encode(source)
 
 
-def _delta(cell: _Cell) -> Tensor:
-    return (cell.error(cell.at, cell.z) - cell.error(cell.other, cell.z))[0].norm(dim=0)
+class _Jacobian:
+    """The derivative J of a draw's error for its words, formed forwards: J u for one direction u after the other.
 
+    derivative: "forward" is exact, "differences" is not, "auto" goes from the first to the second where it must, and
+    stays there. probes: how many random directions stand for all; None takes every unit vector. chunk: of directions.
+    """
 
-@torch.enable_grad()
-def _input_sal(cell: _Cell) -> Tensor:
-    v, source = cell.at.detach().requires_grad_(), cell.source[0].detach().requires_grad_()
-    loss = cell.error(v, cell.source[1](source)).square().sum(1).mean()
-    gradient = torch.autograd.grad(loss, v, create_graph=True, allow_unused=True)[0]
-    if gradient is None or not gradient.requires_grad:  # the network does not look at the text
-        return torch.zeros_like(source[0, 0]).detach()
-    return torch.autograd.grad(gradient.norm(), source)[0][0].norm(dim=0)
+    def __init__(self, derivative: str, *, probes: int | None, chunk: int, seed: int) -> None:
+        self.derivative, self.probes, self.chunk, self.seed = derivative, probes, chunk, seed
 
+    def along(self, draw: _Draw, directions: Tensor) -> Tensor:
+        """J u [k, C, h, w] for directions u [k, *words.at.shape]."""
 
-_MAPS = {"loss_grad": _loss_grad, "pred_jac": _pred_jac, "input_sal": _input_sal, "delta": _delta, "signed": _signed}
+        def error(v: Tensor) -> Tensor:
+            return draw.error(v, draw.z)
 
-
-class _Push:
-    """`push(f, at, directions)`: the derivatives [k, ...] of f at `at` along directions [k, *at.shape]."""
-
-    def __init__(self, derivative: str, chunk: int) -> None:
-        self.derivative, self.chunk = derivative, chunk
-
-    def __call__(self, f: Callable[[Tensor], Tensor], at: Tensor, directions: Tensor) -> Tensor:
         if self.derivative != "differences":
             try:
-                return vmap(lambda u: jvp(f, (at,), (u,))[1], chunk_size=self.chunk)(directions)
+                return vmap(lambda u: jvp(error, (draw.words.at,), (u,))[1], chunk_size=self.chunk)(directions)[:, 0]
             except RuntimeError as err:  # NotImplementedError is one too
                 if self.derivative == "forward" or not _NO_RULE.search(str(err)):
                     raise
                 reason = str(err).strip().splitlines()[0]
                 log.warning("Central differences from here on, good to about 1 %%: no forward derivative (%s).", reason)
                 self.derivative = "differences"
-        # A vector of zeros has no scale of its own; that of one standard entry is as good as any.
-        size = float(at.norm()) or at.numel() ** 0.5
-        steps = [_STEP * size / max(float(u.norm()), 1e-12) for u in directions]
-        return torch.stack([(f(at + h * u) - f(at - h * u)) / (2 * h) for h, u in zip(steps, directions, strict=True)])
+        return _central_differences(error, draw.words.at, directions)[:, 0]
+
+    def sweep(self, draw: _Draw) -> Iterator[Tensor]:
+        """J u in chunks [k, C, h, w], for as many directions as stand for all of them."""
+        for directions in self._directions(draw.words.at, draw.number):
+            yield self.along(draw, directions)
+
+    @property
+    def weight(self) -> float:
+        """Of each direction's square in the sum that stands for the squared norm of J."""
+        return 1.0 if self.probes is None else 1 / self.probes
+
+    def _directions(self, at: Tensor, number: int) -> Iterator[Tensor]:
+        """Chunks [k, *at.shape]: every unit vector once, or the standard normal ones of draw `number`."""
+        count = at.numel() if self.probes is None else self.probes
+        # Formed one chunk at a time: a context has tens of thousands of unit vectors.
+        for some in torch.arange(count, device=at.device).split(self.chunk):
+            if self.probes is None:
+                made = F.one_hot(some, count).to(at)
+            else:
+                made = KeyedRandom(self.seed, some, number, "sensitivity").normal("probe", at.numel()).to(at)
+            yield made.view(-1, *at.shape)
 
 
-def _directions(at: Tensor, *, probes: int, exact: bool, chunk: int, seed: int, draw: int) -> Iterator[Tensor]:
-    """Chunks [k, *at.shape]: every unit vector once, or `probes` standard normal ones. Formed when asked for: a context
-    has tens of thousands of unit vectors."""
-    count = at.numel() if exact else probes
-    for some in torch.arange(count, device=at.device).split(chunk):
-        if exact:
-            made = F.one_hot(some, count).to(at)
-        else:
-            made = KeyedRandom(seed, some, draw, "sensitivity").normal("probe", at.numel()).to(at)
-        yield made.view(-1, *at.shape)
+def _central_differences(f: Callable[[Tensor], Tensor], at: Tensor, directions: Tensor) -> Tensor:
+    """(f(at + h u) - f(at - h u)) / (2 h) for each of k directions u, [k, ...]; h goes with the norms of at and u."""
+    # A vector of zeros has no scale of its own; that of one standard entry is as good as any.
+    size = float(at.norm()) or at.numel() ** 0.5
+    steps = [_STEP * size / max(float(u.norm()), 1e-12) for u in directions]
+    return torch.stack([(f(at + h * u) - f(at - h * u)) / (2 * h) for h, u in zip(steps, directions, strict=True)])
 
 
-def _error_of(
-    model: LatentDiffusion, read: Callable[[Tensor], Tensor], t: int, noise: Tensor
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """(v, z) -> prediction - target. The noising is written out: the fused one has neither rule that is needed here."""
-    steps = torch.tensor([t], device=noise.device)
-    a = model.alphas_cumprod[t].to(noise.dtype)
+def _map_loss_grad(draw: _Draw, jacobian: _Jacobian) -> Tensor:
+    e, squares = draw.error(draw.words.at, draw.z), draw.z.new_zeros(())
+    for slopes in jacobian.sweep(draw):
+        squares = squares + (2 * (e * slopes).sum(1)).square().sum(0)
+    return (jacobian.weight * squares).sqrt()
 
-    def error(v: Tensor, z: Tensor) -> Tensor:
-        z_t = a.sqrt() * z + (1 - a).sqrt() * noise
-        return model.predict(z_t, steps, read(v)) - model.target(z, steps, noise)
 
-    return error
+def _map_pred_jac(draw: _Draw, jacobian: _Jacobian) -> Tensor:
+    squares = draw.z.new_zeros(())
+    for slopes in jacobian.sweep(draw):
+        squares = squares + slopes.square().sum((0, 1))
+    return (jacobian.weight * squares).sqrt()
+
+
+def _map_signed(draw: _Draw, jacobian: _Jacobian) -> Tensor:
+    slope = jacobian.along(draw, draw.words.beside[None])
+    return 2 * (draw.error(draw.words.at, draw.z) * slope).sum(1)[0]
+
+
+def _map_delta(draw: _Draw, jacobian: _Jacobian) -> Tensor:
+    return (draw.error(draw.words.at, draw.z) - draw.error(draw.words.beside, draw.z))[0].norm(dim=0)
+
+
+@torch.enable_grad()
+def _map_input_sal(draw: _Draw, jacobian: _Jacobian) -> Tensor:
+    v, source = draw.words.at.detach().requires_grad_(), draw.source.detach().requires_grad_()
+    loss = draw.error(v, draw.latents(source)).square().sum(1).mean()
+    gradient = torch.autograd.grad(loss, v, create_graph=True, allow_unused=True)[0]
+    if gradient is None or not gradient.requires_grad:  # the network does not look at the text
+        return torch.zeros_like(source[0, 0]).detach()
+    return torch.autograd.grad(gradient.norm(), source)[0][0].norm(dim=0)
+
+
+_MAPS: dict[str, Callable[[_Draw, _Jacobian], Tensor]] = {
+    "loss_grad": _map_loss_grad,
+    "pred_jac": _map_pred_jac,
+    "input_sal": _map_input_sal,
+    "delta": _map_delta,
+    "signed": _map_signed,
+}
+"""[h, w] of one draw, by mode: the formulas at the top."""
 
 
 def _check_settings(
@@ -255,8 +329,8 @@ def _check_settings(
     rows_b: Tensor | None,
     direction: Tensor | None,
 ) -> None:
-    if mode not in MODES:
-        raise ConfigError(f"mode {mode!r} is unknown. Known: {', '.join(MODES)}.")
+    if mode not in _MAPS:
+        raise ConfigError(f"mode {mode!r} is unknown. Known: {', '.join(_MAPS)}.")
     if model.dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"the pipeline's weights are {model.dtype}; derivatives need dtype=torch.float32 at loading.")
     if not timesteps or min(timesteps) < 0 or max(timesteps) >= model.num_timesteps:

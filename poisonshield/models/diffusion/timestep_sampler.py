@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-SAMPLERS = ("uniform", "stratified", "soft")
+from poisonshield.errors import ConfigError
 
 
 def draw_timesteps(
@@ -19,6 +19,7 @@ def draw_timesteps(
 
     "uniform": from [first, end). "stratified": sample b's from part stratum[b] of `strata` equal parts of it. "soft":
     from all of [0, end), by the density sigmoid((t - first) / width): a floor without an edge.
+    Raises ConfigError for "stratified" without a stratum.
     """
     first, end = t_range
     if sampler == "soft":
@@ -26,5 +27,8 @@ def draw_timesteps(
         edges = (density.cumsum(0) / density.sum()).to(u.device)
         return torch.searchsorted(edges, u.double(), right=True).clamp_(max=end - 1)
     if sampler == "stratified":
+        if stratum is None:
+            raise ConfigError("stratified timesteps need `stratum`: which of the equal parts each sample draws from.")
         u = (stratum + u.double()) / strata
+    # float64: in float32 a product near a whole number rounds up to the next timestep.
     return (first + (u.double() * (end - first)).long()).clamp_(max=end - 1)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.errors import ShapeError
+from poisonshield.errors import GradientError, ShapeError
 from poisonshield.ops import dispatch
-from poisonshield.ops.library import register
+from poisonshield.ops.diffusion.reference import LossArguments, NoisingArguments, NoisingGradientArguments
+from poisonshield.ops.library import Op, first_derivative
 
 __all__ = ["masked_diffusion_loss", "q_sample"]
 
@@ -40,7 +41,8 @@ def q_sample(
     x0 [B, C, *spatial] float; t int64 [B]; alphas_cumprod [T] in [0, 1]. noise of x0's shape, or drawn from `seed` (an
     int, or one int64 on the device): row b depends on (seed, offset, b) alone, and `masked_diffusion_loss` draws the
     same again. out: written in place instead of a new tensor (not under gradients). Computed in at least float32.
-    Differentiable in x0 and noise. Raises TypeError, ShapeError, ValueError.
+    Differentiable in x0 and noise. Raises TypeError, ShapeError, ValueError, GradientError (alphas_cumprod requires
+    gradients).
     """
     _check_float(x0, "x0")
     _check_t(x0, t, alphas_cumprod)
@@ -48,11 +50,19 @@ def q_sample(
         raise ValueError("give either noise or seed.")
     if noise is not None:
         _check_like(x0, noise, "noise")
-    dtype = x0.dtype if out_dtype is None else out_dtype
-    numbers = _numbers(x0, seed, offset)
-    x_t, drawn = _q_sample(
-        x0, t, alphas_cumprod, noise, *numbers, return_noise and noise is None, dtype, dispatch.requested(backend)
+    _check_without_gradient(alphas_cumprod=alphas_cumprod)
+    arguments = NoisingArguments(
+        x0=x0,
+        t=t,
+        alphas_cumprod=alphas_cumprod,
+        noise=noise,
+        seed=_whole(x0, 0 if seed is None else seed, "seed"),
+        offset=_whole(x0, offset, "offset"),
+        stream=_whole(x0, _STREAM, "stream"),
+        return_noise=return_noise and noise is None,
+        out_dtype=x0.dtype if out_dtype is None else out_dtype,
     )
+    x_t, drawn = _q_sample(arguments, dispatch.requested(backend))
     if out is not None:
         if out.shape != x_t.shape:
             raise ShapeError(f"out has shape {tuple(out.shape)} and x0 {tuple(x0.shape)}. They must be equal.")
@@ -97,8 +107,9 @@ def masked_diffusion_loss(
     mask or batch gives 0. reduction "sum" leaves out the 1/B of per_sample and of numel, and equals "mean" for global;
     "none" gives the terms of that sum, each row by itself (global: over the common area).
 
-    Gradients reach pred; with grad_target also target, x0 and noise, whichever require them. No second derivatives.
-    Raises TypeError, ShapeError, ValueError. t on a CUDA device is not checked.
+    Gradients reach pred; with grad_target also target, x0 and noise, whichever require them. Raises TypeError,
+    ShapeError, ValueError; GradientError if mask, weight or alphas_cumprod requires gradients, and where a second
+    derivative is taken. t on a CUDA device is not checked.
     """
     _check_float(pred, "pred")
     for name, value, known in (
@@ -112,29 +123,33 @@ def masked_diffusion_loss(
     _check_target(pred, target, x0, noise, t, alphas_cumprod, prediction_type, seed)
     if mask is not None:
         _check_mask(pred, mask)
-    if isinstance(weight, str):
-        if weight != "min_snr":
-            raise ValueError(f"weight {weight!r} is unknown. Give 'min_snr' or a tensor [{len(pred)}].")
-        if t is None or alphas_cumprod is None:
-            raise ValueError("weight='min_snr' needs t and alphas_cumprod.")
-        if not gamma > 0:
-            raise ValueError(f"gamma {gamma} must be positive.")
-    elif weight is not None and weight.shape != (len(pred),):
-        raise ShapeError(f"weight has shape {tuple(weight.shape)}. Give [{len(pred)}], one per sample.")
+    _check_weight(pred, weight, gamma, t, alphas_cumprod)
     if loss == "huber" and not delta > 0:
         raise ValueError(f"delta {delta} must be positive.")
-    min_snr = isinstance(weight, str)
-    sources = (
-        (target, x0, noise)
-        if grad_target
-        else tuple(v.detach() if v is not None else None for v in (target, x0, noise))
+    weights = None if isinstance(weight, str) else weight
+    _check_without_gradient(mask=mask, weight=weights, alphas_cumprod=alphas_cumprod)
+    if not grad_target:
+        target, x0, noise = (None if v is None else v.detach() for v in (target, x0, noise))
+    arguments = LossArguments(
+        pred=pred,
+        target=target,
+        x0=x0,
+        noise=noise,
+        t=t,
+        alphas_cumprod=alphas_cumprod,
+        prediction_type=prediction_type,
+        seed=_whole(pred, 0 if seed is None else seed, "seed"),
+        offset=_whole(pred, offset, "offset"),
+        stream=_whole(pred, _STREAM, "stream"),
+        mask=mask,
+        weight=weights,
+        gamma=float(gamma) if isinstance(weight, str) else 0.0,
+        loss=loss,
+        delta=float(delta),
+        normalise=normalise,
+        pred_grad=torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (pred, target, x0, noise)),
     )
-    losses, _ = _diffusion_loss(
-        pred, *sources, t, alphas_cumprod, prediction_type, *_numbers(pred, seed, offset), mask,
-        None if min_snr else weight, float(gamma) if min_snr else 0.0, loss, float(delta), normalise,
-        torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (pred, *sources)),
-        dispatch.requested(backend),
-    )  # fmt: skip
+    losses, _ = _diffusion_loss(arguments, dispatch.requested(backend))
     # The op's losses sum to the mean.
     if reduction != "mean" and normalise != "global":
         losses = losses * len(pred)
@@ -215,85 +230,110 @@ def _check_mask(pred: Tensor, mask: Tensor) -> None:
         )
 
 
-def _numbers(x: Tensor, seed: int | Tensor | None, offset: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    values = []
-    for value, name in ((0 if seed is None else seed, "seed"), (offset, "offset"), (_STREAM, "stream")):
-        if isinstance(value, Tensor):
-            if value.dtype != torch.int64 or value.numel() != 1 or value.device != x.device:
-                raise ShapeError(f"{name} is {_kind(value)}. Give an integer, or one int64 on {x.device}.")
-            values.append(value.reshape(()))
-        else:
-            values.append(torch.full((), ((value + 2**63) % 2**64) - 2**63, dtype=torch.int64, device=x.device))
-    return values[0], values[1], values[2]
+def _check_weight(
+    pred: Tensor, weight: Tensor | str | None, gamma: float, t: Tensor | None, alphas_cumprod: Tensor | None
+) -> None:
+    if isinstance(weight, str):
+        if weight != "min_snr":
+            raise ValueError(f"weight {weight!r} is unknown. Give 'min_snr' or a tensor [{len(pred)}].")
+        if t is None or alphas_cumprod is None:
+            raise ValueError("weight='min_snr' needs t and alphas_cumprod.")
+        if not gamma > 0:
+            raise ValueError(f"gamma {gamma} must be positive.")
+    elif weight is not None and weight.shape != (len(pred),):
+        raise ShapeError(f"weight has shape {tuple(weight.shape)}. Give [{len(pred)}], one per sample.")
 
 
-def _setup_q_sample(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x0, t, alphas_cumprod, noise = inputs[:4]
-    ctx.save_for_backward(t, alphas_cumprod)
-    ctx.dtypes = x0.dtype, x0.dtype if noise is None else noise.dtype
+def _check_without_gradient(**tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise GradientError(
+                f"{name} requires gradients, and none would reach it. "
+                f"Give {name}.detach(), or call under torch.no_grad()."
+            )
 
 
-def _backward_q_sample(ctx: Any, grad: Tensor, grad_noise: Tensor | None) -> tuple[Any, ...]:
+def _whole(x: Tensor, value: int | Tensor, name: str) -> Tensor:
+    """int64 [] on the device of x; 64 bits count, whatever the sign."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1 or value.device != x.device:
+            raise ShapeError(f"{name} is {_kind(value)}. Give an integer, or one int64 on {x.device}.")
+        return value.reshape(())
+    return torch.full((), ((value + 2**63) % 2**64) - 2**63, dtype=torch.int64, device=x.device)
+
+
+def _noising_fake(args: NoisingArguments) -> tuple[Tensor, Tensor]:
+    kept = args.x0.new_empty(args.x0.shape) if args.return_noise else args.x0.new_empty(0)
+    return torch.empty_like(args.x0, dtype=args.out_dtype), kept
+
+
+def _noising_save(ctx: Any, args: NoisingArguments, output: Any) -> None:
+    ctx.save_for_backward(args.t, args.alphas_cumprod)
+    ctx.dtypes = args.x0.dtype, args.x0.dtype if args.noise is None else args.noise.dtype
+
+
+def _noising_gradients(ctx: Any, wanted: Any, grad: Tensor, grad_noise: Tensor | None) -> dict[str, Tensor | None]:
     # Two products: no kernel does them better, whatever backend the forward asked for.
-    dx0, dnoise = _q_sample_backward(grad, *ctx.saved_tensors, *ctx.dtypes, "reference")
-    return dx0, None, None, dnoise if ctx.needs_input_grad[3] else None, *[None] * 6
+    dx0, dnoise = _q_sample_backward(NoisingGradientArguments(grad, *ctx.saved_tensors, *ctx.dtypes), "reference")
+    return {"x0": dx0, "noise": dnoise if wanted.noise else None}
 
 
-def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    target, x0, noise, t, alphas_cumprod = inputs[1:6]
-    ctx.prediction_type = inputs[6]
-    ctx.dtypes = tuple(None if v is None else v.dtype for v in (target, x0, noise))
-    ctx.save_for_backward(output[1], t, alphas_cumprod)
+def _noising_gradient_fake(args: NoisingGradientArguments) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(args.grad, dtype=args.x0_dtype), torch.empty_like(args.grad, dtype=args.noise_dtype)
 
 
-def _backward_loss(ctx: Any, grad: Tensor, grad_pred: Tensor | None) -> tuple[Any, ...]:
-    """d loss/d pred times the row's upstream gradient; the target's is its negative, chained to what formed it."""
+def _loss_fake(args: LossArguments) -> tuple[Tensor, Tensor]:
+    pred = args.pred
+    losses = pred.new_empty(len(pred), dtype=torch.promote_types(pred.dtype, torch.float32))
+    return losses, torch.empty_like(pred) if args.pred_grad else pred.new_empty(0)
+
+
+def _loss_save(ctx: Any, args: LossArguments, output: tuple[Tensor, Tensor]) -> None:
+    ctx.prediction_type = args.prediction_type
+    ctx.dtypes = tuple(None if v is None else v.dtype for v in (args.target, args.x0, args.noise))
+    ctx.save_for_backward(output[1], args.t, args.alphas_cumprod)
+
+
+def _loss_gradients(ctx: Any, wanted: Any, grad: Tensor, _: Tensor | None) -> dict[str, Tensor | None]:
+    """d loss/d pred times the row's upstream gradient [B]; the target's is its negative, chained to what formed it."""
     saved, t, alphas_cumprod = ctx.saved_tensors
-    rows = grad.view(-1, *[1] * (saved.dim() - 1))
-    by_pred = saved * rows.to(saved.dtype)
+    saved = first_derivative("masked_diffusion_loss", saved)
+    rows = grad.view(-1, *[1] * (saved.dim() - 1))  # [B, 1, ...]
+    by_pred = saved * rows.to(saved.dtype)  # [B, C, ...]
     target, x0, noise = ctx.dtypes
-    needs = ctx.needs_input_grad
-    out: list[Tensor | None] = [by_pred, None, None, None]
-    if needs[1]:
-        out[1] = -by_pred.to(target)
-    if needs[2] and ctx.prediction_type != "epsilon":
+    found: dict[str, Tensor | None] = {"pred": by_pred}
+    if wanted.target:
+        found["target"] = -by_pred.to(target)
+    if wanted.x0 and ctx.prediction_type != "epsilon":
         sigma = 1.0
         if ctx.prediction_type == "v":
             sigma = -(1 - alphas_cumprod[t].to(grad.dtype).view_as(rows)).sqrt()
-        out[2] = -(by_pred * sigma).to(x0)
-    if needs[3] and ctx.prediction_type != "sample":
+        found["x0"] = -(by_pred * sigma).to(x0)
+    if wanted.noise and ctx.prediction_type != "sample":
         signal = alphas_cumprod[t].to(grad.dtype).view_as(rows).sqrt() if ctx.prediction_type == "v" else 1.0
-        out[3] = -(by_pred * signal).to(noise)
-    return *out, *[None] * 14
+        found["noise"] = -(by_pred * signal).to(noise)
+    return found
 
 
 _room = dispatch.Room("diffusion")
-_q_sample_backward = register(
-    "q_sample_backward(Tensor grad, Tensor t, Tensor alphas_cumprod, ScalarType x0_dtype, ScalarType noise_dtype, "
-    "str backend) -> (Tensor, Tensor)",
-    _room,
-    fake=lambda grad, t, a, x0, noise, backend: (torch.empty_like(grad, dtype=x0), torch.empty_like(grad, dtype=noise)),
+_q_sample_backward = Op(
+    "q_sample_backward", _room, NoisingGradientArguments, returns="(Tensor, Tensor)", fake=_noising_gradient_fake
 )
-_q_sample = register(
-    "q_sample(Tensor x0, Tensor t, Tensor alphas_cumprod, Tensor? noise, Tensor seed, Tensor offset, Tensor stream, "
-    "bool return_noise, ScalarType out_dtype, str backend) -> (Tensor, Tensor)",
+_q_sample = Op(
+    "q_sample",
     _room,
-    fake=lambda x0, t, a, noise, seed, offset, stream, return_noise, dtype, backend: (
-        torch.empty_like(x0, dtype=dtype),
-        x0.new_empty(x0.shape) if return_noise else x0.new_empty(0),
-    ),
-    setup_context=_setup_q_sample,
-    backward=_backward_q_sample,
+    NoisingArguments,
+    returns="(Tensor, Tensor)",
+    fake=_noising_fake,
+    save=_noising_save,
+    gradients=_noising_gradients,
 )
-_diffusion_loss = register(
-    "diffusion_loss(Tensor pred, Tensor? target, Tensor? x0, Tensor? noise, Tensor? t, Tensor? alphas_cumprod, "
-    "str prediction_type, Tensor seed, Tensor offset, Tensor stream, Tensor? mask, Tensor? weight, float gamma, "
-    "str loss, float delta, str normalise, bool pred_grad, str backend) -> (Tensor, Tensor)",
+_diffusion_loss = Op(
+    "diffusion_loss",
     _room,
-    fake=lambda pred, *rest: (
-        pred.new_empty(len(pred), dtype=torch.promote_types(pred.dtype, torch.float32)),
-        torch.empty_like(pred) if rest[-2] else pred.new_empty(0),
-    ),
-    setup_context=_setup_loss,
-    backward=_backward_loss,
+    LossArguments,
+    returns="(Tensor, Tensor)",
+    fake=_loss_fake,
+    save=_loss_save,
+    gradients=_loss_gradients,
 )

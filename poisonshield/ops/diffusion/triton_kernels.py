@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.diffusion.layout import strided_mask
-from poisonshield.ops.diffusion.reference import row_scale
+from poisonshield.ops.diffusion.reference import LossArguments, NoisingArguments, NoisingGradientArguments, row_scale
+from poisonshield.ops.record import tensors
 from poisonshield.ops.trigonometry import cosine_of_turns
 
 _BLOCK = 1024
@@ -53,9 +54,21 @@ def normal(seed, offset, stream, b, element, count):
 
 @triton.jit
 def noising(
-    out_ptr, kept_ptr, x0_ptr, noise_ptr, t_ptr, alphas_ptr, seed_ptr, offset_ptr, stream_ptr, count,
-    DRAW: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out_ptr,  # [B, count] x_t, written
+    kept_ptr,  # [B, count] the noise, written if KEEP
+    x0_ptr,  # [B, count] clean pixels or latents
+    noise_ptr,  # [B, count] given noise, read unless DRAW
+    t_ptr,  # [B] int64, timesteps
+    alphas_ptr,  # [T] float32, cumulative products of alphas
+    seed_ptr,  # [] int64, and the next two: where in Philox's numbers the noise lies
+    offset_ptr,  # [] int64
+    stream_ptr,  # [] int64
+    count,  # elements of a sample
+    DRAW: tl.constexpr,  # whether the noise is drawn here
+    KEEP: tl.constexpr,  # whether drawn noise is stored
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """x_t, and the noise that was drawn; a program takes BLOCK elements of one sample."""
     b = tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < count
@@ -69,16 +82,39 @@ def noising(
             tl.store(kept_ptr + at, noise, mask=inside)
     else:
         noise = tl.load(noise_ptr + at, mask=inside, other=0).to(tl.float32)
+    # x_t = sqrt(a) x0 + sqrt(1 - a) noise. Reads x0 (and noise), writes x_t (and noise).
     tl.store(out_ptr + at, tl.sqrt_rn(a) * x0 + tl.sqrt_rn(1.0 - a) * noise, mask=inside)
 
 
 @triton.jit
 def loss_and_gradient(
-    pred_ptr, target_ptr, x0_ptr, noise_ptr, mask_ptr, t_ptr, alphas_ptr, seed_ptr, offset_ptr, stream_ptr, scale_ptr,
-    grad_ptr, sums_ptr, delta, count, inner, mask_row, mask_channel, chunks,
-    KIND: tl.constexpr, DRAW: tl.constexpr, LOSS: tl.constexpr, HAS_MASK: tl.constexpr, GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    pred_ptr,  # [B, count] what the network says
+    target_ptr,  # [B, count] what it should say, read if KIND is 0
+    x0_ptr,  # [B, count], read if KIND is 2 or 3
+    noise_ptr,  # [B, count], read if KIND is 1 or 2, unless DRAW
+    mask_ptr,  # weights of elements, strided (see mask_row), read if HAS_MASK
+    t_ptr,  # [B] int64, timesteps, read if KIND is 2
+    alphas_ptr,  # [T] float32, cumulative products of alphas, read if KIND is 2
+    seed_ptr,  # [] int64, and the next two: where in Philox's numbers the noise lies
+    offset_ptr,  # [] int64
+    stream_ptr,  # [] int64
+    scale_ptr,  # [B] float32: what a row's sum is multiplied by
+    grad_ptr,  # [B, count] d loss/d pred, written if GRAD
+    sums_ptr,  # [B, chunks] float32: sums of the masked loss, before the scale, written
+    delta,  # where huber turns linear
+    count,  # elements of a sample
+    inner,  # elements of a channel
+    mask_row,  # steps in the mask from one sample to the next, 0 where it repeats itself
+    mask_channel,  # steps from one channel to the next, 0 where it repeats itself
+    chunks,  # programs of a sample
+    KIND: tl.constexpr,  # the target: 0 given, 1 epsilon, 2 v, 3 sample
+    DRAW: tl.constexpr,  # whether the noise is drawn here
+    LOSS: tl.constexpr,  # 0 mse, 1 huber, 2 l1
+    HAS_MASK: tl.constexpr,  # whether there is a mask
+    GRAD: tl.constexpr,  # whether the gradient is wanted
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """d loss/d pred and a partial sum of the loss; a program takes BLOCK elements of one sample."""
     b = tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < count
@@ -99,6 +135,7 @@ def loss_and_gradient(
             a = tl.load(alphas_ptr + tl.load(t_ptr + b)).to(tl.float32)
             x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
             target = tl.sqrt_rn(a) * noise - tl.sqrt_rn(1.0 - a) * x0
+    # loss = scale * sum(m l(r)), d loss/d pred = scale * m l'(r). Each of pred, target and mask is read once.
     r = pred - target
     size = tl.abs(r)
     if LOSS == 0:
@@ -119,69 +156,60 @@ def loss_and_gradient(
     tl.store(sums_ptr + b * chunks + tl.program_id(0), tl.sum(tl.where(inside, value, 0.0)))
 
 
-def refusal(function: str, *args: Any) -> str | None:
-    """Why these kernels cannot take a call."""
+def refusal(function: str, args: NoisingArguments | NoisingGradientArguments | LossArguments) -> str | None:
+    """Why these kernels cannot take a call, or None."""
     if len(args[0]) > 65535:
         return "a batch of over 65,535 samples exceeds the grid"
-    if function == "q_sample_backward":
+    if isinstance(args, NoisingGradientArguments):
         return "two products, which the reference does as well"
-    if any(isinstance(a, Tensor) and a.dtype == torch.float64 and a.dim() > 1 for a in args):
-        return "float64 is for the reference"
-    mask = args[10] if function == "diffusion_loss" else None
-    if mask is not None and mask.dtype == torch.float64:
+    if any(v.dtype == torch.float64 and v.dim() > 1 for v in tensors(args)):  # alphas_cumprod [T] may be float64
         return "float64 is for the reference"
     return None
 
 
-def q_sample(
-    x0: Tensor, t: Tensor, alphas_cumprod: Tensor, noise: Tensor | None, seed: Tensor, offset: Tensor, stream: Tensor,
-    return_noise: bool, out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def q_sample(args: NoisingArguments) -> tuple[Tensor, Tensor]:
     """As the reference; drawn noise equals it to a few units in the last place."""
-    out = torch.empty(x0.shape, dtype=out_dtype, device=x0.device)
-    kept = x0.new_empty(x0.shape if return_noise else 0)
+    x0, drawing = args.x0, args.noise is None
+    out = torch.empty(x0.shape, dtype=args.out_dtype, device=x0.device)
+    kept = x0.new_empty(x0.shape if args.return_noise else 0)
     if x0.numel():
         source = x0.contiguous()
-        given = source if noise is None else noise.contiguous()
+        noise = source if args.noise is None else args.noise.contiguous()
         count = x0[0].numel()
         noising[(triton.cdiv(count, _BLOCK), len(x0))](
-            out, kept, source, given, t, alphas_cumprod.float(), seed, offset, stream, count,
-            DRAW=noise is None, KEEP=return_noise and noise is None, BLOCK=_BLOCK, **_OPTIONS,
+            out, kept, source, noise, args.t, args.alphas_cumprod.float(), args.seed, args.offset, args.stream, count,
+            DRAW=drawing, KEEP=args.return_noise and drawing, BLOCK=_BLOCK, **_OPTIONS,
         )  # fmt: skip
-        if return_noise and noise is not None:
-            kept.copy_(noise)
-    return torch.empty_like(x0, dtype=out_dtype).copy_(out), kept
+        if args.return_noise and args.noise is not None:
+            kept.copy_(args.noise)
+    return torch.empty_like(x0, dtype=args.out_dtype).copy_(out), kept
 
 
-def diffusion_loss(
-    pred: Tensor, target: Tensor | None, x0: Tensor | None, noise: Tensor | None, t: Tensor | None,
-    alphas_cumprod: Tensor | None, prediction_type: str, seed: Tensor, offset: Tensor, stream: Tensor,
-    mask: Tensor | None, weight: Tensor | None, gamma: float, loss: str, delta: float, normalise: str, pred_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    scale = row_scale(
-        pred, t, alphas_cumprod, prediction_type, mask, weight, gamma, normalise, torch.float32
-    ).contiguous()
+    pred, scale = args.pred, row_scale(args, torch.float32).contiguous()  # [B, C, ...], [B]
     if not pred.numel():
-        return scale * 0, torch.empty_like(pred) if pred_grad else pred.new_empty(0)
-    kind = _GIVEN if target is not None else _KINDS[prediction_type]
-    p = pred.contiguous()
-    tensors = [p if v is None else v.contiguous() for v in (target, x0, noise)]
+        return scale * 0, torch.empty_like(pred) if args.pred_grad else pred.new_empty(0)
+    kind = _GIVEN if args.target is not None else _KINDS[args.prediction_type]
+    p = pred.contiguous()  # stands too for a tensor that is absent, since a pointer must point somewhere
+    sources = [p if v is None else v.contiguous() for v in (args.target, args.x0, args.noise)]
     count, inner = p[0].numel(), p[0, 0].numel()
-    row = channel = 0
-    if mask is not None:
-        mask, row, channel = strided_mask(mask.to(torch.uint8) if mask.dtype == torch.bool else mask, pred)
+    mask, row, channel = p, 0, 0
+    if args.mask is not None:
+        weights = args.mask.to(torch.uint8) if args.mask.dtype == torch.bool else args.mask
+        mask, row, channel = strided_mask(weights, pred)
+    t = p if args.t is None else args.t
+    alphas = p if args.alphas_cumprod is None else args.alphas_cumprod.float()
     chunks = triton.cdiv(count, _BLOCK)
-    grad = torch.empty_like(p) if pred_grad else p.new_empty(0)
+    grad = torch.empty_like(p) if args.pred_grad else p.new_empty(0)
     sums = torch.empty((len(p), chunks), dtype=torch.float32, device=p.device)
     loss_and_gradient[(chunks, len(p))](
-        p, *tensors, p if mask is None else mask, p if t is None else t,
-        p if alphas_cumprod is None else alphas_cumprod.float(), seed, offset, stream, scale, grad, sums,
-        delta, count, inner, row, channel, chunks,
-        KIND=kind, DRAW=noise is None and kind in (_EPSILON, _V), LOSS=_LOSSES[loss], HAS_MASK=mask is not None,
-        GRAD=pred_grad, BLOCK=_BLOCK, **_OPTIONS,
+        p, *sources, mask, t, alphas, args.seed, args.offset, args.stream, scale, grad, sums,
+        args.delta, count, inner, row, channel, chunks,
+        KIND=kind, DRAW=args.noise is None and kind in (_EPSILON, _V), LOSS=_LOSSES[args.loss],
+        HAS_MASK=args.mask is not None, GRAD=args.pred_grad, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
-    return sums.sum(1) * scale, torch.empty_like(pred).copy_(grad) if pred_grad else grad
+    return sums.sum(1) * scale, torch.empty_like(pred).copy_(grad) if args.pred_grad else grad
 
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:

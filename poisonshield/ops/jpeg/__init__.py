@@ -1,25 +1,23 @@
-"""Differentiable JPEG, batched, with a quality per sample: `jpeg(x, 75)`.
+"""Differentiable JPEG, batched, with a quality per sample: `jpeg(x, 75)`, or `JPEG(75)` as a module.
 
 mode="smooth" is a float pipeline with real derivatives; mode="exact" equals libjpeg-turbo to the bit and borrows the
 smooth backward. Saved for the backward: x and the tables, nothing else.
 """
 
-from numbers import Real
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poisonshield.errors import GradientError, ShapeError
 from poisonshield.ops import dispatch
-from poisonshield.ops.jpeg.tables import jpeg_tables, scaled_tables
-from poisonshield.ops.library import register
+from poisonshield.ops.jpeg import exact, reference
+from poisonshield.ops.jpeg.inputs import affine_of, check_names, check_pixels, tables_of
+from poisonshield.ops.jpeg.reference import JpegArguments, JpegGradientArguments, JpegSettings
+from poisonshield.ops.jpeg.tables import jpeg_tables
+from poisonshield.ops.library import Op
 
-__all__ = ["jpeg", "jpeg_coefficients", "jpeg_tables"]
-
-SUBSAMPLINGS = ("420", "444")
-MODES = ("smooth", "exact")
-ROUNDINGS = ("poly", "ste", "hard", "poly_ste", "fourier", "none")
-UPSAMPLINGS = ("fancy", "box")
+__all__ = ["JPEG", "jpeg", "jpeg_coefficients", "jpeg_tables"]
 
 
 def jpeg(
@@ -58,8 +56,8 @@ def jpeg(
     device is not checked but clamped, so that nothing waits for the device. Raises TypeError, ValueError (ShapeError
     for shapes) and GradientError. Not for: codecs other than libjpeg-turbo's default path (see exact.py).
     """
-    _check_x(x, mode)
-    _check_names(subsampling, mode, rounding, upsample)
+    check_pixels(x, mode)
+    check_names(subsampling, mode, rounding, upsample)
     if mode == "exact" and upsample == "box":
         raise ValueError("mode='exact' decodes as libjpeg does, with upsample='fancy'; 'box' needs mode='smooth'.")
     if mode == "exact" and integer_planes:
@@ -68,17 +66,28 @@ def jpeg(
         raise ValueError(f"clamp_grad {clamp_grad} is outside 0..1.")
     if fourier_terms < 1:
         raise ValueError(f"fourier_terms {fourier_terms}: give at least 1.")
-    tables = _tables(x, quality, qtables, whole=mode == "exact")
+    tables = tables_of(x, quality, qtables, whole=mode == "exact")
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or tables.requires_grad)
     if rounding == "hard" and needs_grad:
         raise GradientError(
             "rounding='hard' has no gradient. Use 'ste', 'poly' or 'poly_ste', or call under torch.no_grad()."
         )
-    dtype = x.dtype if out_dtype is None else out_dtype
-    return _jpeg(
-        x, tables, _affine(x, value_range, mean, std), subsampling, mode, rounding, fourier_terms, upsample,
-        integer_planes, float(clamp_grad), dtype, dispatch.requested(backend),
-    )  # fmt: skip
+    arguments = JpegArguments(
+        x=x,
+        tables=tables,
+        affine=affine_of(x, value_range, mean, std),
+        mode=mode,
+        settings=JpegSettings(
+            subsampling=subsampling,
+            rounding=rounding,
+            fourier_terms=fourier_terms,
+            upsample=upsample,
+            integer_planes=integer_planes,
+            clamp_grad=float(clamp_grad),
+        ),
+        out_dtype=x.dtype if out_dtype is None else out_dtype,
+    )
+    return _jpeg(arguments, dispatch.requested(backend))
 
 
 def jpeg_coefficients(
@@ -97,134 +106,88 @@ def jpeg_coefficients(
     mode="exact" gives those that libjpeg-turbo writes into the file (which may crop blocks that are padding alone);
     "smooth" those of the float transform. Arguments as in `jpeg`. Not differentiable.
     """
-    from poisonshield.ops.jpeg import exact, reference
-
-    _check_x(x, mode)
-    _check_names(subsampling, mode, "hard", "fancy")
-    tables, affine = _tables(x, quality, qtables, whole=mode == "exact"), _affine(x, value_range, mean, std)
+    check_pixels(x, mode)
+    check_names(subsampling, mode, "hard", "fancy")
+    tables, affine = tables_of(x, quality, qtables, whole=mode == "exact"), affine_of(x, value_range, mean, std)
     with torch.no_grad():
         if mode == "exact":
-            planes = exact.exact_coefficients(reference.to_pixels(x, affine), tables, subsampling)
+            luma, chroma = exact.exact_coefficients(reference.to_pixels(x, affine), tables, subsampling)
         else:
-            pipeline = reference.Pipeline(x, tables, affine, subsampling, "hard", 1, "fancy", False)
-            planes = tuple(reference.nearest(u).to(torch.int32) for u in pipeline.u)
-    y, cb, cr = planes[0][:, 0], planes[1][:, 0], planes[1][:, 1]
+            pipeline = reference.Pipeline(x, tables, affine, JpegSettings(subsampling, rounding="hard"))
+            luma, chroma = (reference.nearest(u).to(torch.int32) for u in pipeline.u)
+    y, cb, cr = luma[:, 0], chroma[:, 0], chroma[:, 1]  # each [B, 8 rows, 8 columns]
     return tuple(p.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-3, -2) for p in (y, cb, cr))
 
 
-def _check_x(x: Tensor, mode: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}. Give a tensor [B, 3, H, W].")
-    if not x.is_floating_point() and not (x.dtype == torch.uint8 and mode == "exact"):
-        raise TypeError(f"x is {x.dtype}. Give float pixels in [0, 1]; uint8 is for mode='exact'.")
-    if x.dim() != 4 or x.shape[1] != 3 or 0 in x.shape[1:]:
-        raise ShapeError(f"x has shape {tuple(x.shape)}. Give RGB pixels [B, 3, H, W] with H and W at least 1.")
+class JPEG(nn.Module):
+    """Compresses [B, 3, H, W] or [3, H, W] at `quality`, a number or a range (low, high) drawn from per sample.
+
+    p: probability that a sample is compressed at all. generator: where draws come from (its device must be x's; torch's
+    own if None). Ranges draw whole numbers, both ends included. Other settings as in `jpeg`; draws happen in eval mode
+    too: leave the module out where none are wanted.
+    """
+
+    def __init__(
+        self,
+        quality: float | tuple[int, int] = 75,
+        *,
+        p: float = 1.0,
+        generator: torch.Generator | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        low, high = quality if isinstance(quality, tuple) else (quality, quality)
+        if not 0 <= low <= high <= 100:
+            raise ValueError(f"quality {quality} is not within 1..100, low before high.")
+        if not 0 <= p <= 1:
+            raise ValueError(f"p {p} is not a probability.")
+        self.quality, self.p, self.generator, self.settings = quality, p, generator, settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape, layout and dtype as x."""
+        if x.dim() == 3:
+            return self(x[None])[0]
+        if x.dim() != 4:
+            raise ShapeError(f"x has shape {tuple(x.shape)}. Give [B, 3, H, W] or [3, H, W].")
+        out = jpeg(x, self._quality(x), **self.settings)
+        if self.p == 1:
+            return out
+        chosen = torch.rand(len(x), generator=self.generator, device=x.device) < self.p
+        return torch.where(chosen[:, None, None, None], out, x.to(out.dtype))
+
+    def _quality(self, x: Tensor) -> Tensor | float:
+        """The fixed one, or one for each of x [B, ...], drawn: int64 [B]."""
+        if not isinstance(self.quality, tuple):
+            return self.quality
+        low, high = self.quality
+        return torch.randint(low, high + 1, (len(x),), generator=self.generator, device=x.device)
+
+    def extra_repr(self) -> str:
+        """Quality, p and the settings, as they were given."""
+        settings = "".join(f", {k}={v!r}" for k, v in self.settings.items())
+        return f"{self.quality}, p={self.p}{settings}"
 
 
-def _check_names(subsampling: str, mode: str, rounding: str, upsample: str) -> None:
-    for name, value, known in (
-        ("subsampling", subsampling, SUBSAMPLINGS),
-        ("mode", mode, MODES),
-        ("rounding", rounding, ROUNDINGS),
-        ("upsample", upsample, UPSAMPLINGS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown. Known: {', '.join(known)}")
+def _fake(args: JpegArguments) -> Tensor:
+    return torch.empty_like(args.x, dtype=args.out_dtype)
 
 
-def _tables(x: Tensor, quality: Tensor | float | int, qtables: Tensor | None, *, whole: bool) -> Tensor:
-    """The scaled tables of each sample, [B, 2, 8, 8] on the device of x."""
-    if isinstance(quality, Real) and not isinstance(quality, bool):
-        _checked(quality, whole)
-        quality = torch.full((1,), quality, dtype=torch.float32, device=x.device)
-    elif not isinstance(quality, Tensor):
-        raise TypeError(f"quality is a {type(quality).__name__}. Give a number or a tensor [B].")
-    if quality.is_complex() or quality.dtype == torch.bool:
-        raise TypeError(f"quality is {quality.dtype}. Give numbers from 1 to 100.")
-    if quality.dim() > 1 or (quality.dim() == 1 and len(quality) not in (1, len(x))):
-        raise ShapeError(f"quality has shape {tuple(quality.shape)} for {len(x)} images. Give one number, or one each.")
-    if quality.device.type == "cpu":
-        if not torch.compiler.is_compiling():
-            for q in quality.detach().reshape(-1).tolist():
-                _checked(q, whole)
-    elif quality.device != x.device:
-        raise ValueError(f"quality is on {quality.device} and x on {x.device}. Move one of them.")
-    if qtables is not None:
-        if qtables.device != x.device:
-            raise ValueError(f"qtables are on {qtables.device} and x on {x.device}. Move one of them.")
-        if qtables.dim() == 4 and len(qtables) not in (1, len(x)):
-            raise ShapeError(f"qtables are for {len(qtables)} images and x has {len(x)}.")
-        if qtables.device.type == "cpu" and not torch.compiler.is_compiling() and qtables.numel():
-            if not (qtables.min() >= 1 and qtables.max() <= 65535):
-                raise ValueError("qtables must lie in 1..65535 (before scaling by quality).")
-    quality = quality.to(x.device)
-    if whole:
-        quality = quality.floor() if quality.is_floating_point() else quality
-    tables = scaled_tables(quality if quality.is_floating_point() else quality.float(), qtables)
-    return tables.expand(len(x), 2, 8, 8)
+def _save(ctx: Any, args: JpegArguments, output: Tensor) -> None:
+    ctx.save_for_backward(args.x, args.tables, args.affine)
+    ctx.settings = args.settings
 
 
-def _checked(quality: float, whole: bool) -> None:
-    if not 0 <= quality <= 100:
-        raise ValueError(f"quality {quality} is outside 1..100 (0 counts as 1).")
-    if whole and quality != int(quality):
-        raise ValueError(f"quality {quality} is not whole. libjpeg knows whole qualities only; use mode='smooth'.")
-
-
-def _affine(x: Tensor, value_range: tuple[float, float], mean: Tensor | None, std: Tensor | None) -> Tensor:
-    """[2, 3]: pixel in 0..255 = x * affine[0] + affine[1], per channel."""
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together: give both or neither.")
-    low, high = value_range
-    if not high > low:
-        raise ValueError(f"value_range {value_range} is empty. Give (low, high) with low < high.")
-    if x.dtype == torch.uint8:
-        if mean is not None or tuple(value_range) != (0.0, 1.0):
-            raise ValueError("uint8 pixels are 0..255 already: leave value_range, mean and std alone.")
-        return torch.stack((x.new_ones(3, dtype=torch.float32), x.new_zeros(3, dtype=torch.float32)))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if mean is None or std is None:
-        scale = torch.full((3,), 255 / (high - low), dtype=dtype, device=x.device)
-        return torch.stack((scale, scale * -low))
-    for name, value in (("mean", mean), ("std", std)):
-        if not isinstance(value, Tensor) or value.numel() != 3:
-            raise ShapeError(f"{name} must be a tensor of 3 numbers, one per channel.")
-    mean, std = (v.reshape(3).to(x.device, dtype) for v in (mean, std))
-    if std.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((std > 0).all()):
-        raise ValueError(f"std {std.tolist()} must be positive.")
-    return torch.stack((std, mean - low)) * (255 / (high - low))
-
-
-def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    x, tables, affine, subsampling, _, rounding, terms, upsample, integer_planes, clamp_grad, _, backend = inputs
-    ctx.save_for_backward(x, tables, affine)
-    ctx.settings = subsampling, rounding, terms, upsample, integer_planes, clamp_grad
-    ctx.backend = backend
-
-
-def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
+def _gradients(ctx: Any, wanted: Any, grad: Tensor) -> dict[str, Tensor | None]:
     x, tables, affine = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[1]
-    dx, dtables = _jpeg_backward(grad, x, tables, affine, *ctx.settings, wanted, ctx.backend)
-    return dx, dtables if wanted else None, *[None] * 10
+    arguments = JpegGradientArguments(grad, x, tables, affine, ctx.settings, table_grad=wanted.tables)
+    dx, dtables = _jpeg_backward(arguments, ctx.backend)
+    return {"x": dx, "tables": dtables if wanted.tables else None}
+
+
+def _gradient_fake(args: JpegGradientArguments) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(args.x), torch.empty_like(args.tables) if args.table_grad else args.tables.new_empty(0)
 
 
 _room = dispatch.Room("jpeg")
-_jpeg_backward = register(
-    "jpeg_backward(Tensor grad, Tensor x, Tensor tables, Tensor affine, str subsampling, str rounding, "
-    "int fourier_terms, str upsample, bool integer_planes, float clamp_grad, bool table_grad, str backend) "
-    "-> (Tensor, Tensor)",
-    _room,
-    fake=lambda grad, x, tables, *settings: (
-        torch.empty_like(x),
-        torch.empty_like(tables) if settings[-2] else tables.new_empty(0),
-    ),
-)
-_jpeg = register(
-    "jpeg(Tensor x, Tensor tables, Tensor affine, str subsampling, str mode, str rounding, int fourier_terms, "
-    "str upsample, bool integer_planes, float clamp_grad, ScalarType out_dtype, str backend) -> Tensor",
-    _room,
-    fake=lambda x, *settings: torch.empty_like(x, dtype=settings[-2]),
-    setup_context=_setup,
-    backward=_backward,
-)
+_jpeg_backward = Op("jpeg_backward", _room, JpegGradientArguments, returns="(Tensor, Tensor)", fake=_gradient_fake)
+_jpeg = Op("jpeg", _room, JpegArguments, returns="Tensor", fake=_fake, save=_save, gradients=_gradients)

@@ -8,6 +8,7 @@ forward in integers (exact.py) and keeps this backward, taken at the unrounded i
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from poisonshield.ops.jpeg.exact import exact_jpeg
 from poisonshield.ops.jpeg.padding import fold, pad_before_averaging, pad_chroma_rows, pad_to
+from poisonshield.ops.jpeg.tables import scaled_tables
+from poisonshield.random import philox_uniform
 
 _TO_YCC = (
     (0.299, 0.587, 0.114),
@@ -25,120 +28,113 @@ _TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.114 * 1.772 / 0.587, -0.299 * 1.402 / 0.5
 _PIECE = 1 << 18  # elements of x per piece
 
 
-def jpeg(
-    x: Tensor,
-    tables: Tensor,
-    affine: Tensor,
-    subsampling: str,
-    mode: str,
-    rounding: str,
-    fourier_terms: int,
-    upsample: str,
-    integer_planes: bool,
-    clamp_grad: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x [B, 3, H, W], tables [B, 2, 8, 8], affine [2, 3]: pixel in 0..255 = x * affine[0] + affine[1]."""
+class JpegSettings(NamedTuple):
+    """How a picture is compressed, the same forward and backward."""
 
-    def piece(x: Tensor, tables: Tensor) -> Tensor:
-        if mode == "exact":
-            return _exact(x, tables, affine, subsampling)
-        return Pipeline(x, tables, affine, subsampling, rounding, fourier_terms, upsample, integer_planes).output()
+    subsampling: str = "420"  # "420" (chrominance at half the size) or "444"
+    rounding: str = "poly"  # of coefficients: "poly", "ste", "hard", "poly_ste", "fourier" or "none"
+    fourier_terms: int = 10  # of the sawtooth's series, for "fourier"
+    upsample: str = "fancy"  # "fancy" (triangle filter) or "box"
+    integer_planes: bool = False  # whether every stored plane is rounded, with slope 1
+    clamp_grad: float = 0.0  # slope where a clamp cuts, 0 (none) to 1
 
-    out = torch.empty_like(x, dtype=out_dtype)
-    for part in _pieces(x):
-        out[part] = piece(x[part], tables[part])
+
+class JpegArguments(NamedTuple):
+    """What `jpeg` takes."""
+
+    x: Tensor  # [B, 3, H, W], RGB
+    tables: Tensor  # [B, 2, 8, 8], quantisation of luminance and chrominance
+    affine: Tensor  # [2, 3]: pixel in 0..255 = x * affine[0] + affine[1], per channel
+    mode: str  # "smooth" or "exact"
+    settings: JpegSettings
+    out_dtype: torch.dtype  # of the result
+
+
+class JpegGradientArguments(NamedTuple):
+    """What `jpeg_backward` takes: the upstream gradient, and the forward's arguments again."""
+
+    grad: Tensor  # [B, 3, H, W], d loss/d output
+    x: Tensor  # [B, 3, H, W]
+    tables: Tensor  # [B, 2, 8, 8]
+    affine: Tensor  # [2, 3]
+    settings: JpegSettings
+    table_grad: bool  # whether the second output is the gradient for the tables or empty
+
+
+def jpeg(args: JpegArguments) -> Tensor:
+    """x compressed and decompressed, [B, 3, H, W] in the space of x."""
+    out = torch.empty_like(args.x, dtype=args.out_dtype)
+    for part in _pieces(args.x):
+        x, tables = args.x[part], args.tables[part]
+        if args.mode == "exact":
+            out[part] = _exact(x, tables, args.affine, args.settings.subsampling)
+        else:
+            out[part] = Pipeline(x, tables, args.affine, args.settings).output()
     return out
 
 
-def jpeg_backward(
-    grad: Tensor,
-    x: Tensor,
-    tables: Tensor,
-    affine: Tensor,
-    subsampling: str,
-    rounding: str,
-    fourier_terms: int,
-    upsample: str,
-    integer_planes: bool,
-    clamp_grad: float,
-    table_grad: bool,
-) -> tuple[Tensor, Tensor]:
+def jpeg_backward(args: JpegGradientArguments) -> tuple[Tensor, Tensor]:
     """Gradients for x [B, 3, H, W] and the tables [B, 2, 8, 8] (empty unless asked for)."""
-    dx = torch.empty_like(x)
-    dtables = torch.empty_like(tables) if table_grad else tables.new_empty(0)
-    for part in _pieces(x):
-        pipeline = Pipeline(
-            x[part], tables[part], affine, subsampling, rounding, fourier_terms, upsample, integer_planes
-        )
-        dx[part], by_table = pipeline.gradient(grad[part], clamp_grad, table_grad)
-        if table_grad:
+    dx = torch.empty_like(args.x)
+    dtables = torch.empty_like(args.tables) if args.table_grad else args.tables.new_empty(0)
+    for part in _pieces(args.x):
+        pipeline = Pipeline(args.x[part], args.tables[part], args.affine, args.settings)
+        dx[part], by_table = pipeline.gradient(args.grad[part], args.table_grad)
+        if by_table is not None:
             dtables[part] = by_table
     return dx, dtables
 
 
 def _pieces(x: Tensor) -> list[slice]:
+    """Rows of x that fit into a CPU's cache together; all of them elsewhere."""
     whole = torch.compiler.is_compiling() or x.is_cuda
     size = len(x) if whole else max(1, _PIECE // max(1, x[:1].numel()))
     return [slice(i, i + size) for i in range(0, len(x), max(1, size))]
 
 
 class Pipeline:
-    """One batch on its way through: the coefficients of x in units of the tables, and what follows from them."""
+    """One batch on its way through: the coefficients of x in units of the tables, and what follows from them.
 
-    def __init__(
-        self,
-        x: Tensor,
-        tables: Tensor,
-        affine: Tensor,
-        subsampling: str,
-        rounding: str,
-        fourier_terms: int,
-        upsample: str,
-        integer_planes: bool,
-    ) -> None:
+    x [B, 3, H, W], tables [B, 2, 8, 8], affine [2, 3]. u holds the coefficients of luminance [B, 1, H', W'] and
+    chrominance [B, 2, H'', W''], each in place of its block; sizes with a dash are padded to whole blocks.
+    """
+
+    def __init__(self, x: Tensor, tables: Tensor, affine: Tensor, settings: JpegSettings) -> None:
+        self.settings = settings
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.h, self.w = x.shape[-2:]
-        self.half_chroma = subsampling == "420"
-        self.rounding, self.terms = rounding, fourier_terms
-        self.integer = (lambda v: (v + 0.5).floor()) if integer_planes else (lambda v: v)
-        self.scale, self.shift = affine.to(self.dtype)
-        self.tables = tables.to(self.dtype)
-        self.dct = dct_matrix(self.dtype, x.device)
-        chroma_size = ((self.h + 1) // 2, (self.w + 1) // 2) if self.half_chroma else (self.h, self.w)
-        self.chroma_size = chroma_size
+        self.half_chroma = settings.subsampling == "420"
+        self.chroma_size = ((self.h + 1) // 2, (self.w + 1) // 2) if self.half_chroma else (self.h, self.w)
         # Up to two columns of chrominance are copied, not interpolated, as in libjpeg.
-        self.smooth = upsample == "fancy" and chroma_size[1] > 2
+        self.smooth = settings.upsample == "fancy" and self.chroma_size[1] > 2
+        self.scale, self.shift = affine.to(self.dtype)  # [3], [3]
+        self.dct = dct_matrix(self.dtype, x.device)
+        tables = tables.to(self.dtype)
 
-        planes = self.integer(self._to_ycc(x.to(self.dtype).contiguous()))
-        chroma = planes[:, 1:]
-        if self.half_chroma:
-            luma = pad_to(planes[:, :1], 16)
-            self.averaged = self.integer(F.avg_pool2d(pad_before_averaging(chroma), 2))
-            chroma = pad_chroma_rows(self.averaged)
-        else:
-            luma, chroma = pad_to(planes[:, :1], 8), pad_to(chroma, 8)
-        self.q = _tile(self.tables[:, :1], luma), _tile(self.tables[:, 1:], chroma)
+        luma, chroma = self._padded(self._stored(self._to_ycc(x.to(self.dtype).contiguous())))
+        self.q = _tile(tables[:, :1], luma), _tile(tables[:, 1:], chroma)
         self.u = tuple(
-            self._forward_dct(p).mul_(_tile(1 / self.tables[:, i : i + 1], p)) for i, p in enumerate((luma, chroma))
+            self._forward_dct(p).mul_(_tile(1 / tables[:, i : i + 1], p)) for i, p in enumerate((luma, chroma))
         )
+
+    def output(self) -> Tensor:
+        """[B, 3, H, W] in the space of x."""
+        rgb = self._stored(self.colours(*self.decoded()).clamp_(0, 255))
+        return rgb.sub_(self.shift[:, None, None]).div_(self.scale[:, None, None])
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Luminance and chrominance after the inverse transform, before they are clamped to [-128, 127]."""
-        luma, chroma = (
-            self._inverse_dct(round_(u, self.rounding, self.terms).mul_(q)) for u, q in zip(self.u, self.q, strict=True)
-        )
-        return luma, chroma
+        luma, chroma = (self._inverse_dct(self._rounded(u).mul_(q)) for u, q in zip(self.u, self.q, strict=True))
+        return luma, chroma  # [B, 1, H', W'], [B, 2, H'', W'']
 
     def colours(self, luma: Tensor, chroma: Tensor) -> Tensor:
         """RGB in 0..255 before it is clamped, [B, 3, H, W]."""
-        luma = self.integer(luma.clamp(-128, 127))[..., : self.h, : self.w]
-        chroma = self.integer(chroma.clamp(-128, 127))
+        luma = self._stored(luma.clamp(-128, 127))[..., : self.h, : self.w]  # [B, 1, H, W]
+        chroma = self._stored(chroma.clamp(-128, 127))
         if self.half_chroma:
             chroma = chroma[..., : self.chroma_size[0], : self.chroma_size[1]]
-            mode = {"mode": "bilinear", "align_corners": False} if self.smooth else {"mode": "nearest"}
-            chroma = self.integer(F.interpolate(chroma, scale_factor=2, **mode))
-        chroma = chroma[..., : self.h, : self.w]
+            chroma = self._stored(self._upsampled(chroma))
+        chroma = chroma[..., : self.h, : self.w]  # [B, 2, H, W]
         cb, cr = chroma[:, 0], chroma[:, 1]
         y = luma[:, 0] + 128
         red = torch.add(y, cr, alpha=_TO_RGB[0][2])
@@ -146,49 +142,76 @@ class Pipeline:
         blue = torch.add(y, cb, alpha=_TO_RGB[2][1])
         return torch.stack((red, green, blue), 1)
 
-    def output(self) -> Tensor:
-        """[B, 3, H, W] in the space of x."""
-        rgb = self.integer(self.colours(*self.decoded()).clamp_(0, 255))
-        return self._from_pixels(rgb)
-
-    def gradient(self, grad: Tensor, clamp_grad: float, table_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """d loss/d x from d loss/d output, and the same for the tables."""
+    def gradient(self, grad: Tensor, table_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """d loss/d x [B, 3, H, W] from d loss/d output, and d loss/d tables [B, 2, 8, 8]: the stages in reverse."""
         luma, chroma = self.decoded()
         g = grad.to(self.dtype) / self.scale[:, None, None]
-        g = _masked(g, self.colours(luma, chroma), 0, 255, clamp_grad)
-        g = self._apply(_TO_RGB, g, transposed=True)  # per plane, [B, 3, H, W]
-        g_luma, g_chroma = g[:, :1], g[:, 1:]
-        if self.half_chroma:
-            g_chroma = F.pad(g_chroma, (0, self.w % 2, 0, self.h % 2))
-            g_chroma = _triangle_adjoint(g_chroma) if self.smooth else 4 * F.avg_pool2d(g_chroma, 2)
-        by_table = []
-        grads = []
-        for g, decoded, u in ((g_luma, luma, self.u[0]), (g_chroma, chroma, self.u[1])):
-            g = F.pad(g, (0, decoded.shape[-1] - g.shape[-1], 0, decoded.shape[-2] - g.shape[-2]))
-            g = self._forward_dct(_masked(g, decoded, -128, 127, clamp_grad))
-            slope = slope_(u, self.rounding, self.terms)
-            if table_grad:
-                by_table.append(_sum_blocks(g * (round_(u, self.rounding, self.terms) - u * slope)))
-            grads.append(self._inverse_dct(g * slope))
-        g_luma, g_chroma = fold(grads[0], self.h, self.w), grads[1]
-        if self.half_chroma:
-            g_chroma = fold(g_chroma, *self.averaged.shape[-2:])
-            g_chroma = F.interpolate(g_chroma * 0.25, scale_factor=2, mode="nearest")
-        g = torch.cat((g_luma, fold(g_chroma, self.h, self.w)), 1)
-        g = self._apply(_TO_YCC, g, transposed=True) * self.scale[:, None, None]
-        return g, torch.stack(by_table, 1) if table_grad else None
+        g = self._clamped(g, self.colours(luma, chroma), 0, 255)
+        g = self._apply_transposed(_TO_RGB, g)  # d loss/d (Y, Cb, Cr), [B, 3, H, W]
+        g_chroma = self._upsampled_adjoint(g[:, 1:]) if self.half_chroma else g[:, 1:]
+        g_luma, luma_table = self._through_blocks(g[:, :1], luma, self.u[0], table_grad)
+        g_chroma, chroma_table = self._through_blocks(g_chroma, chroma, self.u[1], table_grad)
+        g = self._apply_transposed(_TO_YCC, self._padded_adjoint(g_luma, g_chroma)) * self.scale[:, None, None]
+        if luma_table is None or chroma_table is None:
+            return g, None
+        return g, torch.stack((luma_table, chroma_table), 1)
 
     def _to_ycc(self, x: Tensor) -> Tensor:
+        """Y, Cb and Cr, centred on 0: [B, 3, H, W]."""
         matrix = torch.tensor(_TO_YCC, dtype=self.dtype, device=x.device)
         bias = matrix @ self.shift - torch.tensor((128.0, 0.0, 0.0), dtype=self.dtype, device=x.device)
         return _mix(matrix * self.scale, x, bias)
 
-    def _apply(self, matrix: tuple[tuple[float, ...], ...], planes: Tensor, transposed: bool) -> Tensor:
-        m = torch.tensor(matrix, dtype=self.dtype, device=planes.device)
-        return _mix(m.T if transposed else m, planes, None)
+    def _stored(self, planes: Tensor) -> Tensor:
+        """Rounded half up where planes are whole numbers; the gradient passes straight through."""
+        return (planes + 0.5).floor() if self.settings.integer_planes else planes
 
-    def _from_pixels(self, rgb: Tensor) -> Tensor:
-        return rgb.sub_(self.shift[:, None, None]).div_(self.scale[:, None, None])
+    def _padded(self, planes: Tensor) -> tuple[Tensor, Tensor]:
+        """Luminance [B, 1, H', W'] and, averaged for 4:2:0, chrominance [B, 2, H'', W''], in whole blocks."""
+        luma, chroma = planes[:, :1], planes[:, 1:]
+        if not self.half_chroma:
+            return pad_to(luma, 8), pad_to(chroma, 8)
+        averaged = self._stored(F.avg_pool2d(pad_before_averaging(chroma), 2))
+        self.averaged_size = averaged.shape[-2:]
+        return pad_to(luma, 16), pad_chroma_rows(averaged)
+
+    def _padded_adjoint(self, g_luma: Tensor, g_chroma: Tensor) -> Tensor:
+        """The adjoint of `_padded`: [B, 3, H, W]."""
+        if self.half_chroma:
+            g_chroma = fold(g_chroma, *self.averaged_size)
+            g_chroma = F.interpolate(g_chroma * 0.25, scale_factor=2, mode="nearest")
+        return torch.cat((fold(g_luma, self.h, self.w), fold(g_chroma, self.h, self.w)), 1)
+
+    def _upsampled(self, chroma: Tensor) -> Tensor:
+        """[B, 2, h, w] -> [B, 2, 2h, 2w]."""
+        if self.smooth:
+            return F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
+        return F.interpolate(chroma, scale_factor=2, mode="nearest")
+
+    def _upsampled_adjoint(self, g: Tensor) -> Tensor:
+        """[B, 2, H, W] -> [B, 2, h, w]."""
+        g = F.pad(g, (0, self.w % 2, 0, self.h % 2))
+        return _triangle_adjoint(g) if self.smooth else 4 * F.avg_pool2d(g, 2)
+
+    def _through_blocks(self, g: Tensor, decoded: Tensor, u: Tensor, table_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradient before the transform, from that after it; and that of the table [B, 8, 8]."""
+        g = F.pad(g, (0, decoded.shape[-1] - g.shape[-1], 0, decoded.shape[-2] - g.shape[-2]))
+        g = self._forward_dct(self._clamped(g, decoded, -128, 127))
+        slope = slope_(u, self.settings.rounding, self.settings.fourier_terms)
+        by_table = _sum_blocks(g * (self._rounded(u) - u * slope)) if table_grad else None
+        return self._inverse_dct(g * slope), by_table
+
+    def _rounded(self, u: Tensor) -> Tensor:
+        return round_(u, self.settings.rounding, self.settings.fourier_terms)
+
+    def _clamped(self, g: Tensor, value: Tensor, low: float, high: float) -> Tensor:
+        """g where value is inside [low, high], clamp_grad * g outside (and where value is NaN)."""
+        inside, slope = (value >= low) & (value <= high), self.settings.clamp_grad
+        return g * inside if slope == 0 else torch.where(inside, g, slope * g)
+
+    def _apply_transposed(self, matrix: tuple[tuple[float, ...], ...], planes: Tensor) -> Tensor:
+        """A colour transform's adjoint on [B, 3, H, W]."""
+        return _mix(torch.tensor(matrix, dtype=self.dtype, device=planes.device).T, planes, None)
 
     def _forward_dct(self, planes: Tensor) -> Tensor:
         """The orthonormal 8x8 DCT of each block, in place of the block: [B, C, H, W] with sizes divisible by 8."""
@@ -239,7 +262,7 @@ def slope_(u: Tensor, rounding: str, terms: int) -> Tensor:
 def _blockwise(m: Tensor, planes: Tensor) -> Tensor:
     """m @ block @ m.T for each 8x8 block."""
     b, c, h, w = planes.shape
-    rows = planes.reshape(-1, 8) @ m.T
+    rows = planes.reshape(-1, 8) @ m.T  # [B C h w / 8, 8]
     return (m @ rows.view(-1, 8, w)).view(b, c, h, w)
 
 
@@ -264,18 +287,13 @@ def _sum_blocks(planes: Tensor) -> Tensor:
     return planes.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).sum((1, 2, 4))
 
 
-def _masked(g: Tensor, value: Tensor, low: float, high: float, slope: float) -> Tensor:
-    """g where value is inside [low, high], slope * g outside (and where value is NaN)."""
-    inside = (value >= low) & (value <= high)
-    return g * inside if slope == 0 else torch.where(inside, g, slope * g)
-
-
 def _triangle_adjoint(g: Tensor) -> Tensor:
     """The adjoint of x2 bilinear interpolation with replicated borders, both axes: [B, C, 2h, 2w] -> [B, C, h, w]."""
     return _triangle_adjoint_1d(_triangle_adjoint_1d(g).mT).mT
 
 
 def _triangle_adjoint_1d(g: Tensor) -> Tensor:
+    """[..., 2w] -> [..., w]."""
     # out[2i] = (3 v[i] + v[i-1]) / 4 and out[2i+1] = (3 v[i] + v[i+1]) / 4; indices beyond an end stay at it.
     even, odd = g[..., 0::2], g[..., 1::2]
     v = (even + odd) * 0.75
@@ -287,6 +305,7 @@ def _triangle_adjoint_1d(g: Tensor) -> Tensor:
 
 
 def _exact(x: Tensor, tables: Tensor, affine: Tensor, subsampling: str) -> Tensor:
+    """[B, 3, H, W] in the space of x, through libjpeg's integers."""
     if x.dtype == torch.uint8:
         return exact_jpeg(x, tables, subsampling)
     scale, shift = affine.to(torch.promote_types(x.dtype, torch.float32))[:, :, None, None]
@@ -301,3 +320,22 @@ def to_pixels(x: Tensor, affine: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     scale, shift = affine.to(dtype)[:, :, None, None]
     return (x.to(dtype) * scale + shift + 0.5).floor().nan_to_num(0.0, 255.0, 0.0).clamp(0, 255).to(torch.uint8)
+
+
+def examples() -> dict[str, list[Any]]:
+    """Calls that the contract tests make of each op on every backend."""
+    x, grad = (philox_uniform((2, 3, 17, 9), seed) * 0.8 + 0.1 for seed in range(2))
+    tables, affine = scaled_tables(torch.tensor([30.0, 80.0])), torch.tensor([[255.0] * 3, [0.0] * 3])
+    leaf, smooth = x.clone().requires_grad_(), JpegSettings()
+    last = x.to(memory_format=torch.channels_last)
+    straight = JpegSettings("444", rounding="ste")
+    boxes = JpegSettings(rounding="none", upsample="box", integer_planes=True, clamp_grad=0.5)
+    return {
+        "jpeg": [
+            JpegArguments(leaf, tables, affine, "smooth", smooth, torch.float32),
+            JpegArguments(leaf, tables, affine, "smooth", JpegSettings(rounding="none"), torch.float32),
+            JpegArguments(leaf, tables, affine, "exact", straight, torch.float32),
+            JpegArguments(last, tables.clone().requires_grad_(), affine, "smooth", boxes, torch.float64),
+        ],
+        "jpeg_backward": [JpegGradientArguments(grad, x, tables, affine, smooth, table_grad=True)],
+    }

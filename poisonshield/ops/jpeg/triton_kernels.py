@@ -21,8 +21,25 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.jpeg.exact import forward_matrix, inverse_matrix
-from poisonshield.ops.jpeg.reference import dct_matrix
-from poisonshield.ops.trigonometry import cosine_of_turns
+from poisonshield.ops.jpeg.reference import JpegArguments, JpegGradientArguments, JpegSettings, dct_matrix
+from poisonshield.ops.jpeg.triton_stages import (
+    averaged,
+    chroma_rows,
+    coded,
+    colours_at,
+    direct,
+    emit,
+    folded,
+    kept,
+    matrix,
+    planes_of,
+    row_of_taps,
+    sandwich,
+    table_tile,
+    through_blocks,
+    upstream,
+)
+from poisonshield.ops.record import tensors
 
 _TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _PIXEL_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -35,181 +52,33 @@ _DCT, _UP_LEFT, _DOWN_RIGHT, _FORWARD_HIGH, _FORWARD_LOW, _INVERSE_HIGH, _INVERS
 
 
 @triton.jit
-def product(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
-
-
-@triton.jit
-def sandwich(m, x):
-    """m @ x @ m.T"""
-    return product(m, product(x, tl.trans(m)))
-
-
-@triton.jit
-def matrix(table_ptr, k: tl.constexpr):
-    i = tl.arange(0, 16)
-    return tl.load(table_ptr + k * 256 + i[:, None] * 16 + i[None, :])
-
-
-@triton.jit
-def whole(v, INTEGER: tl.constexpr):
-    return tl.floor(v + 0.5) if INTEGER else v
-
-
-@triton.jit
-def nearest(u):
-    n = tl.floor(tl.abs(u) + 0.5)
-    return tl.where(u < 0, -n, n)
-
-
-@triton.jit
-def rounded(u, ROUNDING: tl.constexpr, TERMS: tl.constexpr):
-    n = nearest(u)
-    if ROUNDING == 0:
-        n = u
-    if ROUNDING == 1:
-        e = u - n
-        n = n + e * e * e
-    if ROUNDING == 4:
-        n = u
-        for k in range(1, TERMS + 1):  # not unrolled, as in `slope`
-            turns = k * u - tl.floor(k * u)
-            n += (2 * (k % 2) - 1) * (-1.0 / (k * 3.141592653589793)) * cosine_of_turns(turns, 3)
-    return n
-
-
-@triton.jit
-def slope(u, ROUNDING: tl.constexpr, TERMS: tl.constexpr):
-    e = u - nearest(u)
-    s = 3 * e * e
-    if ROUNDING == 0 or ROUNDING == 2:
-        s = u * 0 + 1.0
-    if ROUNDING == 4:
-        s = u * 0 + 1.0
-        for k in range(1, TERMS + 1):  # not unrolled: the terms together would spill
-            turns = k * u - tl.floor(k * u)
-            s -= (2 * (k % 2) - 1) * 2.0 * cosine_of_turns(turns, 0)
-    return s
-
-
-@triton.jit
-def clamped(v, low, high):
-    v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def kept(v, low, high, clamp_grad):
-    """The slope of a clamp at v."""
-    return tl.where((v >= low) & (v <= high), 1.0, clamp_grad)
-
-
-@triton.jit
-def chroma_rows(r, h):
-    """Where 4:2:0 chrominance reads row r: copied to an even count only, then the last *pair* is repeated."""
-    even = h + h % 2
-    return tl.minimum(tl.where(r >= even, even - 2 + r % 2, r), h - 1)
-
-
-@triton.jit
-def channel(x_ptr, affine_ptr, at, inside, c: tl.constexpr, EXACT: tl.constexpr):
-    """0..255: float as it is, or, for exact mode, whole numbers rounded half up."""
-    v = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32)
-    v = v * tl.load(affine_ptr + c) + tl.load(affine_ptr + 3 + c)
-    if EXACT:
-        v = tl.floor(v + 0.5)
-        v = tl.where(v != v, 0.0, tl.minimum(tl.maximum(v, 0.0), 255.0))
-    return v
-
-
-@triton.jit
-def planes_of(x_ptr, affine_ptr, base, rows, columns, h, w, EXACT: tl.constexpr, INTEGER: tl.constexpr):
-    """Y, Cb, Cr of a tile, centred on 0. rows, columns: where to read. Exact mode computes in int32."""
-    area = h.to(tl.int64) * w
-    at = base + rows[:, None].to(tl.int64) * w + columns[None, :]
-    all_ = (rows[:, None] >= 0) & (columns[None, :] >= 0)
-    r = channel(x_ptr, affine_ptr, at, all_, 0, EXACT)
-    g = channel(x_ptr, affine_ptr, at + area, all_, 1, EXACT)
-    b = channel(x_ptr, affine_ptr, at + 2 * area, all_, 2, EXACT)
-    if EXACT:
-        ri, gi, bi = r.to(tl.int32), g.to(tl.int32), b.to(tl.int32)
-        y = ((19595 * ri + 38470 * gi + 7471 * bi + 32768) >> 16).to(tl.float32) - 128
-        cb = ((-11059 * ri - 21709 * gi + 32768 * bi + 8421375) >> 16).to(tl.float32) - 128
-        cr = ((32768 * ri - 27439 * gi - 5329 * bi + 8421375) >> 16).to(tl.float32) - 128
-    else:
-        y = whole(0.299 * r + 0.587 * g + 0.114 * b - 128, INTEGER)
-        cb = whole(-0.16873589164785552 * r - 0.3312641083521445 * g + 0.5 * b, INTEGER)
-        cr = whole(0.5 * r - 0.4186875891583452 * g - 0.08131241084165478 * b, INTEGER)
-    return y, cb, cr
-
-
-@triton.jit
-def exact_product(high, low, x):
-    """(high * 128 + low) @ x for an int32 x below 2^18: digits of 7 and 11 bits, which tf32 holds, sums below 2^24."""
-    top, rest = (x >> 7).to(tl.float32), (x & 127).to(tl.float32)
-    hh = tl.dot(high, top, input_precision="tf32").to(tl.int32)
-    hl = tl.dot(high, rest, input_precision="tf32").to(tl.int32)
-    lh = tl.dot(low, top, input_precision="tf32").to(tl.int32)
-    ll = tl.dot(low, rest, input_precision="tf32").to(tl.int32)
-    return hh * 16384 + (hl + lh) * 128 + ll
-
-
-@triton.jit
-def exact_coded(table_ptr, x, q):
-    """A tile of four blocks through the integer transform, the tables and back, before 128 is added. int32."""
-    fh, fl = matrix(table_ptr, 3), matrix(table_ptr, 4)
-    c = (tl.trans(exact_product(fh, fl, tl.trans(x))) + 1024) >> 11  # along rows
-    c = (exact_product(fh, fl, c) + 16384) >> 15  # along columns
-    qi = q.to(tl.int32)
-    size = (tl.abs(c) + 4 * qi) // (8 * qi)
-    c = tl.where(c < 0, -size, size) * qi
-    ih, il = matrix(table_ptr, 5), matrix(table_ptr, 6)
-    c = (exact_product(ih, il, c) + 1024) >> 11
-    return (tl.trans(exact_product(ih, il, tl.trans(c))) + 131072) >> 18
-
-
-@triton.jit
-def coded(
-    table_ptr, x, q, EXACT: tl.constexpr, ROUNDING: tl.constexpr, TERMS: tl.constexpr
-):  # fmt: skip
-    """A tile of four blocks, transformed, rounded and transformed back: centred on 0, not clamped."""
-    if EXACT:
-        return exact_coded(table_ptr, x.to(tl.int32), q).to(tl.float32)
-    d = matrix(table_ptr, 0)
-    u = sandwich(d, x) * tl.div_rn(q * 0 + 1.0, q)
-    return sandwich(tl.trans(d), rounded(u, ROUNDING, TERMS) * q)
-
-
-@triton.jit
-def averaged(table_ptr, cb, cr, column, EXACT: tl.constexpr, INTEGER: tl.constexpr):
-    """2x2 means, Cb in the upper left and Cr in the lower right of one tile, 0 elsewhere."""
-    up, down = matrix(table_ptr, 1), matrix(table_ptr, 2)
-    if EXACT:
-        total = sandwich(up, cb + 128) + sandwich(down, cr + 128)  # means of whole numbers: quarters, exact
-        bias = 1 + (column % 2)
-        quarters = (total * 4 + 0.5).to(tl.int32)
-        return ((quarters + bias[None, :]) >> 2).to(tl.float32) - 128
-    return whole(sandwich(up, cb) + sandwich(down, cr), INTEGER)
-
-
-@triton.jit
-def table_tile(q_ptr, b, which: tl.constexpr):
-    i = tl.arange(0, 16)
-    return tl.load(q_ptr + b * 128 + which * 64 + (i[:, None] % 8) * 8 + i[None, :] % 8)
-
-
-@triton.jit
 def code_tiles(
-    x_ptr, q_ptr, affine_ptr, table_ptr, y_ptr, c_ptr, h, w, ch, cw, tiles_x,
-    HALF: tl.constexpr, EXACT: tl.constexpr, INTEGER: tl.constexpr, ROUNDING: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
-    """Decoded planes, centred, not clamped: y [B, h, w] and c [B, 2, ch, cw]."""
+    x_ptr,  # [B, 3, h, w] RGB in the user's space
+    q_ptr,  # [B, 2, 8, 8] quantisation tables
+    affine_ptr,  # [2, 3] scale and shift from x to 0..255
+    table_ptr,  # [7, 16, 16] constant matrices, `_matrices`
+    y_ptr,  # [B, h, w] decoded luminance, written
+    c_ptr,  # [B, 2, ch, cw] decoded chrominance, written
+    h,  # height in pixels
+    w,  # width in pixels
+    ch,  # height of chrominance: (h + 1) // 2 or h
+    cw,  # width of chrominance: (w + 1) // 2 or w
+    tiles_x,  # tiles in a row of tiles
+    HALF: tl.constexpr,  # 4:2:0, chrominance at half the size; else 4:4:4
+    EXACT: tl.constexpr,  # libjpeg's integers; else floats
+    INTEGER: tl.constexpr,  # every stored plane is rounded
+    ROUNDING: tl.constexpr,  # of coefficients: a value of _ROUNDINGS
+    TERMS: tl.constexpr,  # of the sawtooth's series, for fourier
+):
+    """Decoded planes, centred, not clamped; a program takes a tile of 16x16 pixels of one sample."""
     b = tl.program_id(1)
     ty, tx = tl.program_id(0) // tiles_x, tl.program_id(0) % tiles_x
     i = tl.arange(0, 16)
     r, col = ty * 16 + i, tx * 16 + i
     rows, columns = tl.minimum(r, h - 1), tl.minimum(col, w - 1)
     base = b.to(tl.int64) * 3 * h * w
+    # decoded = D' (round(D X D' / Q) * Q) D for each block X. A tile is read once (twice in 4:2:0, whose chrominance
+    # repeats other rows), stays in registers and is written once.
     y, cb, cr = planes_of(x_ptr, affine_ptr, base, rows, columns, h, w, EXACT, INTEGER)
     qy, qc = table_tile(q_ptr, b, 0), table_tile(q_ptr, b, 1)
     inside = (r[:, None] < h) & (col[None, :] < w)
@@ -234,96 +103,26 @@ def code_tiles(
 
 
 @triton.jit
-def chroma_at(c_ptr, i, j, inside, ch, cw, HALF: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr):
-    """One chrominance plane at pixel (i, j), centred."""
-    if HALF:
-        near_i, near_j = i // 2, j // 2
-        v = clamped(tl.load(c_ptr + near_i * cw + near_j, mask=inside, other=0), -128.0, 127.0)
-        if SMOOTH:
-            far_i = tl.minimum(tl.maximum(near_i + 2 * (i % 2) - 1, 0), ch - 1)
-            far_j = tl.minimum(tl.maximum(near_j + 2 * (j % 2) - 1, 0), cw - 1)
-            below = clamped(tl.load(c_ptr + far_i * cw + near_j, mask=inside, other=0), -128.0, 127.0)
-            beside = clamped(tl.load(c_ptr + near_i * cw + far_j, mask=inside, other=0), -128.0, 127.0)
-            corner = clamped(tl.load(c_ptr + far_i * cw + far_j, mask=inside, other=0), -128.0, 127.0)
-            v = 3 * (3 * v + below) + (3 * beside + corner)
-            if EXACT:
-                v = ((v.to(tl.int32) + 2048 + 8 - j % 2) >> 4).to(tl.float32) - 128
-            else:
-                v = v * 0.0625
-        return v
-    return clamped(tl.load(c_ptr + i * cw + j, mask=inside, other=0), -128.0, 127.0)
-
-
-@triton.jit
-def colours_at(
-    y_ptr, c_ptr, b, pixel, inside, h, w, ch, cw,
-    HALF: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr, INTEGER: tl.constexpr,
-):  # fmt: skip
-    """R, G, B in 0..255 before they are clamped."""
-    i, j = pixel // w, pixel % w
-    y = clamped(tl.load(y_ptr + b.to(tl.int64) * h * w + pixel, mask=inside, other=0), -128.0, 127.0)
-    c_base = c_ptr + b.to(tl.int64) * 2 * ch * cw
-    if INTEGER:  # planes are stored rounded; upsampling rounds again
-        y = whole(y, True)
-    cb = chroma_at_whole(c_base, i, j, inside, ch, cw, HALF, SMOOTH, EXACT, INTEGER)
-    cr = chroma_at_whole(c_base + ch * cw, i, j, inside, ch, cw, HALF, SMOOTH, EXACT, INTEGER)
-    y = y + 128
-    if EXACT:
-        bi, ri, yi = cb.to(tl.int32), cr.to(tl.int32), y.to(tl.int32)
-        red = (yi + ((91881 * ri + 32768) >> 16)).to(tl.float32)
-        green = (yi + ((-22554 * bi - 46802 * ri + 32768) >> 16)).to(tl.float32)
-        blue = (yi + ((116130 * bi + 32768) >> 16)).to(tl.float32)
-    else:
-        red = y + 1.402 * cr
-        green = y - 0.34413628620102216 * cb - 0.7141362862010221 * cr
-        blue = y + 1.772 * cb
-    return red, green, blue
-
-
-@triton.jit
-def chroma_at_whole(
-    c_ptr, i, j, inside, ch, cw, HALF: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr, INTEGER: tl.constexpr
-):  # fmt: skip
-    if INTEGER and not EXACT:
-        return whole(chroma_at_rounded(c_ptr, i, j, inside, ch, cw, HALF, SMOOTH), HALF)
-    return chroma_at(c_ptr, i, j, inside, ch, cw, HALF, SMOOTH, EXACT)
-
-
-@triton.jit
-def stored(c_ptr, at, inside):
-    return whole(clamped(tl.load(c_ptr + at, mask=inside, other=0), -128.0, 127.0), True)
-
-
-@triton.jit
-def chroma_at_rounded(c_ptr, i, j, inside, ch, cw, HALF: tl.constexpr, SMOOTH: tl.constexpr):
-    """`chroma_at` where the stored plane is rounded to whole numbers first."""
-    if not HALF:
-        return stored(c_ptr, i * cw + j, inside)
-    near_i, near_j = i // 2, j // 2
-    v = stored(c_ptr, near_i * cw + near_j, inside)
-    if SMOOTH:
-        far_i = tl.minimum(tl.maximum(near_i + 2 * (i % 2) - 1, 0), ch - 1)
-        far_j = tl.minimum(tl.maximum(near_j + 2 * (j % 2) - 1, 0), cw - 1)
-        v = 9 * v + 3 * stored(c_ptr, far_i * cw + near_j, inside) + 3 * stored(c_ptr, near_i * cw + far_j, inside)
-        v = (v + stored(c_ptr, far_i * cw + far_j, inside)) * 0.0625
-    return v
-
-
-@triton.jit
-def emit(out_ptr, affine_ptr, at, inside, v, c: tl.constexpr, INTEGER: tl.constexpr):
-    v = whole(clamped(v, 0.0, 255.0), INTEGER)
-    shift, scale = tl.load(affine_ptr + 3 + c), tl.load(affine_ptr + c)
-    tl.store(out_ptr + at, tl.div_rn(v - shift, v * 0 + scale), mask=inside)
-
-
-@triton.jit
 def combine(
-    out_ptr, y_ptr, c_ptr, affine_ptr, h, w, ch, cw,
-    HALF: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out_ptr,  # [B, 3, h, w] the result, in the space of x, written
+    y_ptr,  # [B, h, w] decoded luminance, centred, not clamped
+    c_ptr,  # [B, 2, ch, cw] decoded chrominance, centred, not clamped
+    affine_ptr,  # [2, 3] scale and shift from x to 0..255
+    h,  # height in pixels
+    w,  # width in pixels
+    ch,  # height of chrominance: (h + 1) // 2 or h
+    cw,  # width of chrominance: (w + 1) // 2 or w
+    HALF: tl.constexpr,  # 4:2:0, chrominance at half the size; else 4:4:4
+    SMOOTH: tl.constexpr,  # upsampling by the triangle filter; else by copying
+    EXACT: tl.constexpr,  # libjpeg's integers; else floats
+    INTEGER: tl.constexpr,  # every stored plane is rounded
+    BLOCK: tl.constexpr,  # pixels of a program
+):
+    """The decoded picture from its planes; a program takes BLOCK pixels of one sample."""
     b = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < h * w
+    # Reads luminance once and, for the triangle filter, four places of each chrominance plane, which neighbours share.
     red, green, blue = colours_at(y_ptr, c_ptr, b, pixel, inside, h, w, ch, cw, HALF, SMOOTH, EXACT, INTEGER)
     at = b.to(tl.int64) * 3 * h * w + pixel
     emit(out_ptr, affine_ptr, at, inside, red, 0, INTEGER)
@@ -332,22 +131,29 @@ def combine(
 
 
 @triton.jit
-def upstream(g_ptr, affine_ptr, at, inside, value, clamp_grad, c: tl.constexpr):
-    g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
-    return tl.div_rn(g, g * 0 + tl.load(affine_ptr + c)) * kept(value, 0.0, 255.0, clamp_grad)
-
-
-@triton.jit
 def split_gradient(
-    out_ptr, g_ptr, y_ptr, c_ptr, affine_ptr, clamp_grad, h, w, ch, cw,
-    HALF: tl.constexpr, SMOOTH: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """d loss/d (Y, Cb, Cr) of each pixel, [B, 3, h, w]: the last clamp and the colour transform, transposed."""
+    out_ptr,  # [B, 3, h, w] float32, d loss/d (Y, Cb, Cr), written
+    g_ptr,  # [B, 3, h, w] d loss/d output
+    y_ptr,  # [B, h, w] decoded luminance, centred, not clamped
+    c_ptr,  # [B, 2, ch, cw] decoded chrominance, centred, not clamped
+    affine_ptr,  # [2, 3] scale and shift from x to 0..255
+    clamp_grad,  # slope where a clamp cuts
+    h,  # height in pixels
+    w,  # width in pixels
+    ch,  # height of chrominance: (h + 1) // 2 or h
+    cw,  # width of chrominance: (w + 1) // 2 or w
+    HALF: tl.constexpr,  # 4:2:0, chrominance at half the size; else 4:4:4
+    SMOOTH: tl.constexpr,  # upsampling by the triangle filter; else by copying
+    INTEGER: tl.constexpr,  # every stored plane is rounded
+    BLOCK: tl.constexpr,  # pixels of a program
+):
+    """d loss/d (Y, Cb, Cr) of each pixel: the last clamp and the colour transform, transposed."""
     b = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < h * w
     red, green, blue = colours_at(y_ptr, c_ptr, b, pixel, inside, h, w, ch, cw, HALF, SMOOTH, False, INTEGER)
     at = b.to(tl.int64) * 3 * h * w + pixel
+    # d/dY = gr + gg + gb; d/dCb and d/dCr weigh them as the colours use them: the transposed matrix.
     gr = upstream(g_ptr, affine_ptr, at, inside, red, clamp_grad, 0)
     gg = upstream(g_ptr, affine_ptr, at + h * w, inside, green, clamp_grad, 1)
     gb = upstream(g_ptr, affine_ptr, at + 2 * h * w, inside, blue, clamp_grad, 2)
@@ -357,49 +163,21 @@ def split_gradient(
 
 
 @triton.jit
-def through_blocks(
-    table_ptr, x, q, g, ROUNDING: tl.constexpr, TERMS: tl.constexpr
-):  # fmt: skip
-    """The gradient of a tile before the transform, from that after it: the tables cancel."""
-    d = matrix(table_ptr, 0)
-    u = sandwich(d, x) * tl.div_rn(q * 0 + 1.0, q)
-    return sandwich(tl.trans(d), sandwich(d, g) * slope(u, ROUNDING, TERMS))
-
-
-@triton.jit
-def folded(g, rows, columns, r, col):
-    """What was read from (rows, columns) is added there: a product with the 0/1 matrices of both maps."""
-    down = tl.where(rows[None, :] == r[:, None], 1.0, 0.0)
-    across = tl.where(columns[:, None] == col[None, :], 1.0, 0.0)
-    return product(down, product(g, across))
-
-
-@triton.jit
-def direct(g_ptr, value_ptr, at, inside, clamp_grad):
-    """A plane's gradient at full resolution, times the slope of the plane's clamp; 0 in the padding."""
-    value = tl.load(value_ptr + at, mask=inside, other=0)
-    return tl.load(g_ptr + at, mask=inside, other=0) * kept(value, -128.0, 127.0, clamp_grad)
-
-
-@triton.jit
-def row_of_taps(g_ptr, i, j, inside, h, w, cw, SMOOTH: tl.constexpr):
-    """The horizontal half of the upsampling's adjoint, at row i of the gradient and column j of the plane."""
-    ok = inside & (i < h)
-    a = tl.load(g_ptr + i * w + 2 * j, mask=ok & (2 * j < w), other=0)
-    b = tl.load(g_ptr + i * w + 2 * j + 1, mask=ok & (2 * j + 1 < w), other=0)
-    if SMOOTH:
-        left, right = tl.maximum(2 * j - 1, 0), tl.minimum(2 * j + 2, 2 * cw - 1)
-        far = tl.load(g_ptr + i * w + left, mask=ok & (left < w), other=0)
-        far += tl.load(g_ptr + i * w + right, mask=ok & (right < w), other=0)
-        return 0.75 * (a + b) + 0.25 * far
-    return a + b
-
-
-@triton.jit
 def luma_gradient(
-    x_ptr, q_ptr, affine_ptr, table_ptr, g_ptr, y_ptr, clamp_grad, h, w, tiles_x,
-    INTEGER: tl.constexpr, ROUNDING: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [B, 3, h, w] RGB in the user's space
+    q_ptr,  # [B, 2, 8, 8] quantisation tables
+    affine_ptr,  # [2, 3] scale and shift from x to 0..255
+    table_ptr,  # [7, 16, 16] constant matrices, `_matrices`
+    g_ptr,  # [B, 3, h, w] d loss/d (Y, Cb, Cr), from `split_gradient`; the first plane is changed
+    y_ptr,  # [B, h, w] decoded luminance, centred, not clamped
+    clamp_grad,  # slope where a clamp cuts
+    h,  # height in pixels
+    w,  # width in pixels
+    tiles_x,  # tiles in a row of tiles
+    INTEGER: tl.constexpr,  # every stored plane is rounded
+    ROUNDING: tl.constexpr,  # of coefficients: a value of _ROUNDINGS
+    TERMS: tl.constexpr,  # of the sawtooth's series, for fourier
+):
     """In place of the gradient for the decoded luminance, g[:, 0], that for the luminance of x."""
     b = tl.program_id(1)
     ty, tx = tl.program_id(0) // tiles_x, tl.program_id(0) % tiles_x
@@ -411,16 +189,33 @@ def luma_gradient(
     inside = (r[:, None] < h) & (col[None, :] < w)
     at = r[:, None] * w + col[None, :]
     g = direct(g_ptr + base, y_ptr + b.to(tl.int64) * h * w, at, inside, clamp_grad)
+    # dX = D' (D g D' * slope(u)) D, u = D X D' / Q: Q and 1 / Q cancel. The tile is computed again from x, not stored.
     dy = through_blocks(table_ptr, y, table_tile(q_ptr, b, 0), g, ROUNDING, TERMS)
     tl.store(g_ptr + base + at, folded(dy, rows, columns, r, col), mask=inside)
 
 
 @triton.jit
 def gather_gradient(
-    dx_ptr, x_ptr, q_ptr, affine_ptr, table_ptr, g_ptr, c_ptr, clamp_grad, h, w, ch, cw, tiles_x,
-    HALF: tl.constexpr, SMOOTH: tl.constexpr, INTEGER: tl.constexpr, ROUNDING: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
-    """Chrominance's way back, and dx from it and from what `luma_gradient` left."""
+    dx_ptr,  # [B, 3, h, w] d loss/d x, written
+    x_ptr,  # [B, 3, h, w] RGB in the user's space
+    q_ptr,  # [B, 2, 8, 8] quantisation tables
+    affine_ptr,  # [2, 3] scale and shift from x to 0..255
+    table_ptr,  # [7, 16, 16] constant matrices, `_matrices`
+    g_ptr,  # [B, 3, h, w] d loss/d luminance of x, and d loss/d upsampled (Cb, Cr)
+    c_ptr,  # [B, 2, ch, cw] decoded chrominance, centred, not clamped
+    clamp_grad,  # slope where a clamp cuts
+    h,  # height in pixels
+    w,  # width in pixels
+    ch,  # height of chrominance: (h + 1) // 2 or h
+    cw,  # width of chrominance: (w + 1) // 2 or w
+    tiles_x,  # tiles in a row of tiles
+    HALF: tl.constexpr,  # 4:2:0, chrominance at half the size; else 4:4:4
+    SMOOTH: tl.constexpr,  # upsampling by the triangle filter; else by copying
+    INTEGER: tl.constexpr,  # every stored plane is rounded
+    ROUNDING: tl.constexpr,  # of coefficients: a value of _ROUNDINGS
+    TERMS: tl.constexpr,  # of the sawtooth's series, for fourier
+):
+    """d loss/d x: chrominance's way back through the blocks, joined with what `luma_gradient` left."""
     b = tl.program_id(1)
     ty, tx = tl.program_id(0) // tiles_x, tl.program_id(0) % tiles_x
     i = tl.arange(0, 16)
@@ -431,6 +226,7 @@ def gather_gradient(
     inside = (r[:, None] < h) & (col[None, :] < w)
     at = r[:, None] * w + col[None, :]
     c_base = c_ptr + b.to(tl.int64) * 2 * ch * cw
+    # dX of chrominance as in `luma_gradient`, between the adjoints of upsampling (before) and averaging (after).
     if HALF:
         from_rows = chroma_rows(r, h)
         _, cb, cr = planes_of(x_ptr, affine_ptr, base, from_rows, columns, h, w, False, INTEGER)
@@ -459,6 +255,7 @@ def gather_gradient(
         g = direct(g_ptr + base + 2 * h * w, c_base + h * w, at, inside, clamp_grad)
         dcr = folded(through_blocks(table_ptr, cr, qc, g, ROUNDING, TERMS), rows, columns, r, col)
     dy = tl.load(g_ptr + base + at, mask=inside, other=0)
+    # dx = affine scale * M' (dY, dCb, dCr), M the matrix from RGB to YCbCr. Three reads of g, three writes of dx.
     dr = (0.299 * dy - 0.16873589164785552 * dcb + 0.5 * dcr) * tl.load(affine_ptr)
     dg = (0.587 * dy - 0.3312641083521445 * dcb - 0.4186875891583452 * dcr) * tl.load(affine_ptr + 1)
     db = (0.114 * dy + 0.5 * dcb - 0.08131241084165478 * dcr) * tl.load(affine_ptr + 2)
@@ -483,85 +280,82 @@ def _matrices(device: torch.device) -> Tensor:
     return out.to(device)
 
 
-def refusal(function: str, *args: Any) -> str | None:
-    """Why these kernels cannot take a call."""
-    if len(args[0]) > 65535:
+def refusal(function: str, args: JpegArguments | JpegGradientArguments) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    if len(args.x) > 65535:
         return "a batch of over 65,535 samples exceeds the grid"
-    if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+    if any(v.dtype == torch.float64 for v in tensors(args)):
         return "float64 is for the reference"
-    if function == "jpeg_backward" and args[-1]:
-        return "gradients of tables are the reference's alone"
-    if function == "jpeg" and torch.float64 in args:
-        return "float64 is for the reference"
-    return None
+    if isinstance(args, JpegGradientArguments):
+        return "gradients of tables are the reference's alone" if args.table_grad else None
+    return "float64 is for the reference" if args.out_dtype == torch.float64 else None
 
 
-class _Shape:
-    """Sizes and flags that all kernels share."""
+class _Launch:
+    """Sizes, flags and grids that all kernels of a call share."""
 
-    def __init__(self, x: Tensor, subsampling: str, upsample: str, integer_planes: bool) -> None:
+    def __init__(self, x: Tensor, settings: JpegSettings) -> None:
+        self.settings = settings
         self.h, self.w = x.shape[-2:]
-        self.half = subsampling == "420"
+        self.half = settings.subsampling == "420"
         self.ch, self.cw = ((self.h + 1) // 2, (self.w + 1) // 2) if self.half else (self.h, self.w)
-        self.smooth = upsample == "fancy" and self.cw > 2
-        self.integer = integer_planes
+        self.smooth = settings.upsample == "fancy" and self.cw > 2
         self.tiles_x = triton.cdiv(self.w, 16)
         self.tiles = (triton.cdiv(self.h, 16) * self.tiles_x, len(x))
         self.pixels = (triton.cdiv(self.h * self.w, _BLOCK), len(x))
 
-    def planes(self, x: Tensor, tables: Tensor, affine: Tensor, exact: bool, rounding: str, terms: int) -> list[Tensor]:
+    def rounding(self) -> dict[str, Any]:
+        """The flags of kernels that round coefficients."""
+        s = self.settings
+        terms = s.fourier_terms if s.rounding == "fourier" else 1
+        return {"INTEGER": s.integer_planes, "ROUNDING": _ROUNDINGS[s.rounding], "TERMS": terms}
+
+    def planes(self, x: Tensor, tables: Tensor, affine: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+        """Decoded planes, centred, not clamped: [B, h, w] and [B, 2, ch, cw]."""
         y = torch.empty((len(x), self.h, self.w), device=x.device)
         c = torch.empty((len(x), 2, self.ch, self.cw), device=x.device)
         code_tiles[self.tiles](
             x, tables, affine, _matrices(x.device), y, c, self.h, self.w, self.ch, self.cw, self.tiles_x,
-            HALF=self.half, EXACT=exact, INTEGER=self.integer, ROUNDING=_ROUNDINGS[rounding],
-            TERMS=terms if rounding == "fourier" else 1, **_TILE_OPTIONS,
+            HALF=self.half, EXACT=exact, **self.rounding(), **_TILE_OPTIONS,
         )  # fmt: skip
-        return [y, c]
+        return y, c
 
 
-def jpeg(
-    x: Tensor, tables: Tensor, affine: Tensor, subsampling: str, mode: str, rounding: str, fourier_terms: int,
-    upsample: str, integer_planes: bool, clamp_grad: float, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def jpeg(args: JpegArguments) -> Tensor:
     """As the reference: exact mode to the bit, smooth mode to float32's accuracy."""
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if x.numel():
-        x_, tables, affine = x.contiguous(), tables.contiguous(), affine.contiguous()
-        s, exact = _Shape(x, subsampling, upsample, integer_planes), mode == "exact"
-        y, c = s.planes(x_, tables, affine, exact, rounding, fourier_terms)
+    out = torch.empty(args.x.shape, dtype=args.out_dtype, device=args.x.device)
+    if args.x.numel():
+        x, tables, affine = args.x.contiguous(), args.tables.contiguous(), args.affine.contiguous()
+        s, exact = _Launch(x, args.settings), args.mode == "exact"
+        y, c = s.planes(x, tables, affine, exact)
         combine[s.pixels](
             out, y, c, affine, s.h, s.w, s.ch, s.cw,
-            HALF=s.half, SMOOTH=s.smooth, EXACT=exact, INTEGER=s.integer, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
+            HALF=s.half, SMOOTH=s.smooth, EXACT=exact, INTEGER=args.settings.integer_planes, BLOCK=_BLOCK,
+            **_PIXEL_OPTIONS,
         )  # fmt: skip
-    return torch.empty_like(x, dtype=out_dtype).copy_(out)
+    return torch.empty_like(args.x, dtype=args.out_dtype).copy_(out)
 
 
-def jpeg_backward(
-    grad: Tensor, x: Tensor, tables: Tensor, affine: Tensor, subsampling: str, rounding: str, fourier_terms: int,
-    upsample: str, integer_planes: bool, clamp_grad: float, table_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def jpeg_backward(args: JpegGradientArguments) -> tuple[Tensor, Tensor]:
     """As the reference, for x alone."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        x_, tables, affine = x.contiguous(), tables.contiguous(), affine.contiguous()
-        s = _Shape(x, subsampling, upsample, integer_planes)
-        y, c = s.planes(x_, tables, affine, False, rounding, fourier_terms)
+    dx = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
+    if args.x.numel():
+        x, tables, affine = args.x.contiguous(), args.tables.contiguous(), args.affine.contiguous()
+        s, clamp_grad, matrices = _Launch(x, args.settings), args.settings.clamp_grad, _matrices(x.device)
+        y, c = s.planes(x, tables, affine, False)
         g = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         split_gradient[s.pixels](
-            g, grad.contiguous(), y, c, affine, clamp_grad, s.h, s.w, s.ch, s.cw,
-            HALF=s.half, SMOOTH=s.smooth, INTEGER=s.integer, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
+            g, args.grad.contiguous(), y, c, affine, clamp_grad, s.h, s.w, s.ch, s.cw,
+            HALF=s.half, SMOOTH=s.smooth, INTEGER=args.settings.integer_planes, BLOCK=_BLOCK, **_PIXEL_OPTIONS,
         )  # fmt: skip
-        flags = {"INTEGER": s.integer, "ROUNDING": _ROUNDINGS[rounding]}
-        flags["TERMS"] = fourier_terms if rounding == "fourier" else 1
         luma_gradient[s.tiles](
-            x_, tables, affine, _matrices(x.device), g, y, clamp_grad, s.h, s.w, s.tiles_x, **flags, **_TILE_OPTIONS
+            x, tables, affine, matrices, g, y, clamp_grad, s.h, s.w, s.tiles_x, **s.rounding(), **_TILE_OPTIONS
         )
         gather_gradient[s.tiles](
-            dx, x_, tables, affine, _matrices(x.device), g, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
-            HALF=s.half, SMOOTH=s.smooth, **flags, **_GATHER_OPTIONS,
+            dx, x, tables, affine, matrices, g, c, clamp_grad, s.h, s.w, s.ch, s.cw, s.tiles_x,
+            HALF=s.half, SMOOTH=s.smooth, **s.rounding(), **_GATHER_OPTIONS,
         )  # fmt: skip
-    return torch.empty_like(x).copy_(dx), tables.new_empty(0)
+    return torch.empty_like(args.x).copy_(dx), args.tables.new_empty(0)
 
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:

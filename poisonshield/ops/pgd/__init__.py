@@ -12,7 +12,8 @@ from torch import Tensor
 
 from poisonshield.errors import BudgetError, GradientError, ShapeError
 from poisonshield.ops import dispatch
-from poisonshield.ops.library import register
+from poisonshield.ops.library import Op
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments
 
 __all__ = ["pgd_random_start_", "pgd_step_"]
 
@@ -64,11 +65,24 @@ def pgd_step_(
         step = -step
     if active is not None and (active.dtype != torch.bool or active.shape != (len(x_adv),)):
         raise ShapeError(f"active is {_kind(active)}. Give a bool tensor [{len(x_adv)}].")
+    _check_device(x_adv, active, "active")
     mean, std = _statistics(x_adv, mean, std)
-    _pgd_step(
-        x_adv, grad, x0, step, _per_sample(x_adv, eps, "eps"), norm, mean, std, float(clip[0]), float(clip[1]),
-        mask, active, levels, dispatch.requested(backend),
-    )  # fmt: skip
+    arguments = StepArguments(
+        x_adv=x_adv,
+        grad=grad,
+        x0=x0,
+        step=step,
+        eps=_per_sample(x_adv, eps, "eps"),
+        norm=norm,
+        mean=mean,
+        std=std,
+        clip_low=float(clip[0]),
+        clip_high=float(clip[1]),
+        mask=mask,
+        active=active,
+        levels=levels,
+    )
+    _pgd_step(arguments, dispatch.requested(backend))
     return x_adv
 
 
@@ -101,12 +115,25 @@ def pgd_random_start_(
         sample_ids = torch.arange(len(x_adv), device=x_adv.device)
     elif sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x_adv),):
         raise ShapeError(f"sample_ids is {_kind(sample_ids)}. Give int64 [{len(x_adv)}].")
+    _check_device(x_adv, sample_ids, "sample_ids")
     mean, std = _statistics(x_adv, mean, std)
-    numbers = (_whole(x_adv, v, name) for v, name in ((seed, "seed"), (offset, "offset")))
-    _pgd_random_start(
-        x_adv, x0, _per_sample(x_adv, eps, "eps"), norm, *numbers, sample_ids, _whole(x_adv, stream, "stream"),
-        mean, std, float(clip[0]), float(clip[1]), mask, levels, dispatch.requested(backend),
-    )  # fmt: skip
+    arguments = StartArguments(
+        x_adv=x_adv,
+        x0=x0,
+        eps=_per_sample(x_adv, eps, "eps"),
+        norm=norm,
+        seed=_whole(x_adv, seed, "seed"),
+        offset=_whole(x_adv, offset, "offset"),
+        sample_ids=sample_ids,
+        stream=_whole(x_adv, stream, "stream"),
+        mean=mean,
+        std=std,
+        clip_low=float(clip[0]),
+        clip_high=float(clip[1]),
+        mask=mask,
+        levels=levels,
+    )
+    _pgd_random_start(arguments, dispatch.requested(backend))
     return x_adv
 
 
@@ -134,8 +161,7 @@ def _check(x_adv: Tensor, x0: Tensor, norm: str, mask: Tensor | None, levels: in
     if levels < 0:
         raise ValueError(f"levels {levels}: give 255 for 8-bit images, 0 for none.")
     if mask is not None:
-        if mask.device != x_adv.device:
-            raise ValueError(f"mask is on {mask.device} and x_adv on {x_adv.device}.")
+        _check_device(x_adv, mask, "mask")
         fits = mask.dim() == x_adv.dim() and all(m in (1, n) for m, n in zip(mask.shape, x_adv.shape, strict=True))
         if not fits:
             raise ShapeError(f"mask {tuple(mask.shape)} does not broadcast to x_adv {tuple(x_adv.shape)}.")
@@ -144,7 +170,11 @@ def _check(x_adv: Tensor, x0: Tensor, norm: str, mask: Tensor | None, levels: in
 def _check_same(x_adv: Tensor, other: Tensor, name: str) -> None:
     if other.shape != x_adv.shape:
         raise ShapeError(f"{name} has shape {tuple(other.shape)} and x_adv {tuple(x_adv.shape)}. They must be equal.")
-    if other.device != x_adv.device:
+    _check_device(x_adv, other, name)
+
+
+def _check_device(x_adv: Tensor, other: Tensor | None, name: str) -> None:
+    if other is not None and other.device != x_adv.device:
         raise ValueError(f"{name} is on {other.device} and x_adv on {x_adv.device}. Move one of them.")
 
 
@@ -199,21 +229,10 @@ def _whole(x_adv: Tensor, value: int | Tensor, name: str) -> Tensor:
     return torch.full((), signed, dtype=torch.int64, device=x_adv.device)
 
 
-def _nothing(*args: Any) -> None:
+def _no_output(arguments: StepArguments | StartArguments) -> None:
     return None
 
 
 _room = dispatch.Room("pgd")
-_pgd_step = register(
-    "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x0, Tensor step, Tensor eps, str norm, Tensor? mean, Tensor? std, "
-    "float clip_low, float clip_high, Tensor? mask, Tensor? active, int levels, str backend) -> ()",
-    _room,
-    fake=_nothing,
-)
-_pgd_random_start = register(
-    "pgd_random_start_(Tensor(a!) x_adv, Tensor x0, Tensor eps, str norm, Tensor seed, Tensor offset, "
-    "Tensor sample_ids, Tensor stream, Tensor? mean, Tensor? std, float clip_low, float clip_high, Tensor? mask, "
-    "int levels, str backend) -> ()",
-    _room,
-    fake=_nothing,
-)
+_pgd_step = Op("pgd_step_", _room, StepArguments, returns="()", fake=_no_output)
+_pgd_random_start = Op("pgd_random_start_", _room, StartArguments, returns="()", fake=_no_output)

@@ -1,22 +1,21 @@
 """What both kernel backends of the PGD ops need: which calls they take, and tensors laid out as they read them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments
 
-def float32_only(function: str, *args: Any) -> str | None:
+
+def float32_only(function: str, args: StepArguments | StartArguments) -> str | None:
     """Why float32 kernels on whole rows cannot take a call, or None."""
-    x_adv, levels = args[0], args[-1]
-    if x_adv.dtype != torch.float32:
-        return f"x_adv is {x_adv.dtype}, and these kernels store float32"
-    if not x_adv.is_contiguous():
+    if args.x_adv.dtype != torch.float32:
+        return f"x_adv is {args.x_adv.dtype}, and these kernels store float32"
+    if not args.x_adv.is_contiguous():
         return "x_adv is not contiguous"
-    if levels:
+    if args.levels:
         return "levels is done by the reference alone"
-    if function == "pgd_random_start_" and args[3] != "linf":
-        return f"the {args[3]} start is done by the reference alone"
+    if function == "pgd_random_start_" and args.norm != "linf":
+        return f"the {args.norm} start is done by the reference alone"
     return None
 
 

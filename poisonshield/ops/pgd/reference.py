@@ -5,118 +5,141 @@ float64, so that a sample's result does not depend on its batch. The linf step h
 multiply-add would skip; the random start has one, (2u - 1) * eps, which kernels must round to be equal to the bit.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from poisonshield.random import philox_normal, philox_uniform
 
 
-def pgd_step_(
-    x_adv: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    step: Tensor,
-    eps: Tensor,
-    norm: str,
-    mean: Tensor | None,
-    std: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    mask: Tensor | None,
-    active: Tensor | None,
-    levels: int,
-) -> None:
-    """x_adv [B, ...] moves by step [B] (negative: down) along grad, then into the ball of radius eps [B] around x0."""
-    space = Space(x_adv, x0, mean, std, clip_low, clip_high, mask)
-    step, eps = space.per_sample(step), space.per_sample(eps)
-    grad = grad.to(space.dtype)
-    x = x_adv.to(space.dtype)
-    if norm == "linf":
-        new = x + grad.nan_to_num(nan=0.0).sign() * (step / space.std)
-        low, high = space.box(eps)
-        bounds = low, high
+class StepArguments(NamedTuple):
+    """What `pgd_step_` takes. x_adv, grad and x0 have one shape [B, ...]; with mean and std it is [B, C, ...]."""
+
+    x_adv: Tensor  # [B, ...], moved in place
+    grad: Tensor  # [B, ...], d loss/d x_adv
+    x0: Tensor  # [B, ...], the original: in the space of x_adv, or uint8 pixels
+    step: Tensor  # [B], how far to go, in pixel units; negative goes down
+    eps: Tensor  # [B], radius of the ball around x0, in pixel units
+    norm: str  # "linf" (sign step, box), "l2" (step of that length, ball), "sign_l2" (sign step, ball)
+    mean: Tensor | None  # [C], of the normalised space; None where x_adv holds pixels
+    std: Tensor | None  # [C], given if mean is
+    clip_low: float  # least pixel
+    clip_high: float  # greatest pixel
+    mask: Tensor | None  # broadcastable to x_adv; where 0, x_adv becomes x0
+    active: Tensor | None  # bool [B]; other rows stay untouched
+    levels: int  # 255 snaps to the lattice of 8-bit images, 0 snaps to none
+
+
+class StartArguments(NamedTuple):
+    """What `pgd_random_start_` takes; fields that are not explained here are those of `StepArguments`."""
+
+    x_adv: Tensor  # [B, ...], overwritten
+    x0: Tensor  # [B, ...]
+    eps: Tensor  # [B]
+    norm: str  # "linf": uniform in a box; else uniform in a Euclidean ball
+    seed: Tensor  # int64 [], and the next four: where in Philox's numbers the draw lies
+    offset: Tensor  # int64 []
+    sample_ids: Tensor  # int64 [B]
+    stream: Tensor  # int64 []
+    mean: Tensor | None  # [C]
+    std: Tensor | None  # [C]
+    clip_low: float
+    clip_high: float
+    mask: Tensor | None
+    levels: int
+
+
+def pgd_step_(args: StepArguments) -> None:
+    """x_adv moves by step along grad, then into the ball of radius eps around x0, then into the clip."""
+    space = Space(args)
+    if args.norm == "linf":
+        low, high = space.box(space.per_sample(args.eps))
+        new, bounds = _along_signs(args, space), (low, high)
     else:
-        pixel_grad = grad / space.std if norm == "l2" else grad.nan_to_num(nan=0.0).sign()
-        if mask is not None:
-            pixel_grad = pixel_grad.where(mask != 0, 0.0)
-        if norm == "l2":
-            pixel_grad = _unit(pixel_grad)
-        new = space.into_ball((x - space.x0) * space.std + step * pixel_grad, eps)
         low, high = space.low, space.high
-        bounds = None
-    new = torch.minimum(torch.maximum(new, low), high)
-    space.store(x_adv, new, bounds, active, levels)
+        new, bounds = _within_ball(args, space), None
+    space.store(torch.minimum(torch.maximum(new, low), high), bounds, args.active)
 
 
-def pgd_random_start_(
-    x_adv: Tensor,
-    x0: Tensor,
-    eps: Tensor,
-    norm: str,
-    seed: Tensor,
-    offset: Tensor,
-    sample_ids: Tensor,
-    stream: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    mask: Tensor | None,
-    levels: int,
-) -> None:
-    """x_adv [B, ...] becomes a uniform draw from the ball around x0, clipped: linf a box, l2 a Euclidean ball."""
-    space = Space(x_adv, x0, mean, std, clip_low, clip_high, mask)
-    eps = space.per_sample(eps)
+def pgd_random_start_(args: StartArguments) -> None:
+    """x_adv becomes a uniform draw from the ball around x0, clipped."""
+    space = Space(args)
+    if args.norm == "linf":
+        low, high = space.box(space.per_sample(args.eps))
+        new, bounds = _drawn_from_box(args, space), (low, high)
+    else:
+        low, high = space.low, space.high
+        new, bounds = _drawn_from_ball(args, space), None
+    space.store(torch.minimum(torch.maximum(new, low), high), bounds, None)
+
+
+def _along_signs(args: StepArguments, space: "Space") -> Tensor:
+    """x_adv + step * sign(grad), a NaN giving no step: [B, ...], not projected."""
+    signs = args.grad.to(space.dtype).nan_to_num(nan=0.0).sign()
+    return args.x_adv.to(space.dtype) + signs * (space.per_sample(args.step) / space.std)
+
+
+def _within_ball(args: StepArguments, space: "Space") -> Tensor:
+    """x_adv after a step of Euclidean length (l2) or of signs (sign_l2), drawn back into the ball: [B, ...]."""
+    grad = args.grad.to(space.dtype)
+    direction = grad / space.std if args.norm == "l2" else grad.nan_to_num(nan=0.0).sign()  # d loss/d pixel, or signs
+    if args.mask is not None:
+        direction = direction.where(args.mask != 0, 0.0)
+    if args.norm == "l2":
+        direction = _unit(direction)
+    delta = (args.x_adv.to(space.dtype) - space.x0) * space.std  # in pixel units
+    return space.into_ball(delta + space.per_sample(args.step) * direction, space.per_sample(args.eps))
+
+
+def _drawn_from_box(args: StartArguments, space: "Space") -> Tensor:
+    """x0 + (2u - 1) * eps with u uniform in [0, 1): [B, ...]."""
+    u = philox_uniform(
+        args.x_adv.shape, seed=args.seed, offset=args.offset, sample_ids=args.sample_ids, stream=args.stream
+    ).to(space.dtype)
+    return space.x0 + (u * 2 - 1) * (space.per_sample(args.eps) / space.std)
+
+
+def _drawn_from_ball(args: StartArguments, space: "Space") -> Tensor:
+    """x0 plus a Gaussian direction at the radius eps * u^(1/n), n the number of free elements: [B, ...]."""
+    x_adv, eps = args.x_adv, space.per_sample(args.eps)
     count = x_adv[:1].numel()
-    random: dict[str, Tensor] = {"seed": seed, "offset": offset}
-    if norm == "linf":
-        u = philox_uniform(x_adv.shape, **random, sample_ids=sample_ids, stream=stream).to(space.dtype)
-        low, high = space.box(eps)
-        new, bounds = space.x0 + (u * 2 - 1) * (eps / space.std), (low, high)
-    else:
-        noise = philox_normal(count, **random, ids=sample_ids, stream=stream).view(x_adv.shape).to(space.dtype)
-        free = torch.full_like(eps, count)
-        if mask is not None:
-            noise = noise.where(mask != 0, 0.0)
-            free = space.per_sample((mask != 0).expand(x_adv.shape).flatten(1).sum(1).clamp(min=1))
-        radius = philox_uniform((len(x_adv), 1), **random, sample_ids=sample_ids, stream=stream + 1)
-        radius = eps * space.per_sample(radius[:, 0]) ** (1 / free)
-        length = space.per_sample(_length(noise).clamp_min(1e-12))
-        new, bounds = space.x0 + noise * (radius / length) / space.std, None
-        low, high = space.low, space.high
-    space.store(x_adv, torch.minimum(torch.maximum(new, low), high), bounds, None, levels)
+    noise = philox_normal(count, seed=args.seed, ids=args.sample_ids, offset=args.offset, stream=args.stream)
+    noise = noise.view(x_adv.shape).to(space.dtype)  # [B, ...]
+    free = torch.full_like(eps, count)
+    if args.mask is not None:
+        noise = noise.where(args.mask != 0, 0.0)
+        free = space.per_sample((args.mask != 0).expand(x_adv.shape).flatten(1).sum(1).clamp(min=1))
+    u = philox_uniform(
+        (len(x_adv), 1), seed=args.seed, offset=args.offset, sample_ids=args.sample_ids, stream=args.stream + 1
+    )
+    radius = eps * space.per_sample(u[:, 0]) ** (1 / free)  # [B, 1, ...]
+    length = space.per_sample(_length(noise).clamp_min(1e-12))
+    return space.x0 + noise * (radius / length) / space.std
 
 
 class Space:
     """The original pixels and the limits, in the space and precision of the computation."""
 
-    def __init__(
-        self,
-        x_adv: Tensor,
-        x0: Tensor,
-        mean: Tensor | None,
-        std: Tensor | None,
-        clip_low: float,
-        clip_high: float,
-        mask: Tensor | None,
-    ) -> None:
-        self.dtype = torch.promote_types(x_adv.dtype, torch.float32)
-        self.dim, self.mask = x_adv.dim(), mask
-        self.mean, self.std = (
-            x_adv.new_full((), default, dtype=self.dtype) if v is None else self._per_channel(v)
-            for v, default in ((mean, 0.0), (std, 1.0))
-        )
-        self.low, self.high = (clip_low - self.mean) / self.std, (clip_high - self.mean) / self.std
-        self.x0 = x0.to(self.dtype)
-        if x0.dtype == torch.uint8:
+    def __init__(self, args: StepArguments | StartArguments) -> None:
+        self.x_adv, self.mask, self.levels = args.x_adv, args.mask, args.levels
+        self.dtype = torch.promote_types(args.x_adv.dtype, torch.float32)
+        self.mean = self._per_channel(args.mean, 0.0)
+        self.std = self._per_channel(args.std, 1.0)
+        self.low, self.high = (args.clip_low - self.mean) / self.std, (args.clip_high - self.mean) / self.std
+        self.x0 = args.x0.to(self.dtype)
+        if args.x0.dtype == torch.uint8:
             self.x0 = (self.x0 / 255 - self.mean) / self.std
 
     def per_sample(self, values: Tensor) -> Tensor:
         """[B] -> [B, 1, ...]."""
-        return values.to(self.dtype).view(-1, *[1] * (self.dim - 1))
+        return values.to(self.dtype).view(-1, *[1] * (self.x_adv.dim() - 1))
 
-    def _per_channel(self, values: Tensor) -> Tensor:
-        return values.to(self.dtype).view(-1, *[1] * (self.dim - 2))
+    def _per_channel(self, values: Tensor | None, default: float) -> Tensor:
+        """[C] -> [C, 1, ...], or the default as a scalar."""
+        if values is None:
+            return self.x_adv.new_full((), default, dtype=self.dtype)
+        return values.to(self.dtype).view(-1, *[1] * (self.x_adv.dim() - 2))
 
     def box(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Limits of each element: the box around x0, clipped. If x0 is out of range, its nearest valid pixel stays."""
@@ -131,17 +154,11 @@ class Space:
         length = self.per_sample(_length(delta))
         return self.x0 + delta * torch.where(length > eps, eps / length, 1.0) / self.std
 
-    def store(
-        self,
-        x_adv: Tensor,
-        new: Tensor,
-        bounds: tuple[Tensor, Tensor] | None,
-        active: Tensor | None,
-        levels: int,
-    ) -> None:
+    def store(self, new: Tensor, bounds: tuple[Tensor, Tensor] | None, active: Tensor | None) -> None:
         """Write new to x_adv: snapped to the lattice, never rounded out of bounds; masked pixels and idle rows kept."""
-        if levels:
-            new = self._snapped(new, levels)
+        x_adv = self.x_adv
+        if self.levels:
+            new = self._snapped(new, self.levels)
         if self.mask is not None:
             new = new.where(self.mask != 0, self.x0)
         stored = new.to(x_adv.dtype)
@@ -150,7 +167,7 @@ class Space:
             stored = _neighbour(stored, stored.to(self.dtype) > high, up=False)
             stored = _neighbour(stored, stored.to(self.dtype) < low, up=True)
         if active is not None:
-            stored = stored.where(active.view(-1, *[1] * (self.dim - 1)), x_adv)
+            stored = stored.where(active.view(-1, *[1] * (x_adv.dim() - 1)), x_adv)
         x_adv.copy_(stored)
 
     def _snapped(self, new: Tensor, levels: int) -> Tensor:
@@ -184,3 +201,23 @@ def _neighbour(x: Tensor, where: Tensor, *, up: bool) -> Tensor:
     smallest = torch.full_like(bits, 1 if up else -32767)
     moved = torch.where(x == 0, smallest, torch.where((x > 0) == up, away, toward))
     return torch.where(where, moved, bits).view(x.dtype)
+
+
+def examples() -> dict[str, list[Any]]:
+    """Calls that the contract tests make of each op on every backend."""
+    shape = (2, 3, 17, 9)
+    x_adv, grad, x0 = (philox_uniform(shape, seed) * 0.8 + 0.1 for seed in range(3))
+    radius = torch.tensor([0.1, 0.2])
+    step = StepArguments(
+        x_adv=x_adv, grad=grad - 0.5, x0=x0, step=radius, eps=radius, norm="linf", mean=None, std=None,
+        clip_low=0.0, clip_high=1.0, mask=None, active=None, levels=0,
+    )  # fmt: skip
+    start = StartArguments(
+        x_adv=x_adv, x0=x0, eps=radius, norm="linf", seed=torch.tensor(5), offset=torch.tensor(0),
+        sample_ids=torch.arange(2), stream=torch.tensor(1), mean=None, std=None, clip_low=0.0, clip_high=1.0,
+        mask=None, levels=0,
+    )  # fmt: skip
+    return {
+        "pgd_step_": [step._replace(norm=norm) for norm in ("linf", "l2", "sign_l2")],
+        "pgd_random_start_": [start._replace(norm=norm) for norm in ("linf", "l2")],
+    }

@@ -17,14 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.pgd.layout import expanded_mask, float32_only
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments
 
 _BLOCK = 1024
 _LARGEST = 2**31 - 1 - _BLOCK  # elements of a sample: places within one are 32 bits wide, samples start at 64
+_PARTS = 128  # partial sums that a program adds at a time
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
 def pixel_scale(std_ptr, c, HAS_STD: tl.constexpr):
+    """How many pixel units one unit of x_adv is in channel c: std[c], or 1."""
     if HAS_STD:
         return tl.load(std_ptr + c)
     return 1.0
@@ -32,7 +35,7 @@ def pixel_scale(std_ptr, c, HAS_STD: tl.constexpr):
 
 @triton.jit
 def original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD: tl.constexpr, BYTES: tl.constexpr):
-    """x0 in the space of x_adv, float32."""
+    """x0 in the space of x_adv, float32, at the offsets `at` of channel c."""
     x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
     if BYTES:
         x0 = tl.div_rn(x0, tl.full(x0.shape, 255.0, tl.float32))
@@ -43,6 +46,7 @@ def original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD: tl.constexpr, BY
 
 @triton.jit
 def limits(mean_ptr, std_ptr, c, clip_low, clip_high, HAS_STD: tl.constexpr):
+    """The clip's two ends in the space of x_adv, for channel c."""
     low, high = clip_low * 1.0, clip_high * 1.0
     if HAS_STD:
         low = tl.div_rn(low - tl.load(mean_ptr + c), tl.load(std_ptr + c))
@@ -52,21 +56,40 @@ def limits(mean_ptr, std_ptr, c, clip_low, clip_high, HAS_STD: tl.constexpr):
 
 @triton.jit
 def clip(v, low, high):
+    """v within [low, high]; a NaN stays."""
     v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def sign(g):
-    return tl.where(g > 0, 1.0, 0.0) - tl.where(g < 0, 1.0, 0.0)  # 0 for NaN
+    """-1, 0 or 1 for each g; 0 for NaN."""
+    return tl.where(g > 0, 1.0, 0.0) - tl.where(g < 0, 1.0, 0.0)
 
 
 @triton.jit
 def linf_step(
-    x_ptr, g_ptr, x0_ptr, step_ptr, eps_ptr, mean_ptr, std_ptr, mask_ptr, active_ptr,
-    clip_low, clip_high, channels, inner, chunks,
-    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ACTIVE: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [B, C, inner] x_adv, changed in place
+    g_ptr,  # [B, C, inner] d loss/d x_adv
+    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    step_ptr,  # [B] how far to go, in pixel units; negative goes down
+    eps_ptr,  # [B] radius of the ball, in pixel units
+    mean_ptr,  # [C] of the normalised space, read if HAS_STD
+    std_ptr,  # [C] of the normalised space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    active_ptr,  # [B] uint8, read if HAS_ACTIVE; where 0, the sample stays as it is
+    clip_low,  # least pixel
+    clip_high,  # greatest pixel
+    channels,  # C; 1 where all channels are alike
+    inner,  # elements of a channel
+    chunks,  # programs of a channel
+    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_MASK: tl.constexpr,  # whether there is a mask
+    HAS_ACTIVE: tl.constexpr,  # whether some samples may be idle
+    BYTES: tl.constexpr,  # whether x0 is uint8
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """x_adv after a linf step, in place; a program takes BLOCK elements of one channel of one sample."""
     row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     b, c = row // channels, row % channels
     if HAS_ACTIVE:
@@ -81,6 +104,8 @@ def linf_step(
     x = tl.load(x_ptr + at, mask=inside, other=0)
     g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
     x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
+    # new = clip(x + step * sign(g), x0 - eps, x0 + eps), both ends clipped to valid pixels first. Reads 12 bytes an
+    # element (and a mask), writes 4.
     new = clip(x + step * sign(g), clip(x0 - eps, low, high), clip(x0 + eps, low, high))
     if HAS_MASK:
         new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
@@ -89,11 +114,29 @@ def linf_step(
 
 @triton.jit
 def linf_start(
-    x_ptr, x0_ptr, eps_ptr, seed_ptr, offset_ptr, ids_ptr, stream_ptr, mean_ptr, std_ptr, mask_ptr,
-    clip_low, clip_high, count, inner, chunks,
-    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [B, C, inner] x_adv, overwritten
+    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    eps_ptr,  # [B] radius of the ball, in pixel units
+    seed_ptr,  # [] int64, and the next three: where in Philox's numbers the draw lies
+    offset_ptr,  # [] int64
+    ids_ptr,  # [B] int64, the sample's id
+    stream_ptr,  # [] int64
+    mean_ptr,  # [C] of the normalised space, read if HAS_STD
+    std_ptr,  # [C] of the normalised space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    clip_low,  # least pixel
+    clip_high,  # greatest pixel
+    count,  # elements of a sample, C * inner
+    inner,  # elements of a channel
+    chunks,  # programs of a sample
+    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_MASK: tl.constexpr,  # whether there is a mask
+    BYTES: tl.constexpr,  # whether x0 is uint8
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """x0 plus noise uniform in the box, clipped, to x_adv; a program takes BLOCK elements of one sample."""
     b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    # Philox gives four words for each counter, so BLOCK / 4 of them serve a program. Nothing but x0 is read.
     block = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     sample = tl.load(ids_ptr + b).to(tl.uint64, bitcast=True)
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True) ^ (sample >> 32)
@@ -121,6 +164,7 @@ def linf_start(
         x0 = tl.div_rn(x0, u * 0 + 255.0)
         if HAS_STD:
             x0 = tl.div_rn(x0 - mean, std)
+    # new = clip(x0 + (2u - 1) * eps), u uniform in [0, 1)
     new = clip(x0 + (u * 2 - 1) * eps, low, high)
     if HAS_MASK:
         new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
@@ -129,6 +173,7 @@ def linf_start(
 
 @triton.jit
 def direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK: tl.constexpr, SIGN: tl.constexpr):
+    """v, where to go, in pixel units: the gradient's sign or the gradient; 0 under the mask."""
     g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
     v = sign(g) if SIGN else tl.div_rn(g, g * 0 + s)
     if HAS_MASK:
@@ -138,9 +183,23 @@ def direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK: tl.constexpr, SIGN: tl.c
 
 @triton.jit
 def ball_sums(
-    x_ptr, g_ptr, x0_ptr, mean_ptr, std_ptr, mask_ptr, sums_ptr, channels, inner, chunks,
-    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, BYTES: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [B, C, inner] x_adv, read
+    g_ptr,  # [B, C, inner] d loss/d x_adv
+    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    mean_ptr,  # [C] of the normalised space, read if HAS_STD
+    std_ptr,  # [C] of the normalised space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    sums_ptr,  # [B, C, chunks, 3] float64: sums of v^2, d v and d^2
+    channels,  # C; 1 where all channels are alike
+    inner,  # elements of a channel
+    chunks,  # programs of a channel
+    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_MASK: tl.constexpr,  # whether there is a mask
+    BYTES: tl.constexpr,  # whether x0 is uint8
+    SIGN: tl.constexpr,  # whether v is the gradient's sign, else the gradient in pixel units
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """The first pass of a step in a ball: sums of v^2, d v and d^2 over a program's BLOCK elements."""
     row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     c = row % channels
     offsets = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -153,6 +212,7 @@ def ball_sums(
     d = tl.where(inside, d, 0.0)
     if HAS_MASK:
         d = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, d, 0.0)
+    # A program writes its own three numbers, so that no atomics are needed and the order of additions is fixed.
     out = sums_ptr + (row.to(tl.int64) * chunks + chunk) * 3
     v, d = v.to(tl.float64), d.to(tl.float64)  # the square of a small or large gradient is no float32
     tl.store(out, tl.sum(v * v))
@@ -162,16 +222,36 @@ def ball_sums(
 
 @triton.jit
 def ball_step(
-    x_ptr, g_ptr, x0_ptr, step_ptr, eps_ptr, mean_ptr, std_ptr, mask_ptr, active_ptr, sums_ptr,
-    clip_low, clip_high, channels, inner, chunks,
-    HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ACTIVE: tl.constexpr, BYTES: tl.constexpr, SIGN: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [B, C, inner] x_adv, changed in place
+    g_ptr,  # [B, C, inner] d loss/d x_adv
+    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    step_ptr,  # [B] how far to go, in pixel units; negative goes down
+    eps_ptr,  # [B] radius of the ball, in pixel units
+    mean_ptr,  # [C] of the normalised space, read if HAS_STD
+    std_ptr,  # [C] of the normalised space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    active_ptr,  # [B] uint8, read if HAS_ACTIVE; where 0, the sample stays as it is
+    sums_ptr,  # [B, C, chunks, 3] float64, left by `ball_sums`
+    clip_low,  # least pixel
+    clip_high,  # greatest pixel
+    channels,  # C; 1 where all channels are alike
+    inner,  # elements of a channel
+    chunks,  # programs of a channel
+    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_MASK: tl.constexpr,  # whether there is a mask
+    HAS_ACTIVE: tl.constexpr,  # whether some samples may be idle
+    BYTES: tl.constexpr,  # whether x0 is uint8
+    SIGN: tl.constexpr,  # whether v is the gradient's sign, else the gradient in pixel units
+    PARTS: tl.constexpr,  # partial sums that are added at a time
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """The second pass: x_adv after a step and back into the ball, in place."""
     row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     b, c = row // channels, row % channels
     if HAS_ACTIVE:
         if tl.load(active_ptr + b) == 0:
             return
+    # Each program adds up all partial sums of its sample: a few kilobytes, from the second-level cache.
     part = tl.arange(0, PARTS)
     vv, vd, dd = part.to(tl.float64) * 0, part.to(tl.float64) * 0, part.to(tl.float64) * 0
     for start in range(0, channels * chunks, PARTS):
@@ -185,6 +265,7 @@ def ball_step(
     if not SIGN:
         usable = (v2 > 0) & (v2 < float("inf"))  # NaN is not
         scale = tl.where(usable, scale / tl.sqrt(tl.where(usable, v2, 1.0)), 0.0)
+    # |d + a v|^2 = |d|^2 + 2 a <d, v> + a^2 |v|^2 is the squared distance after the step, before it is taken.
     moved = d2 + tl.where(scale != 0, 2 * scale * dv + scale * scale * v2, 0.0)
     length = tl.sqrt(tl.maximum(moved, 0.0))
     eps = tl.load(eps_ptr + b).to(tl.float64)
@@ -197,6 +278,7 @@ def ball_step(
     x = tl.load(x_ptr + at, mask=inside, other=0)
     x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
     v = direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK, SIGN)
+    # new = x0 + (d + a v) * min(1, eps / |d + a v|)
     d = (x - x0) * s + tl.where(scale != 0, v.to(tl.float64) * scale, 0.0).to(tl.float32)
     new = clip(x0 + tl.div_rn(d * shrink, d * 0 + s), low, high)
     if HAS_MASK:
@@ -204,69 +286,59 @@ def ball_step(
     tl.store(x_ptr + at, new, mask=inside)
 
 
-def refusal(function: str, *args: Any) -> str | None:
-    """Why these kernels cannot take a call."""
-    if args[0][:1].numel() > _LARGEST:
+def refusal(function: str, args: StepArguments | StartArguments) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    if args.x_adv[:1].numel() > _LARGEST:
         return "a sample has 2^31 elements or more"
-    return float32_only(function, *args)
+    return float32_only(function, args)
 
 
-def pgd_step_(
-    x_adv: Tensor, grad: Tensor, x0: Tensor, step: Tensor, eps: Tensor, norm: str, mean: Tensor | None,
-    std: Tensor | None, clip_low: float, clip_high: float, mask: Tensor | None, active: Tensor | None, levels: int,
-) -> None:  # fmt: skip
+def pgd_step_(args: StepArguments) -> None:
     """As the reference: linf in one pass, l2 and sign_l2 in two."""
+    x_adv = args.x_adv
     if not x_adv.numel():
         return
-    grad, x0, mask = grad.contiguous(), x0.contiguous(), expanded_mask(mask, x_adv)
-    channels, inner = _rows(x_adv, std)
+    grad, x0, mask = args.grad.contiguous(), args.x0.contiguous(), expanded_mask(args.mask, x_adv)
+    channels, inner = _rows(x_adv, args.std)
     chunks = triton.cdiv(inner, _BLOCK)
     rows = len(x_adv) * channels
     grid = (rows * chunks,)
-    nothing = step
-    tensors = (
-        mean if mean is not None else nothing,
-        std if std is not None else nothing,
-        mask if mask is not None else nothing,
-    )
-    flags = {
-        "HAS_STD": std is not None,
-        "HAS_MASK": mask is not None,
-        "BYTES": x0.dtype == torch.uint8,
-        "BLOCK": _BLOCK,
-    }
-    idle = {"HAS_ACTIVE": active is not None}
-    active = active.to(torch.uint8) if active is not None else nothing
-    if norm == "linf":
+    absent = args.step  # a pointer must point somewhere, also where nothing is read
+    space = [absent if v is None else v for v in (args.mean, args.std, mask)]
+    active = absent if args.active is None else args.active.to(torch.uint8)
+    flags: dict[str, Any] = {"HAS_STD": args.std is not None, "HAS_MASK": mask is not None, "BLOCK": _BLOCK}
+    flags |= {"BYTES": x0.dtype == torch.uint8, **_OPTIONS}
+    has_active = args.active is not None
+    clip, sizes = (args.clip_low, args.clip_high), (channels, inner, chunks)
+    if args.norm == "linf":
         linf_step[grid](
-            x_adv, grad, x0, step, eps, *tensors, active, clip_low, clip_high, channels, inner, chunks,
-            **flags, **idle, **_OPTIONS,
-        )  # fmt: skip
+            x_adv, grad, x0, args.step, args.eps, *space, active, *clip, *sizes, HAS_ACTIVE=has_active, **flags
+        )
         return
     sums = torch.empty((rows * chunks, 3), dtype=torch.float64, device=x_adv.device)
-    flags["SIGN"] = norm == "sign_l2"
-    ball_sums[grid](x_adv, grad, x0, *tensors, sums, channels, inner, chunks, **flags, **_OPTIONS)
+    flags["SIGN"] = args.norm == "sign_l2"
+    ball_sums[grid](x_adv, grad, x0, *space, sums, *sizes, **flags)
     ball_step[grid](
-        x_adv, grad, x0, step, eps, *tensors, active, sums, clip_low, clip_high, channels, inner, chunks,
-        **flags, **idle, PARTS=128, **_OPTIONS,
+        x_adv, grad, x0, args.step, args.eps, *space, active, sums, *clip, *sizes, HAS_ACTIVE=has_active, PARTS=_PARTS,
+        **flags,
     )  # fmt: skip
 
 
-def pgd_random_start_(
-    x_adv: Tensor, x0: Tensor, eps: Tensor, norm: str, seed: Tensor, offset: Tensor, sample_ids: Tensor, stream: Tensor,
-    mean: Tensor | None, std: Tensor | None, clip_low: float, clip_high: float, mask: Tensor | None, levels: int,
-) -> None:  # fmt: skip
+def pgd_random_start_(args: StartArguments) -> None:
     """As the reference, to the bit, for linf."""
+    x_adv = args.x_adv
     if not x_adv.numel():
         return
-    x0, mask = x0.contiguous(), expanded_mask(mask, x_adv)
+    x0, mask = args.x0.contiguous(), expanded_mask(args.mask, x_adv)
     count = x_adv[0].numel()
     chunks = triton.cdiv(count, _BLOCK)
+    absent = args.eps  # a pointer must point somewhere, also where nothing is read
+    space = [absent if v is None else v for v in (args.mean, args.std, mask)]
     linf_start[(len(x_adv) * chunks,)](
-        x_adv, x0, eps, seed, offset, sample_ids.contiguous(), stream,
-        mean if mean is not None else eps, std if std is not None else eps, mask if mask is not None else eps,
-        clip_low, clip_high, count, count // x_adv.shape[1], chunks,
-        HAS_STD=std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK, **_OPTIONS,
+        x_adv, x0, args.eps, args.seed, args.offset, args.sample_ids.contiguous(), args.stream, *space,
+        args.clip_low, args.clip_high, count, count // x_adv.shape[1], chunks,
+        HAS_STD=args.std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK,
+        **_OPTIONS,
     )  # fmt: skip
 
 
@@ -296,9 +368,12 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
         (ball_sums, {"HAS_STD": True, "HAS_MASK": True, "BYTES": True, "SIGN": True}),
         (
             ball_step,
-            {"HAS_STD": False, "HAS_MASK": False, "HAS_ACTIVE": False, "BYTES": False, "SIGN": False, "PARTS": 128},
+            {"HAS_STD": False, "HAS_MASK": False, "HAS_ACTIVE": False, "BYTES": False, "SIGN": False, "PARTS": _PARTS},
         ),
-        (ball_step, {"HAS_STD": True, "HAS_MASK": True, "HAS_ACTIVE": True, "BYTES": True, "SIGN": True, "PARTS": 128}),
+        (
+            ball_step,
+            {"HAS_STD": True, "HAS_MASK": True, "HAS_ACTIVE": True, "BYTES": True, "SIGN": True, "PARTS": _PARTS},
+        ),
     ):
         constants = flags | {"BLOCK": _BLOCK}
         own = kinds | ({"x0_ptr": "*u8"} if flags["BYTES"] else {})

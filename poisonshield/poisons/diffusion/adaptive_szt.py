@@ -7,20 +7,30 @@ the blocks, which compression keeps. An attack that also trains the word under t
 `defended`. Related: Athalye et al. 2018 (obfuscated gradients).
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
+
+from pydantic import Field
 
 from poisonshield.poisons.diffusion.advdm import AdvDM
 
 
 class AdaptiveSZT(AdvDM):
-    """AdvDM with the defense's own settings; a mask given weighs the loss, and the change may lie anywhere."""
+    """Raises the masked denoising loss at high timesteps through JPEG, as one who knows Safe-Zone Training would.
+
+    A mask weighs the loss, and the change may lie anywhere.
+    """
 
     class Config(AdvDM.Config):
-        """As AdvDM; t_range is the defense's."""
+        """As AdvDM's, with what the defense does for defaults."""
 
-        eot: tuple[Literal["jpeg", "blur", "flip"], ...] = ("jpeg",)
-        jpeg_qualities: tuple[int, ...] = (25, 50, 75, 90)
-        t_range: tuple[int, int] | None = (500, 1000)
-        mask: Literal["pixels", "loss", "both"] = "loss"
+        eot: tuple[Literal["jpeg", "blur", "flip"], ...] = Field(
+            ("jpeg",), description="random changes of pixels before the VAE, in this order"
+        )
+        jpeg_qualities: tuple[int, ...] = Field((25, 50, 75, 90), description="of which jpeg takes one a picture")
+        t_range: tuple[int, int] | None = Field((500, 1000), description="[first, end) of timesteps, the defense's")
+        mask: Literal["pixels", "loss", "both"] = Field(
+            "loss", description='what given masks do: keep the change to their "pixels", weigh the "loss", or both'
+        )
 
-    name: ClassVar[str] = "adaptive_szt"
+    name = "adaptive_szt"
+    source = "this project"

@@ -3,8 +3,9 @@
 direction "-" lowers the loss instead, which gives smoother noise. Source of that form: Xue et al. 2024.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from poisonshield.poisons.diffusion.attack.gradients import gradient_of
@@ -12,14 +13,16 @@ from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, V
 
 
 class AdvDM(DiffusionPoison):
-    """Raises (or lowers) E_{t, n} of the denoising loss, with a fresh t, noise and posterior sample a step."""
+    """Raises (or lowers) the mean denoising loss, with a fresh timestep, noise and posterior sample a step."""
 
     class Config(AttackConfig):
-        """direction: "+" raises the loss, "-" lowers it."""
+        """Which way the loss goes."""
 
-        direction: Literal["+", "-"] = "+"
+        direction: Literal["+", "-"] = Field("+", description='"+" raises the loss, "-" lowers it')
 
-    name: ClassVar[str] = "advdm"
+    name = "advdm"
+    source = "2302.04578"
+    config: Config
 
     @property
     def sign(self) -> int:

@@ -8,7 +8,7 @@ themselves. Its training is the cost: 1000 steps for a set of pictures.
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import ClassVar
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor
@@ -17,7 +17,6 @@ from poisonshield.errors import ConfigError
 from poisonshield.poisons.diffusion.advdm import AdvDM
 from poisonshield.poisons.diffusion.attack.canvas import Canvas
 from poisonshield.poisons.diffusion.attack.engine import attack, groups
-from poisonshield.poisons.diffusion.attack.state import identity
 from poisonshield.poisons.diffusion.attack.surrogate import Surrogate, SurrogateConfig
 from poisonshield.poisons.diffusion.attack.work import Work, check_images
 
@@ -25,15 +24,21 @@ _STATE = "\0surrogate"
 
 
 class FSMG(AdvDM):
-    """AdvDM on a surrogate. reference, class_images: uint8 [3, H, W] by key; the latter for prior_weight."""
+    """Raises the denoising loss of a surrogate that learned the pictures first.
+
+    reference, class_images: uint8 [3, H, W] by key; the latter for prior_weight.
+    """
 
     class Config(SurrogateConfig, AdvDM.Config):
-        """surrogate_steps: of the training on clean pictures."""
+        """As AdvDM's and the surrogate's."""
 
-        surrogate_steps: int = Field(1000, ge=0)
+        surrogate_steps: int = Field(1000, ge=0, description="training steps on clean pictures")
 
-    name: ClassVar[str] = "fsmg"
+    name = "fsmg"
+    source = "2303.15433"
     noise_start = False
+    trains_surrogate = True
+    config: Config
 
     def __init__(
         self,
@@ -41,7 +46,7 @@ class FSMG(AdvDM):
         *,
         reference: Mapping[str, Tensor] | None = None,
         class_images: Mapping[str, Tensor] | None = None,
-        **rest: object,
+        **rest: Any,
     ) -> None:
         super().__init__(config, **rest)
         self.reference, self.class_images = reference, class_images
@@ -51,8 +56,8 @@ class FSMG(AdvDM):
             )
         if class_images and not config.prior_weight:
             raise ConfigError(
-                "class_images are given and prior_weight is 0, so they would teach nothing. Set prior_weight, 1 as the authors "
-                "have it, or leave them out."
+                "class_images are given and prior_weight is 0, so they would teach nothing. Set prior_weight, 1 as the "
+                "authors have it, or leave them out."
             )
         for given in (reference, class_images):
             check_images(given or {}, None)
@@ -66,14 +71,17 @@ class FSMG(AdvDM):
     @cached_property
     def surrogate(self) -> Surrogate:
         """The model that is attacked: the caller's own until it is trained."""
-        return Surrogate(self)
+        return Surrogate(self, self.config)
+
+    @property
+    def prompt(self) -> str:
+        """The surrogate's."""
+        return self.config.whole_prompt
 
     def identity(self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> str:
         """As the parent's, with the reference and class pictures."""
-        return super().identity(images, masks) + identity(self, self._others(), None)
-
-    def _others(self) -> dict[str, Tensor]:
-        return {**(self.reference or {}), **{f"class {k}": v for k, v in (self.class_images or {}).items()}}
+        others = {**(self.reference or {}), **{f"class {k}": v for k, v in (self.class_images or {}).items()}}
+        return super().identity(images, masks) + super().identity(others)
 
     def denoise(self, z_t: Tensor, t: Tensor) -> Tensor:
         """The surrogate's prediction."""
@@ -84,21 +92,27 @@ class FSMG(AdvDM):
         learned, masks = (self.reference, None) if self.reference else (work.images, work.masks)
         name = self.identity(learned, masks)
         if self._trained_on != name:
-            self.__dict__.pop("surrogate", None)
-            self._trained_on = None
+            self.forget()
             state = work.store.load(_STATE, name)
             if state is not None:
                 self.surrogate.restore(state["weights"])
             else:
-                self.surrogate.train(
-                    self.canvases(learned, masks), self.config.surrogate_steps, first=0, phase="clean", clean=True,
-                    prior=self.canvases(self.class_images or {}, None),
-                )  # fmt: skip
+                self._learn(learned, masks)
                 if work.store:
                     work.store.save(_STATE, name, {"weights": [w.cpu() for w in self.surrogate.state()]})
             self._trained_on = name
         yield from attack(self, work, also=name)
         work.store.remove(_STATE)
+
+    def forget(self) -> None:
+        """Put the caller's own model in the surrogate's place."""
+        self.__dict__.pop("surrogate", None)
+        self._trained_on = None
+
+    def _learn(self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> None:
+        canvases, prior = self.canvases(images, masks), self.canvases(self.class_images or {}, None)
+        steps = self.config.surrogate_steps
+        self.surrogate.train(canvases, steps, first=0, phase="clean", clean=True, prior=prior)
 
     def canvases(
         self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, micro_batch: int = 1

@@ -5,7 +5,7 @@ The published balance, a sum over latents against 1e4 times a mean, shifts with 
 1024 pixels). Both are means here, and B / A = 1e4 / 16384 = 0.61 is the same balance at 512 pixels.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -16,16 +16,20 @@ from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, V
 
 
 class Mist(DiffusionPoison):
-    """The semantic part (the loss), the textural part (the target), or both."""
+    """Raises the denoising loss and the nearness of the latents to a target, or one of them."""
 
     class Config(AttackConfig):
-        """mode: sem, tex or joint. balance: B of joint, with A = 1."""
+        """Which parts count, and how much."""
 
-        mode: Literal["sem", "tex", "joint"] = "joint"
-        balance: float = Field(0.61, ge=0)
-        prompt: str = "a painting"
+        mode: Literal["sem", "tex", "joint"] = Field(
+            "joint", description="the semantic part (the loss), the textural part (the target), or both"
+        )
+        balance: float = Field(0.61, ge=0, description="B of joint, with A = 1")
+        prompt: str = Field("a painting", description="what a victim would write")
 
-    name: ClassVar[str] = "mist"
+    name = "mist"
+    source = "2305.12683"
+    config: Config
 
     @property
     def takes_target(self) -> bool:

@@ -1,13 +1,14 @@
 """PhotoGuard's encoder attack: the latents of the picture become those of a target. Source: Salman et al. 2023.
 
-The norm is of the unscaled posterior mean, as in the authors' notebooks; without a target it is pulled to 0. Within a few
-levels an encoder is nearly linear, so the radius decides how near that comes, and neither number, size nor start of the
-steps: three rendered pictures lost 8 to 17 % of the distance in 8 levels, on a random pipeline and on `tiny`.
+The norm is of the unscaled posterior mean, as in the authors' notebooks; without a target it is pulled to 0. Within a
+few levels an encoder is nearly linear, so the radius decides how near that comes, and neither number, size nor start of
+the steps: three rendered pictures lost 8 to 17 % of the distance in 8 levels, on a random pipeline and on `tiny`.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from poisonshield.errors import ConfigError
@@ -17,14 +18,18 @@ from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, V
 
 
 class PhotoGuardEncoder(DiffusionPoison):
-    """Lowers ||mu(x) - mu(target)||_2."""
+    """Lowers the distance ||mu(x) - mu(target)||_2 of the latents to those of a target."""
 
     class Config(AttackConfig):
-        """toward: "zero" latents, a "grey" picture, our "pattern", or the picture that was given."""
+        """What the target is."""
 
-        toward: Literal["zero", "grey", "pattern", "given"] = "zero"
+        toward: Literal["zero", "grey", "pattern", "given"] = Field(
+            "zero", description='latents of "zero", a "grey" picture, our "pattern", or the picture that was "given"'
+        )
 
-    name: ClassVar[str] = "photoguard_enc"
+    name = "photoguard_enc"
+    source = "2302.06588"
+    config: Config
     takes_target = True
 
     @property
@@ -32,7 +37,7 @@ class PhotoGuardEncoder(DiffusionPoison):
         """The target."""
         return True
 
-    def __init__(self, config: Config, *, target: Tensor | None = None, **rest: object) -> None:
+    def __init__(self, config: Config, *, target: Tensor | None = None, **rest: Any) -> None:
         super().__init__(config, target=target, **rest)
         if (config.toward == "given") != (target is not None):
             raise ConfigError("toward: given and a target picture go together: give both or neither.")

@@ -5,8 +5,6 @@ Source: Li et al. 2024.
 No prompt and no U-Net. The clean moments are computed once, not at every step.
 """
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from poisonshield.poisons.diffusion.attack.gradients import gradient_of
@@ -14,12 +12,13 @@ from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, V
 
 
 class PID(DiffusionPoison):
-    """Raises MSE(log var(x), log var(x0)) + MSE(mean(x), mean(x0)), of the unscaled posterior."""
+    """Raises MSE(log var(x), log var(clean)) + MSE(mean(x), mean(clean)), of the unscaled posterior."""
 
     class Config(AttackConfig):
         """The authors' script: 12.75 levels, 1000 steps of 1."""
 
-    name: ClassVar[str] = "pid"
+    name = "pid"
+    source = "Li et al. 2024"
     noise_start = "always"
 
     @property
@@ -35,13 +34,17 @@ class PID(DiffusionPoison):
     def terms(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """(MSE of log variances, MSE of means), each [B]."""
         mean, std = self.model.posterior(self.change(view)(x))
-        moved = (2 * std.log() - view.memo["log_var"], mean - view.memo["mean"])
-        return tuple(m.square().flatten(1).mean(1) for m in moved)
+        of_variance, of_mean = 2 * std.log() - view.memo["log_var"], mean - view.memo["mean"]
+        return of_variance.square().flatten(1).mean(1), of_mean.square().flatten(1).mean(1)
+
+    def _sum(self, x: Tensor, view: View) -> Tensor:
+        of_variance, of_mean = self.terms(x, view)
+        return of_variance + of_mean
 
     def gradient(self, view: View) -> Tensor:
         """Of both terms, in one graph."""
-        return gradient_of(lambda x: sum(self.terms(x, view)), view.x)
+        return gradient_of(lambda x: self._sum(x, view), view.x)
 
     def objective(self, view: View) -> Tensor:
         """Both terms."""
-        return sum(self.terms(view.x, view))
+        return self._sum(view.x, view)

@@ -4,23 +4,28 @@ The error e = eps(z_t) - n of the predicted noise is sent through the VAE alone,
 weight over t. A velocity is turned into the noise that it means first.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
 
 
 class SDS(DiffusionPoison):
-    """Moves pixels along +-(dz/dx)^T e."""
+    """Moves pixels along +-(dz/dx)^T e, e the error of the predicted noise."""
 
     class Config(AttackConfig):
-        """direction: "-", the published default, makes pictures easier to denoise; "+" harder."""
+        """Which way pixels go."""
 
-        direction: Literal["+", "-"] = "-"
+        direction: Literal["+", "-"] = Field(
+            "-", description='"-", the published default, makes pictures easier to denoise; "+" harder'
+        )
 
-    name: ClassVar[str] = "sds"
+    name = "sds"
+    source = "2311.12832"
+    config: Config
     noise_start = False
 
     @property

@@ -5,8 +5,6 @@ Both terms are sums over latents, so their balance does not depend on the pictur
 both, so a step costs what one of SDS does; the authors' code draws two and encodes twice.
 """
 
-from typing import ClassVar
-
 from pydantic import Field
 from torch import Tensor
 
@@ -19,11 +17,13 @@ class SDST(SDS):
     """SDS plus the pull to the latents of a target, our pattern unless a picture is given."""
 
     class Config(SDS.Config):
-        """weight: lambda, of the score's part."""
+        """As SDS's, with the balance of both parts."""
 
-        weight: float = Field(5.0, ge=0)
+        weight: float = Field(5.0, ge=0, description="lambda, the weight of the score's part")
 
-    name: ClassVar[str] = "sdst"
+    name = "sdst"
+    source = "2311.12832"
+    config: Config
     takes_target = True
 
     @property

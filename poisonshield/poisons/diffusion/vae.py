@@ -5,8 +5,9 @@ Sources: Salman et al. 2023; Xue et al. 2024 (the untargeted form).
 Cheapest of all, one encoder pass forward and back a step, and blind to prompts. It is bound to the VAE.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from poisonshield.poisons.diffusion.attack.gradients import gradient_of
@@ -14,14 +15,16 @@ from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, V
 
 
 class VAE(DiffusionPoison):
-    """Raises the mean of (z(x) - z(x0))^2, z the posterior's scaled mean; goal "zero" lowers that of z(x)^2."""
+    """Raises the mean of (z(x) - z(clean))^2, z the posterior's scaled mean; goal "zero" lowers that of z(x)^2."""
 
     class Config(AttackConfig):
-        """goal: "away" from the clean latents, or to "zero"."""
+        """Where the latents go."""
 
-        goal: Literal["away", "zero"] = "away"
+        goal: Literal["away", "zero"] = Field("away", description='"away" from the clean latents, or to "zero"')
 
-    name: ClassVar[str] = "vae"
+    name = "vae"
+    source = "2302.06588, 2311.12832"
+    config: Config
     noise_start = "always"
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.errors import BudgetError
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison, checked_pixels
 
 SLACK = 1e-4  # levels; float32 arithmetic of a value that is rounded afterwards
 
@@ -24,7 +24,7 @@ class MeasuredBudget:
     not those that the poison gives for the clean image (a transposed, shifted or swapped perturbation keeps its norm).
     """
 
-    def __init__(self, poison: Poison) -> None:
+    def __init__(self, poison: KeyedPoison) -> None:
         self.poison = poison
         self.samples = self.pixels = 0
         self.linf = self.l0 = 0
@@ -34,29 +34,31 @@ class MeasuredBudget:
     @torch.no_grad()
     def add(self, clean: Batch, released: Tensor) -> None:
         """clean.x and released float32 [B, 3, H, W], in [0, 1]."""
+        source = checked_pixels(clean, owner=self.poison.name)
         levels = released * 255
         off = (levels - levels.round()).abs().amax() if len(clean) else torch.zeros(())
         if not (off < 1e-2 and released.min() >= 0 and released.max() <= 1):
             low, high = (float(v) for v in released.aminmax())
             raise BudgetError(
-                f"released pixels lie in [{low:.3g}, {high:.3g}], up to {off:.2g} off a whole level; 256 levels in [0, 1] "
-                "were wanted.\n  Was the image normalised, or stored by something other than `poisonshield poison`?"
+                f"released pixels lie in [{low:.3g}, {high:.3g}], up to {off:.2g} off a whole level; 256 levels in "
+                "[0, 1] were wanted.\n"
+                "  Was the image normalized, or stored by something other than `poisonshield poison`?"
             )
-        change = levels.round() - (clean.x * 255).round()  # whole levels, exact in float32
+        change = levels.round() - (source * 255).round()  # whole levels, exact in float32
         size = change.abs()
         linf, l2 = size.flatten(1).amax(1), change.flatten(1).double().square().sum(1).sqrt()
         l0 = (size.amax(1) > 0).flatten(1).sum(1)
         self._refuse(clean, {"linf": linf, "l2": l2, "l0": l0}, change[0].numel())
         wanted = self.poison.delta(clean)
-        differs = ((clean.x + wanted).clamp(0, 1).mul(255).round() != levels.round()).flatten(1).any(1)
+        moved = source + wanted
+        differs = (moved.clamp(0, 1).mul(255).round() != levels.round()).flatten(1).any(1)
         if differs.any():
             key = clean.keys[int(differs.to(torch.uint8).argmax())]
             raise BudgetError(
-                f"sample {key}: released pixels are not those of poison {self.poison.name} with seed {self.poison.seed}, "
-                f"in {int(differs.sum())} of {len(clean)} samples.\n  Write them again; another seed, key order or a "
-                "transposed perturbation gives this."
+                f"sample {key}: released pixels are not those of poison {self.poison.name} with seed "
+                f"{self.poison.seed}, in {int(differs.sum())} of {len(clean)} samples.\n"
+                "  Write them again; another seed, key order or a transposed perturbation gives this."
             )
-        moved = clean.x + wanted
         self.clipped += int(((moved < 0) | (moved > 1)).sum())
         self.samples += len(clean)
         self.pixels += change.numel()
@@ -65,7 +67,7 @@ class MeasuredBudget:
         self.squares += float(l2.square().sum())
 
     def record(self) -> dict[str, Any]:
-        """linf in levels of 255; l2 (largest and mean of a sample) in pixel units; l0: most pixels changed; psnr in dB."""
+        """linf in levels; l2 (largest and mean of samples) in pixel units; l0: most pixels changed; psnr in dB."""
         mse = self.squares / max(self.pixels, 1) / 255**2
         return {
             "linf_levels": self.linf,
@@ -77,14 +79,16 @@ class MeasuredBudget:
         }
 
     def _refuse(self, clean: Batch, measured: dict[str, Tensor], numel: int) -> None:
-        norm, radius = self.poison.norm, self.poison.budget()
-        if norm is None or radius is None:
+        budget = self.poison.budget()
+        if budget is None:
             return
-        allowed = {"linf": 255 * radius + 0.5, "l2": 255 * radius + 0.5 * math.sqrt(numel), "l0": radius}[norm] + SLACK
-        values = measured[norm]
+        per_level, unit = (1, "pixels") if budget.unit == "pixels" else (255, "levels")
+        allowed = budget.after_rounding(numel) * per_level + SLACK
+        values = measured[budget.norm]
         if (values > allowed).any():
-            worst, unit = int(values.argmax()), "pixels" if norm == "l0" else "levels"
+            worst = int(values.argmax())
             raise BudgetError(
-                f"sample {clean.keys[worst]}: {norm} is {float(values[worst]):.2f} {unit}, poison {self.poison.name} allows "
-                f"{allowed:.2f} after rounding.\n  Do its settings (eps, budget) fit what was written?"
+                f"sample {clean.keys[worst]}: {budget.norm} is {float(values[worst]):.2f} {unit}, "
+                f"poison {self.poison.name} allows {allowed:.2f} after rounding.\n"
+                "  Do its settings (eps, budget) fit what was written?"
             )

@@ -7,6 +7,7 @@ holds numbers and text only, so a recipe from a stranger can run no code.
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.poisons.base import Poison
+from poisonshield.poisons.base import KeyedPoison
 from poisonshield.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Header(BaseModel):
     data: str
 
 
-def save_recipe(poison: Poison, path: str | Path, *, classes: tuple[str, ...], data: str) -> Path:
+def save_recipe(poison: KeyedPoison, path: str | Path, *, classes: tuple[str, ...], data: str) -> Path:
     """Write the poison to `path`. classes: names, label 0 first; data: digest of the set it was made for."""
     header = Header(
         format=FORMAT,
@@ -71,7 +72,7 @@ def read_recipe(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
 
 def load_recipe(
     path: str | Path, *, classes: tuple[str, ...], image_size: tuple[int, int] | None, data: str | None = None
-) -> Poison:
+) -> KeyedPoison:
     """The poison of a recipe, ready to apply to a set of these classes and image size.
 
     data: digest of that set; another one than the recipe's is warned of. Raises DataError if the file is no recipe, or
@@ -91,7 +92,7 @@ def load_recipe(
         h, w = header.image_size
         raise DataError(f"{path} was made for images of {h}x{w}, the data has {got}. Import the data with --size.")
     try:
-        cls = Registry("poisonshield.poisons", kind="poison").get(header.name)
+        cls: Any = Registry("poisonshield.poisons", kind="poison").get(header.name)
         config = cls.Config.model_validate(header.config)
         poison = cls(config, num_classes=len(classes), image_size=image_size, seed=header.seed)
         poison.load_state_dict(state)

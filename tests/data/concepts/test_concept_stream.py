@@ -45,7 +45,7 @@ def take(source, count):
 
 
 def same(a: Batch, b: Batch):
-    assert (a.keys, a.captions, a.epoch, a.t_range) == (b.keys, b.captions, b.epoch, b.t_range)
+    assert (a.keys, a.captions, a.draw, a.t_range) == (b.keys, b.captions, b.draw, b.t_range)
     assert torch.equal(a.x, b.x) and torch.equal(a.mask, b.mask)
 
 
@@ -61,7 +61,7 @@ def of(batch, number):
 def joined(parts):
     return Batch(
         keys=tuple(k for p in parts for k in p.keys), captions=tuple(c for p in parts for c in p.captions),
-        x=torch.cat([p.x for p in parts]), mask=torch.cat([p.mask for p in parts]), epoch=parts[0].epoch,
+        x=torch.cat([p.x for p in parts]), mask=torch.cat([p.mask for p in parts]), draw=parts[0].draw,
     )  # fmt: skip
 
 
@@ -121,9 +121,14 @@ def test_every_picture_is_shown_once_before_any_again():
     }
 
 
+def test_the_draw_is_the_step_and_the_epoch_counts_whole_ones():
+    batches = take(stream(batch_size=2), 9)  # the largest concept has 6 pictures: 3 steps show all
+    assert [b.draw for b in batches] == list(range(9)) and [b.epoch for b in batches] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def test_draws_differ_by_step_slot_and_seed():
     first, second = take(stream([THREE[1]], batch_size=8, flip=0.0), 2)
-    assert first.epoch == 0 and second.epoch == 1
+    assert first.draw == 0 and second.draw == 1
     assert [key.rpartition("#")[2] for key in first.keys] == [str(i) for i in range(8)]
     noise = first.random(0).normal("noise", 4)
     assert len({tuple(row) for row in noise.tolist()}) == 8  # though each picture comes twice

@@ -20,9 +20,9 @@ class Network:
         return batch.replace(x=batch.x / self.calls, mask=mask, t_range=self.t_range)
 
 
-def batch(*keys, epoch=0):
+def batch(*keys, draw=0):
     x = torch.arange(len(keys) * 12.0).view(-1, 3, 2, 2) / 100
-    return Batch(keys=keys, x=x, y=torch.zeros(len(keys), dtype=torch.int64), captions=keys, epoch=epoch)
+    return Batch(keys=keys, x=x, y=torch.zeros(len(keys), dtype=torch.int64), captions=keys, draw=draw)
 
 
 def same(a, b):
@@ -42,10 +42,10 @@ def test_a_second_process_reads_what_the_first_one_made_and_is_told(tmp_path, st
     assert stage.calls == 1 and len(told) == 1 and torch.equal(told[0][1].x, made.x)
 
 
-def test_other_pixels_and_other_epochs_are_other_results(tmp_path):
+def test_other_pixels_and_other_draws_are_other_results(tmp_path):
     stage = Network()
     kept = KeptStage(stage, tmp_path, lambda *both: None)
-    for given in (batch("a@1"), batch("a@2"), batch("a@1", epoch=1), batch("a@1")):
+    for given in (batch("a@1"), batch("a@2"), batch("a@1", draw=1), batch("a@1")):
         kept(given)
     assert stage.calls == 3
 

@@ -11,7 +11,11 @@ from tiny import tiny_model
 
 from poisonshield import world
 from poisonshield.errors import ConfigError, ShapeError
-from poisonshield.evals.diffusion import generation as gen
+from poisonshield.evals.diffusion.distances import color_distance, energy_coefficient, set_distances
+from poisonshield.evals.diffusion.latent_cosine import latent_cosine
+from poisonshield.evals.diffusion.networks import QUALITY_PROMPTS, network_scores
+from poisonshield.evals.diffusion.parts.similarity import cosine
+from poisonshield.evals.diffusion.round_trip import round_trip_error
 from poisonshield.models.feature_networks import FeatureNetwork, lacking
 from poisonshield.world.judge import ConceptJudge
 from poisonshield.world.small_pipeline import build_tokenizer
@@ -67,10 +71,7 @@ def dino_folder(tmp_path_factory):
 def test_cosine_is_the_mean_over_all_pairs():
     h, g = torch.randn(4, 5, generator=rng()), torch.randn(3, 5, generator=rng(1))
     pairs = [float(a.double() @ b.double() / (a.double().norm() * b.double().norm())) for a in h for b in g]
-    assert gen.cosine(h, g) == pytest.approx(sum(pairs) / 12, abs=1e-9)
-    x = torch.rand(2, 3, 4, 4, generator=rng())
-    assert gen.pixel_cosine(x[:1], x[:1]) == pytest.approx(1)
-    assert gen.pixel_cosine(x[:1], 1 - x[:1]) == pytest.approx(-1, abs=1e-6)
+    assert cosine(h, g) == pytest.approx(sum(pairs) / 12, abs=1e-9)
 
 
 def test_latent_cosine_is_taken_in_the_pipelines_latents():
@@ -79,8 +80,8 @@ def test_latent_cosine_is_taken_in_the_pipelines_latents():
     with torch.no_grad():
         h, g = model.encode(x).flatten(1), model.encode(y).flatten(1)
     expected = sum(float(torch.cosine_similarity(a, b, dim=0)) for a in h for b in g) / 6
-    assert gen.latent_cosine(model, x, y, micro_batch=2) == pytest.approx(expected, abs=1e-5)
-    error = gen.round_trip_error(model, x)
+    assert latent_cosine(model, x, y, micro_batch=2) == pytest.approx(expected, abs=1e-5)
+    error = round_trip_error(model, x)
     with torch.no_grad():
         back = model.decode(model.encode(x)).clamp(0, 1)
     assert torch.allclose(error, (back - x).square().mean((1, 2, 3)), atol=1e-6)
@@ -93,9 +94,9 @@ def test_colour_distance_beside_numpys_histogram():
         points = v.permute(0, 2, 3, 1).reshape(-1, 3).numpy()
         counted, _ = numpy.histogramdd(points, bins=4, range=[(0, 1)] * 3)
         shares.append(counted / len(points))
-    assert gen.color_distance(x, y, bins=4) == pytest.approx(numpy.abs(shares[0] - shares[1]).sum() / 2, abs=1e-9)
-    assert gen.color_distance(x, x) == 0
-    assert gen.color_distance(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)) == 1
+    assert color_distance(x, y, bins=4) == pytest.approx(numpy.abs(shares[0] - shares[1]).sum() / 2, abs=1e-9)
+    assert color_distance(x, x) == 0
+    assert color_distance(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)) == 1
 
 
 def test_energy_coefficient_beside_loops():
@@ -103,13 +104,13 @@ def test_energy_coefficient_beside_loops():
     between = sum(float((a - b).norm()) for a in h for b in g) / 20
     within_h = sum(float((h[i] - h[j]).norm()) for i in range(5) for j in range(5) if i != j) / 20
     within_g = sum(float((g[i] - g[j]).norm()) for i in range(4) for j in range(4) if i != j) / 12
-    assert gen.energy_coefficient(h, g) == pytest.approx((2 * between - within_h - within_g) / (2 * between), abs=1e-9)
+    assert energy_coefficient(h, g) == pytest.approx((2 * between - within_h - within_g) / (2 * between), abs=1e-9)
 
 
 def test_energy_coefficient_is_unbiased_and_reaches_one():
-    same = [gen.energy_coefficient(*torch.randn(2, 8, 16, generator=rng(s))) for s in range(200)]
+    same = [energy_coefficient(*torch.randn(2, 8, 16, generator=rng(s))) for s in range(200)]
     assert abs(sum(same) / 200) < 0.01 and min(same) < 0
-    assert gen.energy_coefficient(torch.randn(8, 4, generator=rng()), torch.randn(8, 4, generator=rng(1)) + 1e4) > 0.999
+    assert energy_coefficient(torch.randn(8, 4, generator=rng()), torch.randn(8, 4, generator=rng(1)) + 1e4) > 0.999
 
 
 def test_other_pictures_are_farther_than_the_same_concept_anew():
@@ -118,22 +119,22 @@ def test_other_pictures_are_farther_than_the_same_concept_anew():
     real, again = concept("yellow", "ring", 48), concept("yellow", "ring", 24, seed=9)
     texture = real[:24] ** 3
     model = tiny_model(size=64)
-    near, far = (gen.set_distances(x, real, judge=judge, model=model) for x in (again, texture))
+    near, far = (set_distances(x, real, judge=judge, model=model) for x in (again, texture))
     assert near["color_distance"] < far["color_distance"]
     assert near["feature_distance"] < far["feature_distance"]
     assert near["color_ceiling"] == far["color_ceiling"] and near["feature_ceiling"] == far["feature_ceiling"]
-    alone = gen.set_distances(again, real)
+    alone = set_distances(again, real)
     assert alone["color_distance"] == near["color_distance"]
     assert alone["feature_distance"] is None and alone["color_ceiling"] is None and alone["feature_ceiling"] is None
 
 
 def test_too_few_pictures_are_refused():
     with pytest.raises(ShapeError, match="at least 2 and 4"):
-        gen.set_distances(torch.rand(2, 3, 8, 8), torch.rand(3, 3, 8, 8))
+        set_distances(torch.rand(2, 3, 8, 8), torch.rand(3, 3, 8, 8))
     with pytest.raises(ShapeError, match="two rows"):
-        gen.energy_coefficient(torch.rand(1, 3), torch.rand(4, 3))
+        energy_coefficient(torch.rand(1, 3), torch.rand(4, 3))
     with pytest.raises(ShapeError, match="empty"):
-        gen.cosine(torch.rand(0, 3), torch.rand(4, 3))
+        cosine(torch.rand(0, 3), torch.rand(4, 3))
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def no_sockets(monkeypatch):
 
 def test_missing_networks_are_unavailable_by_name_and_nothing_is_fetched(no_sockets, tmp_path):
     x = torch.rand(2, 3, 16, 16, generator=rng())
-    told = gen.network_scores({"dino": tmp_path / "dino", "other": None}, x, x)
+    told = network_scores({"dino": tmp_path / "dino", "other": None}, x, x)
     assert told.keys() == {"dino_i", "other_i", "clip_i", "clip_t", "clip_iqa"}
     assert all(entry["status"] == "unavailable" and "value" not in entry for entry in told.values())
     assert told["dino_i"]["needs"] == str(tmp_path / "dino" / "config.json")
@@ -170,7 +171,7 @@ def test_clip_scores_are_those_of_transformers_with_its_own_preprocessing(no_soc
 
     x, y = (torch.rand(n, 3, 48, 48, generator=rng(n)) for n in (2, 3))
     prompts = ["a photo of a red ring", "a photo of a star"]
-    told = gen.network_scores({"clip": clip_folder}, x, y, prompts)
+    told = network_scores({"clip": clip_folder}, x, y, prompts)
     model = CLIPModel.from_pretrained(clip_folder).eval()
     processor, tokenizer = CLIPImageProcessor.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
 
@@ -180,7 +181,7 @@ def test_clip_scores_are_those_of_transformers_with_its_own_preprocessing(no_soc
         with torch.no_grad():
             return model(**processor(images=files, return_tensors="pt"), **given)
 
-    a, b, c = both(x, prompts), both(y, prompts), both(x, list(gen.QUALITY_PROMPTS))
+    a, b, c = both(x, prompts), both(y, prompts), both(x, list(QUALITY_PROMPTS))
     assert told["clip_i"]["value"] == pytest.approx(float((a.image_embeds @ b.image_embeds.T).mean()), abs=1e-3)
     assert told["clip_t"]["value"] == pytest.approx(float((a.image_embeds * a.text_embeds).sum(1).mean()), abs=1e-3)
     assert told["clip_iqa"]["value"] == pytest.approx(float(c.logits_per_image.softmax(1)[:, 0].mean()), abs=1e-3)
@@ -201,10 +202,10 @@ def test_preprocessing_crops_scales_and_normalises_as_the_folder_says(clip_folde
 
 def test_clip_t_without_prompts_says_what_it_needs(clip_folder):
     x = torch.rand(2, 3, 32, 32, generator=rng())
-    told = gen.network_scores({"clip": clip_folder}, x, x)
+    told = network_scores({"clip": clip_folder}, x, x)
     assert told["clip_t"] == {"status": "unavailable", "needs": "a prompt for each picture"}
     with pytest.raises(ShapeError, match="1 prompts for 2 pictures"):
-        gen.network_scores({"clip": clip_folder}, x, x, ["one"])
+        network_scores({"clip": clip_folder}, x, x, ["one"])
 
 
 def test_dino_is_the_class_token(no_sockets, dino_folder):
@@ -217,4 +218,4 @@ def test_dino_is_the_class_token(no_sockets, dino_folder):
     with torch.no_grad():
         expected = ViTModel.from_pretrained(dino_folder).eval()(**made).last_hidden_state[:, 0]
     assert torch.allclose(network.images(x, micro_batch=2), expected, atol=1e-5)
-    assert gen.network_scores({"dino": dino_folder}, x, x)["dino_i"]["status"] == "ok"
+    assert network_scores({"dino": dino_folder}, x, x)["dino_i"]["status"] == "ok"

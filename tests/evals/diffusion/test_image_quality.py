@@ -11,7 +11,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from poisonshield import world
 from poisonshield.errors import ShapeError
-from poisonshield.evals.diffusion.image_quality import brisque, difference, high_frequency, psnr, ssim
+from poisonshield.evals.diffusion.brisque import brisque, say_missing
+from poisonshield.evals.diffusion.high_frequency import high_frequency
+from poisonshield.evals.diffusion.parts.image_quality import difference, psnr, ssim
 from poisonshield.ops.jpeg import jpeg
 
 
@@ -108,7 +110,7 @@ def test_without_its_package_brisque_is_unavailable_in_words(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    assert brisque(pictures(1)) == {"status": "unavailable", "needs": "pip install poisonshield[brisque]"}
+    assert brisque(pictures(1)) == {"status": "unavailable", "needs": "pip install '.[brisque]'"}
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -119,3 +121,10 @@ def test_shapes_that_do_not_fit_are_refused():
         ssim(x[..., :10], x[..., :10])
     with pytest.raises(ShapeError, match="at least one"):
         difference(x[:0], x[:0])
+
+
+def test_what_is_not_measured_is_said_once(caplog):
+    say_missing.cache_clear()
+    for _ in range(3):
+        say_missing("pip install '.[brisque]'")
+    assert caplog.text.count("BRISQUE is not measured: pip install '.[brisque]'") == 1

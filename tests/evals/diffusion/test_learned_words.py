@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 from poisonshield.errors import ShapeError
-from poisonshield.evals.diffusion.learned_words import vocabulary, word_distance, word_report
+from poisonshield.evals.diffusion.word import vocabulary, word_distance, word_report
 
 
 def test_a_word_is_its_own_nearest_neighbour_and_the_others_come_by_cosine():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from poisonshield.errors import DataError
-from poisonshield.evals.diffusion.recovery import by_group, clean_cost, mean_with_interval, recovery
+from poisonshield.evals.diffusion.parts.recovery import by_group, clean_cost, mean_with_interval, recovery
 
 
 def table(values):

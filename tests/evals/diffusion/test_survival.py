@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from poisonshield.errors import ShapeError
-from poisonshield.evals.diffusion.survival import Purified, edges_of, measure, survival
+from poisonshield.evals.diffusion.parts.survival import Purified, edges_of, measure, survival
 from poisonshield.ops import jpeg
 
 EDGES = [0.0, 0.125, 0.25, 0.375]

@@ -81,8 +81,9 @@ def test_the_generated_picture_changes_too(tmp_path, pipeline):
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.load_textual_inversion(tmp_path, weight_name="w.safetensors", local_files_only=True)
-    draw = lambda prompt: (
-        pipe(
+
+    def draw(prompt):
+        return pipe(
             prompt,
             num_inference_steps=2,
             output_type="pt",
@@ -90,7 +91,7 @@ def test_the_generated_picture_changes_too(tmp_path, pipeline):
             width=32,
             generator=torch.Generator().manual_seed(0),
         ).images
-    )
+
     assert (draw("a photo of a <sks>") - draw("a photo of a ring")).abs().max() > 1e-6
 
 

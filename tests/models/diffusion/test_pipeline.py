@@ -192,7 +192,7 @@ def test_the_digest_knows_whatever_decides_a_result():
 
 
 def test_the_digest_knows_neither_learned_words_nor_places_nor_the_order_of_defaults(pipeline, tmp_path):
-    """diffusers lists the settings that a scheduler's file leaves out in the order of a set: another in every process."""
+    """diffusers lists the settings that a scheduler's file leaves out in a set's order: another in every process."""
     file = pipeline / "scheduler" / "scheduler_config.json"
     bare = {k: v for k, v in json.loads(file.read_text()).items() if k.startswith(("_class", "beta"))}
     models = [

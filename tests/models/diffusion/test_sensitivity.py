@@ -45,7 +45,10 @@ def by_hand(model, x, t, noise):
     z_t = a.sqrt() * z + (1 - a).sqrt() * noise
     target = noise if model.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
     ids = model.tokens([PROMPT])
-    of_context = lambda context: model.predict(z_t, torch.tensor([t]), context)
+
+    def of_context(context):
+        return model.predict(z_t, torch.tensor([t]), context)
+
     return of_context, lambda rows: of_context(model.text(ids, rows)), target
 
 
@@ -101,7 +104,8 @@ def test_random_probes_find_the_exact_map(mode):
     for probes, least in ((64, 0.95), (128, 0.97)):
         probed = semantic_sensitivity(model, picture(), probes=probes, **settings).maps
         found = [
-            float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) for a, b in zip(probed[0], exact[0])
+            float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+            for a, b in zip(probed[0], exact[0], strict=True)
         ]
         print(f"{mode} K={probes}: correlation {min(found):.4f}, mean ratio {float(probed.mean() / exact.mean()):.3f}")
         assert min(found) > least
@@ -256,7 +260,10 @@ def test_a_network_without_forward_rule_is_differenced_and_says_so_once(caplog):
 def test_concept_share_is_one_without_preference_and_one_over_the_area_inside():
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2, :2] = 1
-    share = lambda maps: Sensitivity(maps, (0,), "loss_grad", mask).concept_share
+
+    def share(maps):
+        return Sensitivity(maps, (0,), "loss_grad", mask).concept_share
+
     assert float(share(torch.full((1, 1, 4, 4), 3.0))) == pytest.approx(1)
     assert float(share(mask * 7)) == pytest.approx(4)
     assert float(share(1 - mask)) == 0
@@ -279,9 +286,10 @@ def test_masks_come_at_pixel_size_and_leave_at_that_of_the_maps():
 
 def test_what_does_not_fit_is_refused_in_words():
     model, rows = prepared()
-    ask = lambda **changes: semantic_sensitivity(
-        model, picture(), **({"rows": rows, "prompt": PROMPT, "timesteps": [1]} | changes)
-    )
+
+    def ask(**changes):
+        return semantic_sensitivity(model, picture(), **({"rows": rows, "prompt": PROMPT, "timesteps": [1]} | changes))
+
     for changes, words in (
         ({"prompt": "a photo of a ring"}, "holds no placeholder. Known: <other>, <sks>"),
         ({"mode": "grad"}, "mode 'grad' is unknown"),

@@ -176,7 +176,10 @@ def test_noise_of_its_own_in_each_gradient_is_taken_out_of_the_distance():
 
 def test_the_error_is_that_of_two_halves_of_the_draws():
     source = gaussian(1.0, unit(256))
-    at_300 = lambda t, number: source(torch.full_like(t, 300), number)
+
+    def at_300(t, number):
+        return source(torch.full_like(t, 300), number)
+
     squares = []
     for trial in range(40):
         g = at_300(torch.zeros(16, len(KEYS), dtype=torch.int64), 100 + trial)
@@ -205,7 +208,7 @@ def test_draws_cover_each_bin_in_equal_parts_and_are_the_same_for_both_sources()
 
     profile = profiled(source("x"), source("ref"), bins=10, noises=20)
     assert profile.edges == tuple(range(0, 1001, 100)) and profile.centers[0] == 49.5
-    for (n, t), (m, u) in zip(asked["x"], asked["ref"]):
+    for (n, t), (m, u) in zip(asked["x"], asked["ref"], strict=True):
         assert n == m and torch.equal(t, u) and t.shape == (20, 8)
         assert torch.equal((t - 100 * n) // 5, torch.arange(20)[:, None].expand(20, 8))
     assert profile.distance.tolist() == profile.corrected.tolist() == [0] * 10
@@ -312,7 +315,10 @@ def test_band_power_parts_a_wave_from_its_ground():
 def test_what_does_not_fit_is_refused_in_words():
     model, rows = prepared()
     x = torch.rand(2, 3, 16, 16)
-    ask = lambda **changes: timestep_profile(model, x, **{"rows": rows, "prompts": "a <a>"} | changes)
+
+    def ask(**changes):
+        return timestep_profile(model, x, **{"rows": rows, "prompts": "a <a>"} | changes)
+
     for changes, words in (
         ({"ref": x[:1]}, "ref has shape"),
         ({"mask": torch.ones(2, 1, 8, 8)}, "mask has shape"),

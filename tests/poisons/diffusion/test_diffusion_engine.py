@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from poisons.diffusion.photos import POISONS, make, picture, pictures
 
+from poisonshield.batch import Batch
 from poisonshield.errors import CheckpointError, DataError
+from poisonshield.poisons.base import Radius
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 
 SETS = {
@@ -73,6 +75,24 @@ def test_the_change_stays_within_a_mask_of_pixels(model, name):
 def test_an_empty_mask_is_refused_by_key_whatever_it_is_for(model, use):
     with pytest.raises(DataError, match="mask of k0 is empty"):
         make("advdm", model, steps=1, mask=use).perturb(pictures(1), masks={"k0": torch.zeros(1, 32, 32)})
+
+
+def test_a_batch_becomes_what_its_pictures_become(model):
+    images, mask = pictures(2), torch.zeros(2, 1, 32, 32)
+    mask[:, :, 8:20] = 1
+    poison = make("advdm", model, steps=2)
+    batch = Batch(tuple(images), torch.stack([*images.values()]).float() / 255, mask=mask)
+    released = poison.apply(batch)
+    made = make("advdm", model, steps=2).perturb(images, masks=dict(zip(images, mask, strict=True)))
+    assert torch.equal((released.x * 255).round().to(torch.uint8), torch.stack([*made.values()]))
+    assert released.keys == batch.keys and released.mask is mask
+    with pytest.raises(DataError, match="one key twice"):
+        poison.apply(batch.replace(keys=("k0", "k0")))
+
+
+def test_a_radius_in_levels_is_told_in_pixel_units(model):
+    assert make("advdm", model, eps_levels=16).budget() == Radius("linf", 16 / 255)
+    assert make("advdm", model, norm="l2", eps_levels=2.55).budget() == Radius("rms", 2.55 / 255)
 
 
 @pytest.mark.parametrize("name", POISONS.names())

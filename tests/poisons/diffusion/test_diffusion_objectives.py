@@ -107,7 +107,7 @@ def test_the_distance_to_the_target_falls(model, name, settings):
     for _ in range(20):
         canvas.advance(20)
         distances.append(-poison.measure(canvas.released(), clean=images)["k0"])
-    falls = sum(b < a for a, b in zip(distances, distances[1:]))
+    falls = sum(b < a for a, b in zip(distances, distances[1:], strict=False))
     # Mist's objective is the square of a distance.
     share = (distances[-1] / distances[0]) ** (0.5 if name == "mist" else 1)
     print(f"{name} {settings}: {share:.3f} of the distance left, {falls} of 20 steps fell")
@@ -129,7 +129,8 @@ def test_photoguard_to_zero_goes_as_far_as_the_budget_lets_it(model, steps, step
     bound = 8 / 255 * float(torch.autograd.grad(distance, x)[0].abs().sum() / distance.detach())
     start, end = (-poison.measure(p, clean=images)["k0"] for p in (images, poison.perturb(images)))
     print(
-        f"{steps} steps of {step_levels}: {1 - end / start:.3f} of the distance gone, a linear encoder allows {bound:.3f}"
+        f"{steps} steps of {step_levels}: {1 - end / start:.3f} of the distance gone, "
+        f"a linear encoder allows {bound:.3f}"
     )
     assert 0.75 * bound <= 1 - end / start <= bound < 0.2
 

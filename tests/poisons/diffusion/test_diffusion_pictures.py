@@ -104,7 +104,7 @@ def test_bfloat16_networks_leave_delta_in_float32():
     canvas.start()
     for _ in range(3):
         canvas.advance(3)
-    assert canvas.delta.dtype == torch.float32 and canvas.x0.dtype == torch.float32
+    assert canvas.delta.dtype == torch.float32 and canvas.clean.dtype == torch.float32
     out = poison.perturb(images)["k0"]
     assert torch.equal(out, canvas.released()["k0"])
     assert 0 < (out.int() - images["k0"].int()).abs().max() <= 8

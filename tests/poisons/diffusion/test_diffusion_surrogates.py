@@ -108,6 +108,14 @@ def test_aspl_alternates_as_published(model):
     assert events == [("before", 0)] + [("clean", 3), "pixels", "pixels", "back", ("poisoned", 3)] * 3
 
 
+def test_rounds_share_the_steps_and_go_on_where_they_were_left(model):
+    poison = make("aspl", model, steps=8, pgd_steps=3, inner_steps=2)
+    rounds = [([*turn.pixel_steps], turn.surrogate_step) for turn in poison.rounds(0)]
+    assert rounds == [([0, 1, 2], 0), ([3, 4, 5], 2), ([6, 7], 4)]
+    assert [*poison.rounds(3)] == [*poison.rounds(0)][1:] and not [*poison.rounds(8)]
+    assert [turn.passes(4) for turn in poison.rounds(0)] == [False, True, True]
+
+
 def test_a_batch_larger_than_the_set_draws_each_picture_anew(model, monkeypatch):
     poison, seen = make("aspl", model, batch=3), []
     real = type(poison).noise

@@ -17,6 +17,7 @@ from poisonshield.defenses.diffusion.masks.base import MaskProvider, WordSetting
 from poisonshield.defenses.diffusion.masks.parts.otsu import cut
 from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.errors import ConfigError
+from poisonshield.keys import picture_of
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.random import KeyedRandom, sample_ids
 
@@ -41,9 +42,7 @@ class Attention(MaskProvider):
         x = padded(batch.x, model.factor).to(model.alphas_cumprod.device)
         z = model.encode(x)
         context, marked = spoken(model, words)
-        rng = KeyedRandom(self.seed, sample_ids([k.partition("#")[0] for k in batch.keys]), scope="attention").to(
-            z.device
-        )
+        rng = KeyedRandom(self.seed, sample_ids([picture_of(k) for k in batch.keys]), scope="attention").to(z.device)
         total = torch.zeros_like(z[:, :1])
         for share in TIMES:
             t = torch.full((len(z),), int(share * model.num_timesteps), device=z.device)

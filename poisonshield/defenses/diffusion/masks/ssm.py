@@ -14,6 +14,7 @@ from poisonshield.defenses.diffusion.masks.base import MaskProvider, WordSetting
 from poisonshield.defenses.diffusion.masks.parts.otsu import cut
 from poisonshield.defenses.diffusion.purify.regeneration import padded
 from poisonshield.errors import ConfigError
+from poisonshield.keys import picture_of
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 TIMES = (0.3, 0.5, 0.7)
@@ -52,7 +53,7 @@ class SSM(MaskProvider):
                 probes=_PROBES,
                 noises=_NOISES,
                 seed=self.seed,
-                keys=[batch.keys[i].partition("#")[0]],
+                keys=[picture_of(batch.keys[i])],
             ).maps  # [1, T, h, w]
             maps = maps / maps.sum((2, 3), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
             height, width = batch.x.shape[2:]

@@ -11,6 +11,7 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.defenses.base import Defense
 from poisonshield.defenses.purify.levels import pixels
+from poisonshield.keys import picture_of
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 _AT_ONCE = 8  # pictures
@@ -41,7 +42,7 @@ class Regeneration(Defense):
         for first in range(0, len(batch), _AT_ONCE):
             x, keys = batch.x[first : first + _AT_ONCE], batch.keys[first : first + _AT_ONCE]
             grown = padded(x, model.factor).to(model.alphas_cumprod.device)
-            z = self.regenerate(model, model.encode(grown), [k.partition("#")[0] for k in keys])
+            z = self.regenerate(model, model.encode(grown), [picture_of(k) for k in keys])
             made.append(pixels(model.decode(z)[..., : x.shape[2], : x.shape[3]] * 255).to(x))
         return batch.replace(x=torch.cat(made) if made else batch.x)
 

@@ -1,8 +1,8 @@
 """Some pictures of one size under attack: the sources, the perturbation, and the step that moves it."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,48 +11,62 @@ from poisonshield.errors import DataError, PoisonShieldError
 from poisonshield.losses.zone import Zone, latent_mask
 from poisonshield.ops.pgd import pgd_random_start_, pgd_step_
 from poisonshield.poisons.diffusion.attack.band import low_pass, shorten_blocks
+from poisonshield.poisons.diffusion.attack.objective import Objective
 from poisonshield.poisons.diffusion.attack.plan import Box, Plan, fold, plan_of, reflect
-from poisonshield.poisons.diffusion.base import DiffusionPoison, View
+from poisonshield.poisons.diffusion.attack.view import View
 from poisonshield.random import KeyedRandom, sample_ids, stream_of
 
 
 class Canvas:
-    """x0 and delta float32 [B, 3, H, W] in levels, and how many steps were made."""
+    """The clean pictures and their perturbation, float32 [B, 3, H, W] in levels, and how many steps were made.
+
+        clean + delta --reflect--> padded [B, 3, H', W'] --boxes of the plan--> Views --> gradients --fold--> delta
+
+    sources: what the poison takes for the clean pictures where `images` are not. tiled: whether config.tile counts.
+    """
 
     def __init__(
         self,
-        poison: DiffusionPoison,
+        poison: Objective,
         images: Mapping[str, Tensor],
         masks: Mapping[str, Tensor] | None,
         *,
-        clean: Mapping[str, Tensor] | None = None,
+        sources: Mapping[str, Tensor] | None = None,
         tiled: bool = True,
     ) -> None:
-        config, model = poison.config, poison.model
-        self.poison, self.keys, self.device = poison, tuple(images), model.alphas_cumprod.device
+        self.poison, self.keys, self.device = poison, tuple(images), poison.device
         self.ids = sample_ids(self.keys).to(self.device)
-        self.x0 = torch.stack([*images.values()]).to(self.device).float()  # [B, 3, H, W]
-        self.delta, self.momentum = torch.zeros_like(self.x0), torch.zeros_like(self.x0) if config.momentum else None
+        self.clean = self._stack(images)
+        self.delta = torch.zeros_like(self.clean)
+        self.momentum = torch.zeros_like(self.clean) if poison.config.momentum else None
         self.step = 0
-        downs = 2 ** (len(model.unet.config.block_out_channels) - 1)
-        self.plan: Plan = plan_of(
-            tuple(self.x0.shape[2:]),
-            multiple=model.factor * downs,
-            tile=config.tile if tiled else None,
-            overlap=config.overlap,
-        )
+        self.plan = self._plan(tiled)
         self.pixel_mask, self.cell_mask = self._masks(masks)
-        sources = self.x0 if clean is None else torch.stack([clean[k] for k in self.keys]).to(self.device).float()
-        padded, tiles = reflect(sources / 255, self.plan.padded), range(len(self.plan.boxes))
-        self.memos: list[Mapping[str, Tensor]] = [{} for _ in tiles]
-        with torch.no_grad():
-            self.memos = [poison.prepare(self.view(i, KeyedRandom(poison.seed, self.ids), padded)) for i in tiles]
+        self.memos = self._prepare(self.clean if sources is None else self._stack(sources))
+
+    def _stack(self, images: Mapping[str, Tensor]) -> Tensor:
+        """The pictures of this canvas's keys, [B, 3, H, W]."""
+        return torch.stack([images[key] for key in self.keys]).to(self.device).float()
+
+    def _plan(self, tiled: bool) -> Plan:
+        """How the pictures are padded, to what VAE and U-Net can halve, and cut into tiles."""
+        config, unet = self.poison.config, cast(Any, self.poison.model.unet)
+        multiple = self.poison.model.factor * 2 ** (len(unet.config.block_out_channels) - 1)
+        _, _, h, w = self.clean.shape
+        return plan_of((h, w), multiple=multiple, tile=config.tile if tiled else None, overlap=config.overlap)
+
+    @torch.no_grad()
+    def _prepare(self, sources: Tensor) -> list[Mapping[str, Tensor]]:
+        """What the poison keeps of the clean pictures, a memo a tile."""
+        padded, random = reflect(sources / 255, self.plan.padded), KeyedRandom(self.poison.seed, self.ids)
+        tiles = range(len(self.plan.boxes))
+        return [self.poison.prepare(self._view(tile, random, padded, memo={})) for tile in tiles]
 
     @torch.no_grad()
     def start(self) -> None:
         """delta becomes what the attack starts from: nothing, or uniform noise in the budget."""
-        config, chosen = self.poison.config, self.poison.config.random_start
-        if chosen if chosen is not None else self.poison.noise_start:
+        config = self.poison.config
+        if self.poison.starts_from_noise:
             pgd_random_start_(
                 self.delta,
                 torch.zeros_like(self.delta),
@@ -96,7 +110,7 @@ class Canvas:
         self.step += 1
 
     def gradient(self) -> Tensor:
-        """The mean over this step's draws and the sum over tiles, float32 [B, 3, H, W]."""
+        """The sum over this step's draws and over tiles, float32 [B, 3, H, W]; its size does not count."""
         config = self.poison.config
         padded = self.padded()
         total = torch.zeros_like(padded)
@@ -107,8 +121,8 @@ class Canvas:
         return fold(total, self.plan.size)
 
     def padded(self, *, clean: bool = False) -> Tensor:
-        """x0 + delta (clean: x0), [B, 3, H', W'] in [0, 1] at the padded size, not rounded to levels."""
-        return reflect((self.x0 if clean else self.x0 + self.delta) / 255, self.plan.padded)
+        """clean + delta, or clean alone: [B, 3, H', W'] in [0, 1] at the padded size, not rounded to levels."""
+        return reflect((self.clean if clean else self.clean + self.delta) / 255, self.plan.padded)
 
     @torch.no_grad()
     def released(self) -> dict[str, Tensor]:
@@ -118,35 +132,26 @@ class Canvas:
             whole = self.delta.round().clamp_(-math.floor(config.eps_levels), math.floor(config.eps_levels))
         else:
             whole = torch.stack([_whole_within(d, config.eps_levels) for d in self.delta])
-        pixels = (self.x0 + whole).clamp_(0, 255).to(torch.uint8).cpu()
+        pixels = (self.clean + whole).clamp_(0, 255).to(torch.uint8).cpu()
         return dict(zip(self.keys, pixels, strict=True))
 
-    def view(
-        self,
-        tile: int,
-        random: KeyedRandom,
-        padded: Tensor,
-        *,
-        rows: Sequence[int] | None = None,
-        keys: Sequence[str] = (),
-    ) -> View:
-        """Tile `tile` of padded pixels [B, 3, H', W'] with those numbers; of these rows, under these keys, if given."""
+    def view(self, tile: int, random: KeyedRandom, padded: Tensor) -> View:
+        """Tile `tile` of padded pixels [B, 3, H', W'], with those numbers."""
+        return self._view(tile, random, padded, self.memos[tile])
+
+    def _view(self, tile: int, random: KeyedRandom, padded: Tensor, memo: Mapping[str, Tensor]) -> View:
         box = self.plan.boxes[tile]
         mask, area = self._weights(box)
-        whole = View(
-            self.keys, box.of(padded).contiguous(), random.within(f"tile {tile}"), random, box, self.plan.padded,
-            mask, area, self.memos[tile],
-        )  # fmt: skip
-        if rows is None:
-            return whole
-        rows = list(rows)
-        return replace(
-            whole,
-            keys=tuple(keys),
-            x=whole.x[rows],
-            mask=None if mask is None else mask[rows],
-            area=None if area is None else area[rows],
-            memo={name: value[rows] for name, value in whole.memo.items()},
+        return View(
+            keys=self.keys,
+            x=box.of(padded).contiguous(),
+            rng=random.within(f"tile {tile}"),
+            shared=random,
+            box=box,
+            padded=self.plan.padded,
+            mask=mask,
+            area=area,
+            memo=memo,
         )
 
     def _weights(self, box: Box) -> tuple[Tensor | None, Tensor | None]:
@@ -163,11 +168,11 @@ class Canvas:
                 self.delta = shorten_blocks(self.delta, config.eps_levels)
             if self.pixel_mask is not None:
                 self.delta = self.delta.where(self.pixel_mask != 0, 0.0)
-        self.delta = torch.minimum(torch.maximum(self.delta, -self.x0), 255 - self.x0)
+        self.delta = torch.minimum(torch.maximum(self.delta, -self.clean), 255 - self.clean)
 
     def _radius(self, levels: float) -> float:
         """Levels as the norm counts them: l2 radii are those of a root mean square."""
-        return levels if self.poison.config.norm == "linf" else levels * math.sqrt(self.x0[0].numel())
+        return levels if self.poison.config.norm == "linf" else levels * math.sqrt(self.clean[0].numel())
 
     def _masks(self, masks: Mapping[str, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
         """[B, 1, H, W] for pixels and [B, 1, h, w] for latents, each None where no mask acts."""
@@ -188,11 +193,14 @@ class Canvas:
 
 def _whole_within(delta: Tensor, eps: float) -> Tensor:
     """delta [3, H, W] shortened until, rounded to whole levels, its root mean square is at most eps."""
-    rms = lambda d: float(d.double().square().mean().sqrt())
-    if rms(delta.round()) <= eps:
+    if _rms(delta.round()) <= eps:
         return delta.round()
     low, high = 0.0, 1.0
     for _ in range(30):  # rounded sizes grow with the factor, so halving finds the largest that fits
         middle = (low + high) / 2
-        low, high = (middle, high) if rms((delta * middle).round()) <= eps else (low, middle)
+        low, high = (middle, high) if _rms((delta * middle).round()) <= eps else (low, middle)
     return (delta * low).round()
+
+
+def _rms(delta: Tensor) -> float:
+    return float(delta.double().square().mean().sqrt())

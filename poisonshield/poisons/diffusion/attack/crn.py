@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from poisonshield.poisons.diffusion.attack.canvas import Canvas
+from poisonshield.poisons.diffusion.attack.objective import Objective
 from poisonshield.poisons.diffusion.attack.work import check_images
-from poisonshield.poisons.diffusion.base import DiffusionPoison
 from poisonshield.random import KeyedRandom, sample_ids
 
 
 @torch.no_grad()
 def mean_objective(
-    poison: DiffusionPoison,
+    poison: Objective,
     images: Mapping[str, Tensor],
     clean: Mapping[str, Tensor],
     masks: Mapping[str, Tensor] | None,
@@ -28,16 +28,13 @@ def mean_objective(
     check_images(images, masks)
     out = {}
     for key, image in images.items():
-        canvas = Canvas(poison, {key: image}, masks, clean={key: clean[key]}, tiled=False)
+        canvas = Canvas(poison, {key: image}, masks, sources=clean, tiled=False)
         terms = []
         for start in range(0, draws, micro_batch):
-            keys = [f"{key}#{i}" for i in range(start, min(draws, start + micro_batch))]
+            keys = tuple(f"{key}#{i}" for i in range(start, min(draws, start + micro_batch)))
             ids = sample_ids(keys).to(canvas.device)
             random = KeyedRandom(poison.seed, ids, scope="common random numbers")
-            terms.append(
-                poison.objective(canvas.view(0, random, canvas.padded(), rows=[0] * len(keys), keys=keys))
-                .double()
-                .cpu()
-            )
+            view = canvas.view(0, random, canvas.padded()).rows([0] * len(keys), keys)
+            terms.append(poison.objective(view).double().cpu())
         out[key] = float(torch.cat(terms).mean())
     return out

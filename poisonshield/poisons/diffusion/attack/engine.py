@@ -6,12 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from poisonshield.poisons.diffusion.attack.canvas import Canvas
+from poisonshield.poisons.diffusion.attack.objective import Objective
 from poisonshield.poisons.diffusion.attack.work import Progress, Work
-from poisonshield.poisons.diffusion.base import DiffusionPoison
 
 
-def attack(poison: DiffusionPoison, work: Work, *, also: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(key, uint8 [3, H, W]) as pictures are finished. also: what else than poison, picture and mask a state belongs to."""
+def attack(poison: Objective, work: Work, *, also: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(key, uint8 [3, H, W]) as pictures are finished.
+
+    also: what else than poison, picture and mask a state belongs to.
+    """
     images, store, steps = work.images, work.store, poison.config.steps
     names = {k: poison.identity({k: image}, work.masks) + also for k, image in images.items()} if store else {}
     found = {key: store.load(key, name) for key, name in names.items()}

@@ -57,6 +57,6 @@ def squared_error(pred: Tensor, target: Tensor, mask: Tensor | None = None, area
     Differentiable in both, unlike the fused loss, since a velocity depends on the latents that are attacked.
     """
     e = (pred - target).square()
-    if mask is None:
+    if mask is None or area is None:
         return e.flatten(1).mean(1)
     return (e * mask).flatten(1).sum(1) / (e.shape[1] * area)

@@ -49,20 +49,13 @@ def manifest(
 
     Raises BudgetError if the budget does not hold.
     """
+    said = poison.describe()
     return {
         "format": "poisonshield-protected/1",
         "key": key,
-        "method": poison.name,
+        "method": said["name"],
         "preset": preset,
-        "config": poison.config.model_dump(mode="json"),
-        "seed": poison.seed,
-        "prompt": getattr(getattr(poison, "surrogate", None), "prompt", poison.config.prompt),
-        "steps": poison.config.steps,
-        "model": {
-            "name": poison.model.name,
-            "sha256": poison.digest,
-            "dtype": str(poison.model.dtype).removeprefix("torch."),
-        },
+        **{name: said[name] for name in ("config", "seed", "prompt", "steps", "model")},
         "budget": {"norm": poison.config.norm, "eps_levels": poison.config.eps_levels},
         "measured": check_budget(poison, key, source, result),
         "size": {"height": source.shape[1], "width": source.shape[2]},

@@ -50,16 +50,17 @@ def plan_of(size: tuple[int, int], *, multiple: int, tile: int | None = None, ov
     `multiple`, or not larger than the overlap.
     """
     unit = math.lcm(multiple, BLOCK)
-    tiled = tile is not None and max(size) > tile
-    if tiled and (tile % unit or overlap >= tile or overlap < 0):
+    if tile is None or max(size) <= tile:
+        height, width = (_up(side, multiple) for side in size)
+        return Plan(size, (height, width), (Box(0, 0, height, width),))
+    if tile % unit or overlap >= tile or overlap < 0:
         raise ConfigError(
             f"tile {tile} with overlap {overlap} does not fit this pipeline: a multiple of {unit} that is larger than "
             f"the overlap is wanted, for example {max(unit, tile // unit * unit)} with {unit}."
         )
-    padded = tuple(_up(side, unit if tiled and side > tile else multiple) for side in size)
-    spans = [_spans(side, tile if tiled else side, overlap, unit) for side in padded]
-    boxes = tuple(Box(y, x, h, w) for y, h in spans[0] for x, w in spans[1])
-    return Plan(tuple(size), padded, boxes)
+    height, width = (_up(side, unit if side > tile else multiple) for side in size)
+    rows, columns = (_spans(side, tile, overlap, unit) for side in (height, width))
+    return Plan(size, (height, width), tuple(Box(y, x, h, w) for y, h in rows for x, w in columns))
 
 
 def _up(side: int, multiple: int) -> int:

@@ -121,13 +121,15 @@ def resolve(method: str | None, preset: str | None, given: Mapping[str, Any]) ->
     name, spelled = SPELLINGS.get(method, (method, {}))
     if name not in POISONS.names():
         raise ConfigError(
-            f"{method!r} is not a diffusion poison.{suggest(method, known_methods())}  Known: {', '.join(known_methods())}"
+            f"{method!r} is not a diffusion poison.{suggest(method, known_methods())}  "
+            f"Known: {', '.join(known_methods())}"
         )
     if found is not None and found.method not in (None, name):
         raise ConfigError(
             f"preset {preset} belongs to {found.method}, and {method} was asked for. Leave one of them out."
         )
-    cls, checker = POISONS.get(name), Checker(Tree())
+    cls: Any = POISONS.get(name)
+    checker = Checker(Tree())
     config = checker.settings(cls.Config, (), {**settings, **spelled, **given}, owner=name)
     checker.finish()
     return cls, config

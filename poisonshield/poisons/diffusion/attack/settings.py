@@ -1,4 +1,4 @@
-"""What every poison can be told, and what is refused."""
+"""What every diffusion poison can be told, and what is refused."""
 
 from typing import Literal
 
@@ -9,39 +9,50 @@ from poisonshield.errors import BudgetError, ConfigError
 
 
 class AttackConfig(Settings):
-    """What every poison can be told. Levels are 8-bit levels: 8 means 8/255 of the range.
+    """What every diffusion poison can be told. Levels are 8-bit levels: 8 means 8/255 of the range."""
 
-    eps_levels: radius; norm "l2" bounds the root mean square of the change instead of its largest value. final_step:
-    the share of step_levels that steps shrink to, linearly; a step after the last would have it. draws: (t, noise) draws a step, averaged.
-    t_range: [first, end) of timesteps, all by default; t_policy "snr" draws them by snr(t) ** snr_power, "list" from
-    t_list. random_start: None leaves it to the poison. momentum: of normalised gradients. band: limit to the lowest
-    band x band bins of the cosine transform of 8 x 8 blocks. eot: random changes before the VAE, in order. mask: what
-    given masks do: "pixels" keep the change to them, "loss" weigh the loss. tile: the largest side seen at once.
-    recompute: encode twice a step, to hold one network's graph at a time.
-    """
-
-    eps_levels: float = 8.0
-    step_levels: float = Field(1.0, gt=0)
-    steps: int = Field(100, ge=1)
-    norm: Literal["linf", "l2"] = "linf"
-    final_step: float = Field(1.0, gt=0, le=1)
-    random_start: bool | None = None
-    momentum: float = Field(0.0, ge=0, le=1)
-    band: int | None = Field(None, ge=1, le=8)
-    prompt: str = "a photo"
-    draws: int = Field(1, ge=1)
-    t_range: tuple[int, int] | None = None
-    t_policy: Literal["uniform", "snr", "list"] = "uniform"
-    t_list: tuple[int, ...] = ()
-    snr_power: float = -0.5
-    eot: tuple[Literal["jpeg", "blur", "flip"], ...] = ()
-    jpeg_qualities: tuple[int, ...] = (75,)
-    jpeg_slope: Literal["layer", "identity"] = "layer"
-    blur_sigma: tuple[float, float] = (0.3, 1.5)
-    mask: Literal["pixels", "loss", "both"] = "pixels"
-    tile: int | None = Field(None, ge=16)
-    overlap: int = Field(64, ge=0)
-    recompute: bool = True
+    eps_levels: float = Field(8.0, description="radius in 8-bit levels")
+    step_levels: float = Field(1.0, gt=0, description="size of a step in 8-bit levels")
+    steps: int = Field(100, ge=1, description="steps on pixels")
+    norm: Literal["linf", "l2"] = Field(
+        "linf", description='what eps_levels bounds: the largest change, or with "l2" the root mean square of all'
+    )
+    final_step: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of step_levels that steps shrink to, linearly; a step after the last would have it",
+    )
+    random_start: bool | None = Field(None, description="start from noise in the budget; None is the poison's own way")
+    momentum: float = Field(0.0, ge=0, le=1, description="what a step keeps of earlier, normalized gradients")
+    band: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="limit to the lowest band x band bins of the cosine transform of 8 x 8 blocks; None has no limit",
+    )
+    prompt: str = Field("a photo", description="what a victim would write")
+    draws: int = Field(1, ge=1, description="draws of timestep and noise that a step adds up")
+    t_range: tuple[int, int] | None = Field(None, description="[first, end) of timesteps; None takes all")
+    t_policy: Literal["uniform", "snr", "list"] = Field(
+        "uniform", description='how timesteps are drawn: "uniform", by signal-to-noise ratio ("snr"), or from t_list'
+    )
+    t_list: tuple[int, ...] = Field((), description="the timesteps of t_policy list")
+    snr_power: float = Field(-0.5, description="t_policy snr draws t with weight snr(t) ** snr_power")
+    eot: tuple[Literal["jpeg", "blur", "flip"], ...] = Field(
+        (), description="random changes of pixels before the VAE, in this order"
+    )
+    jpeg_qualities: tuple[int, ...] = Field((75,), description="of which jpeg takes one a picture")
+    jpeg_slope: Literal["layer", "identity"] = Field(
+        "layer", description='the gradient through jpeg: of all but its rounding ("layer"), or straight through'
+    )
+    blur_sigma: tuple[float, float] = Field((0.3, 1.5), description="range of the blur's deviation, in pixels")
+    mask: Literal["pixels", "loss", "both"] = Field(
+        "pixels", description='what given masks do: keep the change to their "pixels", weigh the "loss", or both'
+    )
+    tile: int | None = Field(None, ge=16, description="largest side that is seen at once; None sees whole pictures")
+    overlap: int = Field(64, ge=0, description="pixels that neighbouring tiles share at least")
+    recompute: bool = Field(True, description="encode twice a step, to hold one network's graph at a time")
 
 
 def check_budget(config: AttackConfig) -> None:

@@ -5,23 +5,22 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from poisonshield.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from poisonshield.poisons.diffusion.base import DiffusionPoison
-
 ENDING = ".poison-state"
 
 
-def identity(poison: "DiffusionPoison", images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> str:
-    """A hash of all that decides the result: method, settings, seed, model, pictures and masks."""
-    out = hashlib.sha256(f"{poison.name}\n{poison.config.model_dump_json()}\n{poison.seed}\n{poison.digest}\n".encode())
-    out.update(f"target {'none' if poison.target is None else _hash(poison.target)}\n".encode())
+def identity(
+    recipe: str, target: Tensor | None, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
+) -> str:
+    """A hash of all that decides a result. recipe: method, settings, seed and model in words."""
+    out = hashlib.sha256(recipe.encode())
+    out.update(f"target {'none' if target is None else _hash(target)}\n".encode())
     for key, image in sorted(images.items()):
         mask = "none" if masks is None else _hash(masks[key].float())
         out.update(f"{key} {_hash(image)} {mask}\n".encode())
@@ -45,6 +44,7 @@ class Store:
 
     def path(self, key: str) -> Path:
         """Where the state of `key` lies; keys may hold any character."""
+        assert self.folder is not None, "nothing is kept"
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}{ENDING}"
 
     def load(self, key: str, name: str) -> dict[str, Any] | None:
@@ -64,8 +64,8 @@ class Store:
 
     def save(self, key: str, name: str, value: dict[str, Any]) -> None:
         """Replace the state of `key` in one move."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.path(key).with_suffix(".tmp")
+        draft.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("wb") as file:
             torch.save({"identity": name, "value": value}, file)
             file.flush()

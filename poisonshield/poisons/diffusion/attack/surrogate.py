@@ -8,8 +8,8 @@ batches of pictures one by one, so its result does not depend on how many are co
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from poisonshield.errors import ConfigError
 from poisonshield.poisons.diffusion.attack.canvas import Canvas
 from poisonshield.poisons.diffusion.attack.gradients import squared_error
-from poisonshield.poisons.diffusion.base import AttackConfig, DiffusionPoison, View
+from poisonshield.poisons.diffusion.attack.objective import Objective
+from poisonshield.poisons.diffusion.attack.settings import AttackConfig
+from poisonshield.poisons.diffusion.attack.view import View
 from poisonshield.random import KeyedRandom
 
 TOKEN = "<poison>"
@@ -28,51 +30,73 @@ LR = {"full": 5e-7, "kv": 1e-5, "ti": 5e-3}
 
 
 class SurrogateConfig(AttackConfig):
-    """inner: what is trained: "full" U-Net and text encoder, "kv" of the cross-attention, "ti" the vector of a new word.
+    """What the surrogate is, and how each of its training steps goes."""
 
-    prompt: with {} where the subject stands (for "ti" the new word, begun at init_word, else at the mean of all words).
-    lr, weight_decay, clip_norm, batch: of each training step; lr None is that of LR. prior_weight: of the loss on class
-    images with class_prompt. defended: it is trained as a model under the defense is: on eot's pixels, t_range, masked
-    loss.
-    """
+    inner: Literal["full", "kv", "ti"] = Field(
+        "full",
+        description='what is trained: "full" U-Net and text encoder, "kv" of the cross-attention, or "ti", a new word',
+    )
+    prompt: str = Field("a photo of {}", description="with {} where the subject stands, which for ti is the new word")
+    subject: str = Field("sks person", description="what stands there otherwise")
+    init_word: str | None = Field(None, description="the word that ti begins at; None takes the mean of all words")
+    lr: float | None = Field(None, gt=0, description="learning rate; None takes 5e-7 (full), 1e-5 (kv), 5e-3 (ti)")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay; a new word has none")
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    batch: int = Field(1, ge=1, description="pictures a step")
+    prior_weight: float = Field(0.0, ge=0, description="weight of the loss on class images")
+    class_prompt: str = Field("a photo of person", description="what class images are learned with")
+    defended: bool = Field(False, description="learn as under the defense: on eot's pixels, in t_range, masked loss")
 
-    inner: Literal["full", "kv", "ti"] = "full"
-    prompt: str = "a photo of {}"
-    subject: str = "sks person"
-    init_word: str | None = None
-    lr: float | None = Field(None, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    batch: int = Field(1, ge=1)
-    prior_weight: float = Field(0.0, ge=0)
-    class_prompt: str = "a photo of person"
-    defended: bool = False
+    @property
+    def whole_prompt(self) -> str:
+        """The prompt with the subject, or the new word, in its place."""
+        return self.prompt.replace("{}", TOKEN if self.inner == "ti" else self.subject)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a canvas that may hold several."""
+
+    key: str
+    canvas: Canvas
+    row: int
+
+    @property
+    def id(self) -> Tensor:
+        """Its sample id, int64 [1]."""
+        return self.canvas.ids[self.row : self.row + 1]
+
+    def view(self, random: KeyedRandom, *, clean: bool) -> View:
+        """The picture by itself, poisoned or clean; of a large one a tile that the numbers draw."""
+        tile = int(random.uniform("which tile", 1)[0, 0] * len(self.canvas.plan.boxes))
+        # The numbers are this picture's alone, so it takes its row of the pixels only.
+        whole = self.canvas.view(tile, random, self.canvas.padded(clean=clean))
+        return whole.rows([self.row], (self.key,))
 
 
 class Surrogate:
     """`surrogate.train(...)`, and between trainings a frozen model: `predict` and `context`."""
 
-    def __init__(self, poison: DiffusionPoison) -> None:
-        self.poison, self.config = poison, poison.config
+    def __init__(self, poison: Objective, config: SurrogateConfig) -> None:
+        self.poison, self.config = poison, config
         given = poison.model
         if self.config.inner == "ti" and "{}" not in self.config.prompt:
             raise ConfigError(f"prompt {self.config.prompt!r} has no {{}} where the learned word stands.")
         self.model = copy.deepcopy(given, {id(given.vae): given.vae})
         if given.dtype in (torch.bfloat16, torch.float16):
-            self.model.unet.float(), self.model.text_encoder.float()
-        self.rows: Tensor | None = None
-        subject = self.config.subject
-        if self.config.inner == "ti":
-            subject, self.rows = TOKEN, self._new_word()
-        self.prompt = self.config.prompt.replace("{}", subject)
+            self.model.unet.float()
+            self.model.text_encoder.float()
+        self.rows = self._new_word() if self.config.inner == "ti" else None
+        self.prompt = self.config.whole_prompt
         self.parameters = self._parameters()  # a list: an iterator would be empty for the clipping
         self._mixed = given.dtype == torch.bfloat16 and given.alphas_cumprod.is_cuda
         self._context: Tensor | None = None
 
     def _new_word(self) -> Tensor:
+        """The vectors of placeholders, [rows, width]: ours is the last."""
         model, word = self.model, self.config.init_word
         placeholder = model.add_placeholder(TOKEN)
-        table = model.text_encoder.get_input_embeddings().weight
+        table = cast(Any, model.text_encoder).get_input_embeddings().weight
         first = model.word_vector(word) if word else table.detach().float().mean(0)
         # Rows of the caller's own placeholders, if any, come before ours and are not in our prompt.
         rows = torch.zeros(placeholder.first - model.vocabulary + 1, model.width, device=table.device)
@@ -80,7 +104,8 @@ class Surrogate:
         return rows
 
     def _parameters(self) -> list[Tensor]:
-        if self.config.inner == "ti":
+        """What is trained."""
+        if self.rows is not None:
             return [self.rows]
         if self.config.inner == "kv":
             named = self.model.unet.named_parameters()
@@ -121,14 +146,9 @@ class Surrogate:
                 p.requires_grad_(False).grad = None
             self._context = None
 
-    def _backward(
-        self, picture: tuple[str, Canvas, int], number: int, phase: str, clean: bool, prompt: str, weight: float
-    ) -> None:
+    def _backward(self, picture: Picture, number: int, phase: str, clean: bool, prompt: str, weight: float) -> None:
         """Adds the gradient of one picture's loss, of a random tile where it has several. number: of the draw."""
-        key, canvas, row = picture
-        random = KeyedRandom(self.poison.seed, canvas.ids[row : row + 1], number, f"surrogate {phase}")
-        tile = int(random.uniform("which tile", 1)[0, 0] * len(canvas.plan.boxes))
-        view = canvas.view(tile, random, canvas.padded(clean=clean), rows=[row], keys=[key])
+        view = picture.view(KeyedRandom(self.poison.seed, picture.id, number, f"surrogate {phase}"), clean=clean)
         with torch.enable_grad():
             (self._loss(view, prompt) * (weight / self.config.batch)).backward()
 
@@ -138,7 +158,7 @@ class Surrogate:
         if self.config.defended:
             t, x = poison.timesteps(view), poison.change(view)(x)
         else:
-            view = replace(view, mask=None, area=None)
+            view = view.unmasked()
             t = (view.shared.uniform("t", 1)[:, 0].double() * model.num_timesteps).long()
         with torch.no_grad():
             z = model.encode(x, noise=poison.noise(view, "posterior"))
@@ -170,6 +190,7 @@ class Surrogate:
         return torch.autocast("cuda", torch.bfloat16) if self._mixed else nullcontext()
 
 
-def _listed(canvases: Sequence[Canvas]) -> list[tuple[str, Canvas, int]]:
-    """(key, canvas, row) of every picture, by key: not by how they were grouped."""
-    return sorted(((key, c, row) for c in canvases for row, key in enumerate(c.keys)), key=lambda item: item[0])
+def _listed(canvases: Sequence[Canvas]) -> list[Picture]:
+    """Every picture, by key: not by how they were grouped."""
+    pictures = (Picture(key, canvas, row) for canvas in canvases for row, key in enumerate(canvas.keys))
+    return sorted(pictures, key=lambda picture: picture.key)

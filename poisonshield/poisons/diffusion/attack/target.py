@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.poisons.diffusion.base import DiffusionPoison, View
+from poisonshield.poisons.diffusion.attack.objective import Objective
+from poisonshield.poisons.diffusion.attack.view import View
 from poisonshield.random import philox_uniform, stream_of
 
 PERIOD = 8
@@ -32,13 +33,15 @@ def covering(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return x[0, :, top : top + size[0], left : left + size[1]]
 
 
-def target_picture(poison: DiffusionPoison, view: View) -> Tensor:
+def target_picture(poison: Objective, view: View) -> Tensor:
     """[1, 3, h, w]: what lies under this tile of the target, given or our pattern, at the padded picture's size."""
-    given = poison.target is not None
-    whole = covering(poison.target, view.padded) if given else pattern(view.padded, poison.seed, view.x.device)
+    if poison.target is None:
+        whole = pattern(view.padded, poison.seed, view.x.device)
+    else:
+        whole = covering(poison.target, view.padded)
     return view.box.of(whole.to(view.x))[None]
 
 
-def target_latents(poison: DiffusionPoison, view: View) -> dict[str, Tensor]:
+def target_latents(poison: Objective, view: View) -> dict[str, Tensor]:
     """Its latents, the posterior's mean, for each row."""
     return {"z_target": poison.model.encode(target_picture(poison, view)).expand(len(view.x), -1, -1, -1)}

@@ -15,15 +15,21 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Work:
-    """The arguments of DiffusionPoison.run, checked. store: where unfinished pictures are kept, or nowhere."""
+    """The arguments of DiffusionPoison.run, checked."""
 
     images: Mapping[str, Tensor]
+    """uint8 [3, H, W] by key."""
     masks: Mapping[str, Tensor] | None
+    """[1, H, W] in [0, 1] by key, for all pictures or none."""
     micro_batch: int
+    """Pictures of one size that are computed together."""
     store: Store
+    """Where unfinished pictures are kept, or nowhere."""
     save_every: int
+    """Steps between two states of a picture."""
     progress: Progress | None
     keep: bool
+    """Whether the states of finished pictures stay until the caller has all of them."""
 
     def __post_init__(self) -> None:
         check_images(self.images, self.masks)

@@ -1,0 +1,54 @@
+"""Experiments from Python: a config file, by path or by the name of a shipped one, and what is to be done with it.
+
+folder = train("defend/vespr_cifar10_mini", ["seed=1", "run.dir=runs/try"])
+print(evaluate(folder))
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from poisonshield.errors import ConfigError
+from poisonshield.runs import read_experiment, read_finished
+from poisonshield.runs.grid import Grid
+
+
+def train(config: str | Path, overrides: Sequence[str] = (), *, part: str = "1/1") -> Path:
+    """The folder of a finished experiment of any kind. Everything is checked before any process group starts.
+
+    overrides: `key.path=value`. part: of a grid, which of how many, such as 2/4.
+    Raises ConfigError, DataError, CheckpointError; Preempted (exit code 75) if told to stop, after saving.
+    """
+    experiment = read_experiment(config, overrides)
+    if part == "1/1":
+        return experiment.train()
+    return _grid(experiment).train_part(part)
+
+
+def evaluate(folder: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """A finished run's numbers, measured again and written into its folder: a classifier's by name, or a row for each word.
+
+    Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
+    """
+    return read_finished(folder, overrides).evaluate()
+
+
+def poison(config: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """The folder with what the config's poison makes of its data. Raises ConfigError if it names none."""
+    return read_experiment(config, overrides).write_poison()
+
+
+def resolve_config(config: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The checked settings as YAML, defaults filled in, and what the engine's backend derives from them."""
+    return read_experiment(config, overrides).resolved()
+
+
+def grid_table(config: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The table of what a grid has done so far; trains nothing."""
+    return _grid(read_experiment(config, overrides)).table()
+
+
+def _grid(experiment: object) -> Grid:
+    if not isinstance(experiment, Grid):
+        raise ConfigError("this config is no grid: it has no `blocks:`. Train it with `poisonshield train`.")
+    return experiment

@@ -1,0 +1,48 @@
+"""From what evaluations give to rows and tables: which numbers there are, in which order, and their values."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from poisonshield.config import Settings
+from poisonshield.evals.base import Number
+from poisonshield.evals.parts.blocks import classes, switched_on
+from poisonshield.registry import Registry
+
+Measured = dict[str, dict[str, Any] | None]
+"""{evaluation: what it gave, or None if it was left out}."""
+
+
+def measure(subject: Any, settings: Settings, registry: Registry) -> Measured:
+    """What the evaluations that the settings switch on give for the subject, in the order of tables."""
+    found = switched_on(settings, registry)
+    return {name: None if evaluation is None else evaluation(subject) for name, evaluation in found.items()}
+
+
+def numbers_of(registry: Registry) -> tuple[Number, ...]:
+    """Every number of a registry's evaluations, in the order of tables."""
+    return tuple(number for cls in classes(registry) for number in cls.numbers)
+
+
+def columns_of(known: Iterable[Number], rows: Iterable[Mapping[str, Any]]) -> tuple[Number, ...]:
+    """Which of the numbers tables of these rows show: some always, others where any row has a value."""
+    there = {key for row in rows for key, value in row.items() if value is not None}
+    return tuple(n for n in known if n.column == "always" or (n.column == "known" and n.key in there))
+
+
+def values_of(measured: Measured, registry: Registry) -> dict[str, float | None]:
+    """{key: value} of every number, in the order of tables; None too where the evaluation was left out."""
+    given = {key: value for block in measured.values() if block is not None for key, value in block.items()}
+    return {number.key: given.get(number.key) for number in numbers_of(registry)}
+
+
+def row_of(measured: Measured, registry: Registry) -> dict[str, float | None]:
+    """What a row of results.json keeps: the numbers that tables may show, rounded."""
+    known = values_of(measured, registry)
+    return {n.key: n.round(known[n.key]) for n in numbers_of(registry) if n.column is not None}
+
+
+def details_of(measured: Measured, registry: Registry) -> dict[str, dict[str, Any]]:
+    """{evaluation: what it gave beside its numbers}, for those that gave such."""
+    keys = {number.key for number in numbers_of(registry)}
+    blocks = {name: {k: v for k, v in (block or {}).items() if k not in keys} for name, block in measured.items()}
+    return {name: block for name, block in blocks.items() if block}

@@ -1,0 +1,144 @@
+"""What an experiment is: one protocol that every command uses without asking which kind it has.
+
+A config file is read into an Experiment of the kind that recognizes it (one file a kind beside this one, found by
+scanning), and checked in all its parts before anything starts. Then it trains, or poisons, or is evaluated again from
+its run folder; its results are rows with columns that it names itself.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import Field
+
+from poisonshield.config import Settings, Tree, find_config, load_tree
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.settings import EngineConfig
+from poisonshield.errors import CheckpointError, ConfigError
+from poisonshield.registry import Registry, suggest
+
+KINDS = Registry("poisonshield.runs", kind="kind of experiment")
+
+Overrides = Sequence[str]
+
+
+class RunSection(Settings):
+    """Where a run's results go."""
+
+    dir: str = Field(description="The run folder.")
+    overwrite: bool = Field(False, description="Replace what another run left there.")
+
+
+class ExperimentSettings(Settings):
+    """What the config of every experiment that trains has."""
+
+    seed: int = Field(0, ge=0, description="Of data order, weights, poison and every other draw.")
+    run: RunSection
+    engine: EngineConfig
+
+
+class Experiment(ABC):
+    """A checked config. Built as `SomeKind(tree, origin)`, which raises one ConfigError that lists every problem.
+
+    name: of the kind, which is its file's. record: the config with every setting, plain values, as it is written down.
+    changes_after: beginnings of the settings that may change when a finished run is evaluated again.
+    """
+
+    name: ClassVar[str]
+    changes_after: ClassVar[tuple[str, ...]] = ()
+    settings: Any
+    record: dict[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, values: Mapping[str, Any]) -> bool:
+        """Whether a config with these keys is of this kind."""
+
+    @classmethod
+    def method_names(cls) -> list[str]:
+        """What `method.name` may be in this kind."""
+        return []
+
+    def __init__(self, tree: Tree, origin: Path) -> None:
+        self.origin = origin
+        self.read(tree)
+
+    @abstractmethod
+    def read(self, tree: Tree) -> None:
+        """Fill settings and record. Raises ConfigError."""
+
+    @abstractmethod
+    def train(self) -> Path:
+        """The folder of the finished experiment.
+
+        Raises ConfigError, DataError, CheckpointError; Preempted (exit code 75) if told to stop, after saving.
+        """
+
+    def evaluate(self) -> Any:
+        """The numbers of the finished run in this experiment's folder, measured anew and written down."""
+        raise ConfigError(f"{self.origin}: a {self.name} has no results of its own to measure again.")
+
+    def describe(self, values: Any) -> str:
+        """What `evaluate` returned, for people."""
+        return str(values)
+
+    def write_poison(self) -> Path:
+        """The folder with what the config's poison makes of its data."""
+        raise ConfigError(f"{self.origin} is a {self.name}, which poisons nothing. Give a config with data.poison.")
+
+    def refuse_changes(self, overrides: Overrides) -> None:
+        """Raise ConfigError for overrides of what a finished run was trained with."""
+        for text in overrides:
+            if not text.startswith(self.changes_after):
+                raise ConfigError(
+                    f"{text}: a finished run keeps what it was trained with. {', '.join(self.changes_after)} may change."
+                )
+
+    def resolved(self) -> str:
+        """The config as YAML, defaults filled in, and what the engine's backend derives from it."""
+        return yaml.safe_dump(json.loads(json.dumps(self.record)), sort_keys=False).rstrip()
+
+
+def read_experiment(config: str | Path, overrides: Overrides = ()) -> Experiment:
+    """The checked experiment of a config file (a path, or the name of a shipped one) and its overrides.
+
+    Touches no process group, data or network. Raises ConfigError with every problem and its line.
+    """
+    return experiment_of(load_tree(config, overrides), find_config(config))
+
+
+def experiment_of(tree: Tree, origin: Path) -> Experiment:
+    """The same of settings that are read already."""
+    kinds: list[type[Experiment]] = [KINDS.get(name) for name in KINDS.names()]
+    for kind in kinds:
+        if kind.recognizes(tree.values):
+            return kind(tree, origin)
+    method = tree.values.get("method")
+    name = method.get("name") if isinstance(method, dict) else method
+    known = sorted(known for kind in kinds for known in kind.method_names())
+    if name is None:
+        raise ConfigError(
+            f"{origin} names no method, and is no grid or pipeline either. Set method.name: {', '.join(known)}."
+        )
+    raise ConfigError(
+        f"{tree.where(('method', 'name'))}: method.name: {name!r} is not a method.{suggest(str(name), known)}  "
+        f"Known: {', '.join(known)}"
+    )
+
+
+def read_finished(folder: str | Path, overrides: Overrides = ()) -> Experiment:
+    """The experiment of a run folder, with changes of how it is read.
+
+    Raises CheckpointError if there is no run, ConfigError for an override of what was trained.
+    """
+    config = RunFolder(folder).config
+    if not config.is_file():
+        raise CheckpointError(
+            f"{folder} is not a finished run: it lacks {config.name}.\n"
+            "  Train it first, or go on with engine.resume=auto."
+        )
+    read_experiment(config).refuse_changes(overrides)
+    return read_experiment(config, overrides)

@@ -1,0 +1,1 @@
+"""What experiments are put together from."""

@@ -1,0 +1,153 @@
+"""The data of a classifier's run: opened, verified, poisoned and purified as the run says."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from poisonshield.batch import Batch
+from poisonshield.config import Settings
+from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, open_dataset
+from poisonshield.defenses.base import Context, Defense
+from poisonshield.errors import DataError
+from poisonshield.poisons.base import KeyedPoison
+from poisonshield.poisons.release.recipe import load_recipe
+from poisonshield.runs.parts.training import Training
+
+
+class DataConfig(Settings):
+    """What to train and test on."""
+
+    train: str = Field(
+        "cifar10-mini", description="A bundled name, or a folder with a manifest (or with train/ and test/ in it)."
+    )
+    test: str | None = Field(
+        None, description="The same for the clean test images; null takes the test split of train."
+    )
+    poison: Any = Field(
+        None,
+        description="null, a poison's name, a block with `name:`, or the path of a recipe: applied while loading.",
+    )
+    poison_ratio: float = Field(1.0, ge=0, le=1, description="The share of samples that data.poison takes.")
+    batch_size: int = Field(128, ge=1, description="Of all ranks together.")
+    source: Literal["auto", "resident", "tar"] = Field(
+        "auto", description="resident holds decoded pixels in memory; auto does so up to resident_mib."
+    )
+    resident_mib: int = Field(4096, ge=0, description="Memory for decoded pixels, in MiB.")
+    workers: int = Field(0, ge=0, description="Processes that decode.")
+    window: int = Field(16, ge=1, description="Batches that are read together, for fewer seeks.")
+    verify: Literal["always", "once"] = Field("always", description="once trusts a verified index until files change.")
+
+
+def build_defenses(run: Training, num_classes: int) -> list[Defense]:
+    """The defenses in the order of the config."""
+    return [d.cls(d.config, Context(run.seed, num_classes)) for d in run.defenses]
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """The opened and verified data sets of a run; the test images are decoded already where they fit."""
+
+    train: ShardSet
+    test: Source
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.train.classes)
+
+
+def open_data(run: Training) -> OpenData:
+    """Opens and verifies both sets. Raises DataError if they do not fit each other, or the test images are not clean."""
+    data, train = run.settings.data, open_train(run)
+    test = open_dataset(data.test or data.train, "test", verify=data.verify)
+    if train.classes != test.classes:
+        raise DataError(
+            f"{data.train} has {len(train.classes)} classes, {data.test or data.train} has {len(test.classes)}, or their names or "
+            "order differ. Import both with the same class list."
+        )
+    if train.digest == test.digest:
+        raise DataError(
+            f"data.train and data.test are the same set ({data.train}); accuracy on it would mean nothing.\n"
+            "  Set data.test to the clean test images."
+        )
+    if test.manifest.poison is not None:
+        raise DataError(
+            f"{test.folder} is poisoned, and accuracy is measured on clean images only.\n"
+            "  Set data.test to the clean test images."
+        )
+    if train.image_size != test.image_size:
+        raise DataError(
+            f"images of {train.folder} are {train.image_size}, those of {test.folder} are {test.image_size} (height, width).\n"
+            "  Import both with one --size."
+        )
+    return OpenData(train, ResidentSource(test) if _is_held(run, test) else test)
+
+
+def open_train(run: Training) -> ShardSet:
+    """Opens and verifies the training set. Raises DataError if it is poisoned and the run would poison it again."""
+    data = run.settings.data
+    train = open_dataset(data.train, "train", verify=data.verify)
+    if train.manifest.poison is not None and run.poison is not None:
+        raise DataError(
+            f"{train.folder} is poisoned already ({train.manifest.poison.get('name', 'by an unnamed poison')}), and "
+            "data.poison would poison it again.\n  Set data.poison=null, or data.train to the clean images."
+        )
+    return train
+
+
+def _is_held(run: Training, source: ShardSet) -> bool:
+    """Whether the decoded pixels of a set are to be held in memory."""
+    settings, size = run.settings.data, source.image_size
+    fits = size is not None and len(source) * 3 * size[0] * size[1] <= settings.resident_mib * 2**20
+    return settings.source == "resident" or (settings.source == "auto" and fits)
+
+
+def build_poison(
+    run: Training, source: ShardSet, *, watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
+) -> KeyedPoison | None:
+    """The run's poison, ready to apply to the training set; fitted to it where it needs to see the data.
+
+    watch: wraps the batches that it is fitted to, to time or to count them.
+    """
+    if run.poison is None:
+        return None
+    if isinstance(run.poison, Path):
+        return load_recipe(run.poison, classes=source.classes, image_size=source.image_size, data=source.digest)
+    cls = run.poison.cls
+    if source.image_size is None:
+        raise DataError(
+            f"poison {cls.name} needs images of one size, and {source.folder} holds several. Import it with --size."
+        )
+    poison = cls(run.poison.config, num_classes=len(source.classes), image_size=source.image_size, seed=run.seed)
+    if cls.needs_data:
+        poison.fit(watch(evaluate_batches(source, batch_size=1000)))
+    else:
+        poison.fit(())
+    if run.settings.data.poison_ratio < 1:
+        poison.choose(source.ids, run.settings.data.poison_ratio)
+    return poison
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What is trained on: a source, and the stages that its batches still need (poison, then purification)."""
+
+    source: Source
+    stages: tuple
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Every sample once, in index order and without augmentation, as probes want it."""
+        return evaluate_batches(self.source, batch_size=batch_size, device=device, stages=self.stages)
+
+
+def build_training_set(run: Training, data: OpenData) -> TrainingSet:
+    """The training set poisoned and purified as the run says; held in memory, poisoned once, where it fits."""
+    train, poison = data.train, build_poison(run, data.train)
+    before = tuple(d.before for d in build_defenses(run, data.num_classes))
+    if _is_held(run, train):
+        return TrainingSet(ResidentSource(train, None if poison is None else poison.apply), before)
+    return TrainingSet(train, (() if poison is None else (poison.apply,)) + before)

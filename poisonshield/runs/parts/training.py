@@ -1,0 +1,239 @@
+"""An experiment that trains one method on data that may be poisoned and defended: what both halves share."""
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from poisonshield.batch import Stream
+from poisonshield.config import Checker, Choice, Tree, dump
+from poisonshield.engine.optim import OptimConfig
+from poisonshield.engine.processes import processes, refuse_missing
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.schedule import ScheduleConfig
+from poisonshield.engine.settings import backends
+from poisonshield.engine.trainer import Trainer
+from poisonshield.evals.base import Number
+from poisonshield.method import Method
+from poisonshield.registry import Registry
+from poisonshield.runs.base import Experiment, ExperimentSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place of a grid: its label on each axis, and the rows of results of its runs, all seeds together."""
+
+    labels: Mapping[str, str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TrainingSettings(ExperimentSettings):
+    """What every experiment has that trains one method on data that may be poisoned and defended."""
+
+    method: Any = Field(description="A method's name, or a block with `name:` and its settings.")
+    defenses: Any = Field((), description="A list of defenses, each a block with `name:`, applied in this order.")
+    optimizer: OptimConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class Training(Experiment):
+    """An experiment that trains one method: what both halves of the project share.
+
+    methods, defenses_from, poisons: where `method`, `defenses` and `data.poison` pick from. Results are rows of
+    results.json.
+    """
+
+    Settings: ClassVar[type[TrainingSettings]]
+    methods: ClassVar[Registry]
+    defenses_from: ClassVar[tuple[Registry, ...]]
+    poisons: ClassVar[Registry]
+    identity: ClassVar[tuple[str, ...]]
+    settings: Any
+    method: Choice
+    defenses: tuple[Choice, ...]
+    poison: Any
+
+    @classmethod
+    def recognizes(cls, values: Mapping[str, Any]) -> bool:
+        """By the method's name."""
+        method = values.get("method")
+        return (method.get("name") if isinstance(method, dict) else method) in cls.method_names()
+
+    @classmethod
+    def method_names(cls) -> list[str]:
+        """The methods of this half."""
+        return cls.methods.names()
+
+    # Reading
+
+    def read(self, tree: Tree) -> None:
+        """Settings, method, defenses and poison, each checked, and together."""
+        checker, values = Checker(tree), tree.values
+        settings = checker.settings(self.Settings, (), values, owner="a run")
+        method = checker.choice((self.methods,), ("method",), values.get("method"))
+        blocks = values.get("defenses") or []
+        if not isinstance(blocks, list):
+            checker.problem(
+                ("defenses",), "defenses: a list is wanted, one `- name: ...` entry per defense (or [] for none)."
+            )
+            blocks = []
+        defenses = [self.pick_defense(checker, ("defenses", i), block) for i, block in enumerate(blocks)]
+        data = values.get("data")
+        written = data.get("poison") if isinstance(data, dict) else None
+        self.poison = None if written is None else self.pick_poison(checker, written)
+        if settings is not None and method is not None and None not in defenses:
+            self.method, self.defenses = method, tuple(d for d in defenses if d is not None)
+            self.check_together(checker, settings)
+        checker.finish()
+        self.record = dump(settings, values)
+        self.record["method"] = _record(self.method, values["method"])
+        self.record["defenses"] = [_record(d, b) for d, b in zip(self.defenses, blocks, strict=True)]
+        if isinstance(self.poison, Choice):
+            self.record["data"]["poison"] = _record(self.poison, written)
+        # The record keeps lr as written; from here on it is the peak.
+        peak = settings.optimizer.for_batch(settings.data.batch_size) if self.scales_rate else settings.optimizer
+        self.settings = settings.model_copy(update={"optimizer": peak})
+
+    scales_rate: ClassVar[bool] = True
+    """Whether the learning rate may be written for a batch of 256."""
+
+    def pick_defense(self, checker: Checker, path: tuple, block: Any) -> Choice | None:
+        """The defense of a block, or None with the problem noted."""
+        return checker.choice(self.defenses_from, path, block)
+
+    def pick_poison(self, checker: Checker, written: Any) -> Any:
+        """The poison of `data.poison`, or None with the problem noted."""
+        return checker.choice((self.poisons,), ("data", "poison"), written)
+
+    @abstractmethod
+    def check_together(self, checker: Checker, settings: Any) -> None:
+        """Note what does not fit together. self.method, self.defenses and self.poison are set."""
+
+    # What it is called
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.settings.seed
+
+    @property
+    def poison_label(self) -> str:
+        """How result tables call the poison that the run itself applies."""
+        return "none" if self.poison is None else self.poison.name
+
+    @property
+    def defense_label(self) -> str:
+        """How result tables call the defenses together."""
+        return "+".join(d.cls(d.config).label for d in self.defenses) or "none"
+
+    # Training
+
+    makes: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """What a run leaves in its folder beside what the engine does, and what may lie there before it: see RunFolder."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        run = self.settings.run
+        return RunFolder(
+            run.dir, overwrite=run.overwrite, makes=self.makes, keeps=self.keeps, harmless=("evaluate.", "generate.")
+        )
+
+    def train(self) -> Path:
+        """The run folder of a finished run. Config and data are checked before any process group starts."""
+        engine, folder = self.settings.engine, self.folder
+        folder.check(self.record, resume=engine.resume)
+        refuse_missing(engine)
+        opened = self.open(folder)
+        with processes(engine, seed=self.seed) as device:
+            self.run(opened, folder, device)
+        return folder.path
+
+    @abstractmethod
+    def open(self, folder: RunFolder) -> Any:
+        """What training needs of data and models, opened and checked; given to `run`."""
+
+    @abstractmethod
+    def run(self, opened: Any, folder: RunFolder, device: torch.device) -> None:
+        """Build method and stream, fit, and write exports, rows and figures. Every rank calls."""
+
+    def trainer(
+        self,
+        method: Method,
+        stream: Stream,
+        folder: RunFolder,
+        watch: Callable[[], Mapping[str, float | None]] | None = None,
+    ) -> Trainer:
+        """What trains the method on the stream as this experiment says."""
+        s = self.settings
+        return Trainer(
+            method, stream, s.engine, optimizer=s.optimizer, schedule=s.schedule, run_folder=folder, seed=self.seed,
+            fixed_record=self.record, watch=watch,
+        )  # fmt: skip
+
+    def announce(self, what: str) -> None:
+        """One line before the first step."""
+        log.info(
+            "%s: %s %s, poison %s, defense %s",
+            self.origin,
+            self.method.name,
+            what,
+            self.poison_label,
+            self.defense_label,
+        )
+
+    def resolved(self) -> str:
+        """The config, and what the backend gets."""
+        derived = backends.get(self.settings.engine.backend).derived(self.settings.engine, self.settings.optimizer)
+        return super().resolved() + (f"\n\n{derived}" if derived else "")
+
+    # Results
+
+    @classmethod
+    @abstractmethod
+    def columns(cls, rows: Sequence[Mapping[str, Any]]) -> tuple[Number, ...]:
+        """Which numbers of these rows tables show."""
+
+    @classmethod
+    def places_in_rows(cls) -> tuple[str, ...]:
+        """Keys of a row that say what it is of, where a run has several rows."""
+        return ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its rows of results.json, flat; none while it has not finished. Raises if the folder is another run's."""
+        folder = self.folder
+        if not folder.results.is_file():
+            return []
+        folder.check(self.record, resume="auto")
+        return self.flatten(json.loads(folder.results.read_text()))
+
+    @classmethod
+    @abstractmethod
+    def flatten(cls, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of results.json as tables want them."""
+
+    @classmethod
+    def compare(cls, runs: Sequence[tuple[Mapping[str, str], "Training", list[dict[str, Any]]]]) -> None:
+        """Write into the rows of a grid's runs (labels, run, rows) what only their comparison tells."""
+
+    @classmethod
+    def summarize(cls, places: Sequence[Place]) -> str:
+        """Tables over the places of a grid, beside the one of all places; "" for none."""
+        return ""
+
+    @classmethod
+    def draw(cls, path: Path, runs: Iterable[tuple[Mapping[str, str], Path]]) -> None:
+        """A picture of a grid's runs, where there is anything to see."""
+
+
+def _record(choice: Choice, block: Any) -> dict[str, Any]:
+    return {"name": choice.name, **dump(choice.config, block if isinstance(block, dict) else {})}

@@ -1,0 +1,168 @@
+"""What comes out of a textual inversion: embedding files, pictures, a sheet, and a row of numbers for each concept."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poisonshield import collectives
+from poisonshield.data.concepts import Concept
+from poisonshield.defenses.base import Defense
+from poisonshield.engine.checkpoint import write_whole
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.trainer import Trainer
+from poisonshield.method import DiffusionMethod
+from poisonshield.models.diffusion.embeddings import Learned, save_embedding
+from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
+from poisonshield.reports.sheets import draw_sheet, write_pictures
+from poisonshield.runs.parts.reading import mask_values, measure, pixels_of
+from poisonshield.runs.parts.training import Training
+
+log = logging.getLogger(__name__)
+
+
+class Validation:
+    """Pictures of every concept while it is learned, into `validation/`: at the first logged step of each
+    `generate.every_steps` steps."""
+
+    def __init__(self, run: Training, method: DiffusionMethod, folder: RunFolder, defenses: list[Defense]) -> None:
+        self.run, self.method, self.folder, self.defenses = run, method, folder, defenses
+        self.trainer: Trainer | None = None
+
+    def __call__(self) -> Mapping[str, float]:
+        """Asked at the end of each logged interval; draws if a multiple of every_steps lies in it."""
+        every, step = self.run.settings.generate.every_steps, self.trainer.step
+        logged = self.run.settings.engine.log_every_steps
+        # Counted from the steps alone, so that a run which was stopped draws what it would have drawn.
+        if every is None or step // every == (step - 1) // logged * logged // every:
+            return {}
+        rows = self.trainer.state_dict().get("vectors")  # every rank has to ask, as each may hold a piece
+        if collectives.rank() == 0:
+            rows = rows.to(self.trainer.device)
+            t_min = floor_of(self.defenses)
+            drawn = lambda name: generate(self.run, self.method, name, count=4, t_min=t_min, rows=rows)["recon"]
+            pictures = {name: drawn(name) for name in self.method.placeholders}
+            draw_sheet(self.folder.path / "validation" / f"step-{step:06d}.png", pictures)
+        return {}
+
+
+@torch.no_grad()
+def generate(
+    run: Training,
+    method: DiffusionMethod,
+    name: str,
+    *,
+    count: int | None = None,
+    t_min: int = 0,
+    size: int | None = None,
+    rows: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Pictures of a concept by prompt group, each [count, 3, H, W] in [0, 1]. The noise depends on `generate.seed` only.
+
+    size: pixels a side, by default as the pipeline was built for. rows: other vectors than the method's, all concepts'.
+    """
+    g, model = run.settings.generate, method.model
+    count, token = count or g.count, method.placeholders[name].token
+    rows, out = method.vectors.detach() if rows is None else rows, {}
+    for group, templates in (("recon", g.recon), ("compose", g.compose)):
+        if not templates:
+            continue
+        texts = [templates[i % len(templates)] for i in range(count)]
+        keys = [f"{group}/{i}" for i in range(count)]
+        switch = None
+        if g.switch and t_min > 0:
+            word = method.start_word(method.config, name)
+            switch = (t_min, model.prompts([t.format(word) for t in texts]))
+        out[group] = sample(
+            model,
+            model.prompts([t.format(token) for t in texts], rows),
+            noise=start_noise(keys, latent_shape(model, size), seed=g.seed, device=rows.device),
+            steps=g.steps,
+            guidance=g.guidance,
+            switch=switch,
+        )
+    return out
+
+
+def finish(
+    run: Training,
+    folder: RunFolder,
+    method: DiffusionMethod,
+    defenses: list[Defense],
+    *,
+    clean: tuple[Concept, ...],
+    trained_on: tuple[Concept, ...],
+    done: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Embedding files, pictures, one sheet, a row of results for each concept, and by which settings they came about.
+
+    done: what the trainer returned; or, for a run that was trained before, trained: the old row of each concept.
+    """
+    embeddings(method, folder)
+    if trained is None:
+        t_min, steps, seconds = floor_of(defenses), done["steps"], round(done["seconds"], 1)
+        compared = run.settings.data.mask_reference is not None
+        trained = {
+            c.name: {
+                "t_min": t_min,
+                **mask_values(defenses, c.name, compared=compared),
+                "steps": steps,
+                "seconds": seconds,
+            }
+            for c in clean
+        }
+    pictures = {name: generate(run, method, name, t_min=trained[name]["t_min"]) for name in method.placeholders}
+    write_pictures(folder.path / "pictures", pictures)
+    draw_sheet(
+        folder.path / "pictures.png",
+        {
+            **{f"{c.name}, trained on": pixels_of(c) for c in trained_on},
+            **{f"{name}, {group}": x for name, groups in pictures.items() for group, x in groups.items()},
+        },
+    )
+    rows = []
+    for concept in clean:
+        values = measure(run, method, concept, pictures[concept.name])
+        rows.append(
+            {
+                "concept": concept.name,
+                "group": concept.group,
+                "poison": run.poison_label,
+                "defense": run.defense_label,
+                "method": run.method.name,
+                "seed": run.seed,
+                "left_out": run.settings.data.left_out,
+                **values,
+                **{k: trained[concept.name].get(k) for k in ("t_min", "mask_area", "mask_iou", "steps", "seconds")},
+            }
+        )
+    write_whole(folder.results, json.dumps(rows, indent=1))
+    settings = {**run.record["generate"], "evaluate": run.record["evaluate"]}
+    write_whole(folder.path / "evaluation.json", json.dumps({"settings": settings}, indent=1))
+    log.info("results   %s", folder.results)
+
+
+def floor_of(defenses: list[Defense]) -> int:
+    """The first timestep that was trained on."""
+    ranges = [d.t_range for d in defenses]
+    return next((r[0] for r in ranges if r), 0)
+
+
+def embeddings(method: DiffusionMethod, folder: RunFolder) -> list[Path]:
+    """One file per concept, `export/<name>/learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
+    paths = []
+    for name, placeholder in method.placeholders.items():
+        paths.append(embedding_file(folder, placeholder.token))
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        save_embedding(Learned(placeholder.token, method.rows(name).detach().float().cpu()), paths[-1])
+    return paths
+
+
+def embedding_file(folder: RunFolder, token: str) -> Path:
+    """Where a run keeps the word that prompts call by this placeholder."""
+    return folder.export / token.strip("<>") / "learned_embeds.safetensors"
