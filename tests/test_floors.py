@@ -7,18 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from walk import FLOORS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "poisonshield"
-
-FLOORS = {
-    "errors": 0, "registry": 0, "config": 0,
-    "ops": 1, "batch": 1, "collectives": 1, "random": 1, "keys": 1,
-    "losses": 2, "attacks": 2, "models": 2, "data": 2, "method": 2,
-    "methods": 3, "defenses": 3, "poisons": 3, "evals": 3, "world": 3,
-    "engine": 4,
-    "runs": 5, "api": 5, "reports": 5,
-    "commands": 6, "bench": 6, "cli": 6,
-}  # fmt: skip
 
 # Same floor, and still allowed: foundations that their whole floor stands on.
 BESIDE = {
@@ -43,10 +34,6 @@ DOORS = {
     "transformers": {"models/diffusion/pipeline.py", "models/feature_networks.py", "world/small_pipeline.py"},
     "wandb": set(),
 }
-
-# Rooms whose files never import each other in a circle, and the arrows that are let off: file -> files it may import.
-ROOMS_WITHOUT_CIRCLES = {"poisons"}
-CIRCLES_ALLOWED: dict[str, set[str]] = {}
 
 
 def modules():
@@ -87,19 +74,24 @@ def upward_imports(relative, tree):
 
 def files_imported(tree, known):
     """Those of the known files that a file imports at any depth, inside functions and for types alone too."""
-    names = set()
+
+    def find(name):
+        path = name.removeprefix("poisonshield.").replace(".", "/")
+        return {f"{path}{end}" for end in (".py", "/__init__.py")} & set(known)
+
+    files = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            files |= set().union(*(find(alias.name) for alias in node.names))
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    paths = {name.removeprefix("poisonshield.").replace(".", "/") for name in names if name.startswith("poisonshield.")}
-    return {f"{path}{end}" for path in paths for end in (".py", "/__init__.py")} & set(known)
+            for alias in node.names:  # a file of the folder, or a name of its __init__
+                files |= find(f"{node.module}.{alias.name}") or find(node.module)
+    return files
 
 
 def import_graph():
-    """(file, files that it imports), within the rooms where arrows run one way already."""
-    trees = {name: tree for name, tree in modules() if part_of(name) in ROOMS_WITHOUT_CIRCLES}
+    """(file, files that it imports)."""
+    trees = dict(modules())
     return [(name, files_imported(tree, trees)) for name, tree in trees.items()]
 
 
@@ -136,7 +128,7 @@ def test_only_the_top_floor_and_data_itself_import_data():
 
 
 def test_no_file_imports_itself_around_a_corner():
-    tangle = first_circle({name: arrows - CIRCLES_ALLOWED.get(name, set()) for name, arrows in import_graph()})
+    tangle = first_circle(dict(import_graph()))
     assert not tangle, " -> ".join(tangle)
 
 
@@ -146,8 +138,58 @@ def test_a_circle_is_found_however_it_is_imported():
     assert set(first_circle(graph)) == {"a.py", "b.py"} and not first_circle({**graph, "b.py": set()})
 
 
+# Contracts and records that whoever composes may ask about: not one thing among others of its kind.
+CONTRACTS = {"Choice", "Batch", "Concept", "Method", "Path", "Tensor"}
+
+
+def recognitions(relative, tree):
+    """Places where a file asks whether something is a certain class of another room, or looks for its attribute.
+
+    isinstance and issubclass with a class imported from another room, `is` with one, and getattr of a literal name with
+    a default on anything. What a contract does not declare is not asked for (style: nobody recognises anybody).
+    """
+    others = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("poisonshield."):
+            room = node.module.split(".")[1]
+            if room != part_of(relative) and FLOORS.get(room, 0) > 0:
+                others |= {alias.asname or alias.name: room for alias in node.names}
+    for node in ast.walk(tree):
+        found = []
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            found = [n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)]
+        elif isinstance(node, ast.Compare) and any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+            found = [n.id for n in (node.left, *node.comparators) if isinstance(n, ast.Name)]
+        yield from (f"{relative}:{node.lineno} asks for {n}" for n in found if n in others and n not in CONTRACTS)
+
+
+def test_nobody_recognises_anybody():
+    wrong = [line for relative, tree in modules() for line in recognitions(relative, tree)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_looks_for_an_attribute_of_another_room():
+    """getattr(x, "name", default) is left to foreign objects: torch's, timm's, Pillow's, DeepSpeed's."""
+    rooms = ("runs", "api", "commands", "engine", "defenses", "evals", "methods", "poisons", "attacks", "reports")
+    wrong = [
+        f"{relative}:{node.lineno}"
+        for relative, tree in modules()
+        if part_of(relative) in rooms
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) == 3
+        if isinstance(node.args[1], ast.Constant) and node.args[1].value != "is_cross_attention"
+    ]
+    assert not wrong, wrong
+
+
+def test_recognition_is_found():
+    tree = ast.parse("from poisonshield.defenses.jpeg import JPEG\nx = isinstance(d, JPEG)\ny = d.cls is JPEG")
+    assert len(list(recognitions("runs/classify.py", tree))) == 2
+    assert not list(recognitions("defenses/other.py", tree))
+
+
 def test_every_part_has_a_floor():
-    parts = {part_of(relative) for relative, _ in modules()} - {"__init__"}
+    parts = {part_of(relative) for relative, _ in modules()}
     assert parts == set(FLOORS)
 
 

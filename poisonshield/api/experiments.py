@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from poisonshield.errors import ConfigError
 from poisonshield.runs import read_experiment, read_finished
-from poisonshield.runs.grid import Grid
 
 
 def train(config: str | Path, overrides: Sequence[str] = (), *, part: str = "1/1") -> Path:
@@ -20,9 +18,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, part: str = "1/1
     Raises ConfigError, DataError, CheckpointError; Preempted (exit code 75) if told to stop, after saving.
     """
     experiment = read_experiment(config, overrides)
-    if part == "1/1":
-        return experiment.train()
-    return _grid(experiment).train_part(part)
+    return experiment.train() if part == "1/1" else experiment.train_part(part)
 
 
 def evaluate(folder: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -45,10 +41,4 @@ def resolve_config(config: str | Path, overrides: Sequence[str] = ()) -> str:
 
 def grid_table(config: str | Path, overrides: Sequence[str] = ()) -> str:
     """The table of what a grid has done so far; trains nothing."""
-    return _grid(read_experiment(config, overrides)).table()
-
-
-def _grid(experiment: object) -> Grid:
-    if not isinstance(experiment, Grid):
-        raise ConfigError("this config is no grid: it has no `blocks:`. Train it with `poisonshield train`.")
-    return experiment
+    return read_experiment(config, overrides).table()

@@ -97,6 +97,14 @@ class Experiment(ABC):
                     f"{text}: a finished run keeps what it was trained with. {', '.join(self.changes_after)} may change."
                 )
 
+    def train_part(self, part: str) -> Path:
+        """Trains a part of the experiment, such as 2/4. Raises ConfigError for one that has no parts."""
+        raise ConfigError(f"{self.origin} is a {self.name}, and only a grid has parts (`blocks:`). Leave --part out.")
+
+    def table(self) -> str:
+        """What is done of an experiment of several runs. Raises ConfigError for one that is no such."""
+        raise ConfigError(f"{self.origin} is a {self.name}, and only a grid (`blocks:`) has a table of runs.")
+
     def resolved(self) -> str:
         """The config as YAML, defaults filled in, and what the engine's backend derives from it."""
         return yaml.safe_dump(json.loads(json.dumps(self.record)), sort_keys=False).rstrip()
