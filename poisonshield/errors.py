@@ -9,6 +9,14 @@ class ConfigError(PoisonShieldError, ValueError):
     """A setting is unknown, of the wrong type, out of range, or does not fit another one."""
 
 
+class RenamedSettings(ConfigError):
+    """Nothing is wrong with a config but that settings have new names. moves: (old path, new name with dots)."""
+
+    def __init__(self, message: str, moves: "list[tuple[tuple, str]]") -> None:
+        super().__init__(message)
+        self.moves = moves
+
+
 class DataError(PoisonShieldError, ValueError):
     """A shard, sample, manifest or label is missing, damaged or outside what was declared."""
 

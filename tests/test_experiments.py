@@ -11,9 +11,10 @@ import yaml
 from poisonshield.config import Choice
 from poisonshield.data import ResidentSource, ShardSet
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.runs import read_experiment
+from poisonshield.runs import read_experiment, read_finished
 from poisonshield.runs.classify import build_method, build_stream
 from poisonshield.runs.parts.image_data import build_poison, build_training_set, open_data
+from poisonshield.runs.parts.training import Training
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MINI = str(CONFIGS / "defend" / "vespr_cifar10_mini.yaml")
@@ -179,3 +180,31 @@ def test_poisoned_pixels_are_levels_within_the_budget_and_tests_stay_clean():
     levels = (poisoned.x - clean.x) * 255
     assert torch.allclose(levels, levels.round(), atol=1e-3) and levels.abs().max().round() == 8
     assert isinstance(run.poison, Choice) and build_poison(run, data.train).budget().radius == pytest.approx(8 / 255)
+
+
+def test_a_run_folder_of_an_earlier_version_is_read_under_new_names(tmp_path):
+    """Its record has the settings of that version; how it evaluated is left to today's defaults."""
+    run = read_experiment(MINI, ["run.dir=elsewhere"])
+    record = json.loads(json.dumps(run.record))
+    attack = record["defenses"][0].pop("attack")
+    record["defenses"][0] |= {key: attack[key] for key in ("step_size", "steps", "random_start", "restarts")}
+    record["evaluate"] = {"batch_size": 500, "knn_k": 20, "lipschitz_samples": 0}
+    record["forge"] = record.pop("release")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    again = read_finished(tmp_path)
+    assert again.record["defenses"][0]["attack"] == run.record["defenses"][0]["attack"]
+    assert again.defenses == run.defenses and again.settings.release == run.settings.release
+    assert again.settings.evaluate.knn == run.settings.evaluate.knn
+    assert again.folder.path == tmp_path, "results go where the folder lies now"
+
+
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_typo_in_the_methods_name_is_one_line_with_the_right_name(path):
+    experiment = read_experiment(path)
+    if not isinstance(experiment, Training):
+        pytest.skip("a grid and a pipeline name no method")
+    right = experiment.method.name
+    typo = right[:-2] + right[-1] + right[-2] if right[-1] != right[-2] else right[:-1]
+    with pytest.raises(ConfigError) as error:
+        read_experiment(path, [f"method.name={typo}"])
+    assert len(str(error.value).splitlines()) == 1 and f"Did you mean {right}?" in str(error.value)

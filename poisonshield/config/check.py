@@ -9,7 +9,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 from poisonshield.config.tree import Tree
 from poisonshield.config.types import FRACTION
-from poisonshield.errors import ConfigError
+from poisonshield.errors import ConfigError, RenamedSettings
 from poisonshield.registry import Registry, suggest, with_article
 
 
@@ -97,6 +97,7 @@ class Checker:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.problems: list[str] = []
+        self.moves: list[tuple[tuple, str]] = []  # settings that are called otherwise now
         self.told: list[tuple[tuple, str]] = []  # the same, path and text apart
 
     def settings(self, schema: type[BaseModel], path: tuple, values: Any, *, owner: str) -> Any:
@@ -133,8 +134,10 @@ class Checker:
 
     def finish(self) -> None:
         """Raise ConfigError with all problems, if any."""
-        if self.problems:
-            raise ConfigError("\n".join(dict.fromkeys(self.problems)))
+        if not self.problems:
+            return
+        text = "\n".join(dict.fromkeys(self.problems))
+        raise RenamedSettings(text, self.moves) if len(self.moves) == len(self.problems) else ConfigError(text)
 
     def _note(self, schema: type[BaseModel], base: tuple, item: dict[str, Any], owner: str) -> None:
         path = (*base, *item["loc"])
@@ -148,9 +151,10 @@ class Checker:
                 name = inner
             renamed = _renamed_at(schema, item["loc"][:-1]).get(str(item["loc"][-1]))
             if renamed is not None:
-                self.problem(
-                    path, f"{label} is called {f'{inner}.' if inner else ''}{renamed} now. Write that instead."
-                )
+                block = () if renamed.startswith("/") else path[:-1]
+                new = (*block, *renamed.removeprefix("/").split("."))
+                self.moves.append((path, ".".join(str(part) for part in new)))
+                self.problem(path, f"{label} is called {_dotted(new)} now. Write that instead.")
                 return
             text = f"{label} is not a setting of {name}.{suggest(str(item['loc'][-1]), fields)}  Settings: {', '.join(sorted(fields))}"
         elif item["type"] == "missing":

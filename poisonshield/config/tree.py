@@ -40,7 +40,7 @@ def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
     """
     tree = _load_file(find_config(path), ())
     for text in _names_first(overrides):
-        _override(tree, text)
+        override(tree, text)
     return tree
 
 
@@ -112,7 +112,8 @@ def _merge(into: Tree, child: Tree, old: Any, new: Any, path: tuple) -> Any:
     return new
 
 
-def _override(tree: Tree, text: str) -> None:
+def override(tree: Tree, text: str) -> None:
+    """Change the tree as `key.path=value` says. Raises ConfigError for what is no such text, or an impossible path."""
     key, sep, raw = text.partition("=")
     if not sep or not key:
         raise ConfigError(

@@ -35,7 +35,8 @@ Pixels = Annotated[float, BeforeValidator(_fraction), AfterValidator(_pixel_rang
 class Settings(BaseModel):
     """Parent of every Config: unknown keys are refused and nothing changes after construction.
 
-    renamed: settings of earlier versions and what they are called now, so that whoever writes one is told.
+    renamed: settings of earlier versions and what they are called now, so that whoever writes one is told; names are
+    within the block, or begin with / for the top.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

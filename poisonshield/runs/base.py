@@ -15,9 +15,10 @@ import yaml
 from pydantic import Field
 
 from poisonshield.config import Settings, Tree, find_config, load_tree
+from poisonshield.config.tree import override
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.settings import EngineConfig
-from poisonshield.errors import CheckpointError, ConfigError
+from poisonshield.errors import CheckpointError, ConfigError, RenamedSettings
 from poisonshield.registry import Registry, suggest
 
 KINDS = Registry("poisonshield.runs", kind="kind of experiment")
@@ -148,5 +149,46 @@ def read_finished(folder: str | Path, overrides: Overrides = ()) -> Experiment:
             f"{folder} is not a finished run: it lacks {config.name}.\n"
             "  Train it first, or go on with engine.resume=auto."
         )
-    read_experiment(config).refuse_changes(overrides)
-    return read_experiment(config, overrides)
+    tree = _modern_tree(config)
+    override(tree, f"run.dir={json.dumps(str(folder))}")  # it may have been moved since it was trained
+    experiment_of(tree, config).refuse_changes(overrides)
+    for text in overrides:
+        override(tree, text)
+    return experiment_of(tree, config)
+
+
+def _modern_tree(config: Path) -> Tree:
+    """The record that a run wrote, with settings of an earlier version under their new names.
+
+    How that version evaluated is left out: evaluations have other settings now, and nothing was trained with them. So is
+    what has moved into the block of an option that was named and has no settings, such as `mask: file`.
+    """
+    tree = load_tree(config)
+    for _ in range(len(tree.marks)):
+        try:
+            experiment_of(tree, config)
+        except RenamedSettings as err:
+            for path, name in err.moves:
+                value, block = _take(tree.values, path), _find(tree.values, name.split(".")[:-1])
+                if path[0] != "evaluate" and not isinstance(block, str):
+                    override(tree, f"{name}={json.dumps(value)}")
+        else:
+            break
+    return tree
+
+
+def _take(values: Any, path: tuple) -> Any:
+    """The value at a path, which is then not there any more."""
+    *blocks, last = path
+    for part in blocks:
+        values = values[part]
+    return values.pop(last)
+
+
+def _find(values: Any, names: Sequence[str]) -> Any:
+    """The value at a path of keys and numbers, None if there is none."""
+    for name in names:
+        values = (
+            values[int(name)] if isinstance(values, list) else values.get(name) if isinstance(values, dict) else None
+        )
+    return values

@@ -114,7 +114,7 @@ def test_evaluations_of_words_may_be_switched_and_old_settings_are_told_their_na
     (row,) = evaluate(folder, ["evaluate.word=null", "evaluate.networks.folders={clip: nowhere}"])
     assert "word" not in row and row["clip_i"] is None and row["networks"]["clip_i"]["status"] == "unavailable"
     assert read_finished(folder).describe([row]).endswith(" |  |")  # no nearest words
-    with pytest.raises(ConfigError, match="generate: features is called evaluate.networks.folders now"):
+    with pytest.raises(ConfigError, match="generate.features is called evaluate.networks.folders now"):
         evaluate(folder, ["generate.features={clip: nowhere}"])
 
 

@@ -2,9 +2,9 @@
 
 import re
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from poisonshield.config import Settings
 
@@ -62,7 +62,9 @@ class ConceptData(Settings):
 
 
 class GenerateConfig(Settings):
-    """Pictures made from what was learned, and the numbers read off them. All runs of one seed share their noise."""
+    """Pictures made from what was learned. All runs of one seed share their noise."""
+
+    renamed: ClassVar[dict[str, str]] = {"features": "/evaluate.networks.folders"}
 
     recon: tuple[str, ...] = Field(("a photo of a {}",), min_length=1, description="Prompts with {} for the concept.")
     compose: tuple[str, ...] = Field((), description="Further prompts, such as a {} on the beach.")
@@ -78,13 +80,6 @@ class GenerateConfig(Settings):
     clean: str | None = Field(
         None, description="Folder of the pictures before they were poisoned, where the run did not poison them itself."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _features_moved(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "features" in values:
-            raise ValueError("features is called evaluate.networks.folders now. Write that instead.")
-        return values
 
     @field_validator("recon", "compose")
     @classmethod
