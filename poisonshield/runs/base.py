@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from pydantic import Field
 
 from poisonshield.config import Settings, Tree, find_config, load_tree
+from poisonshield.config.describe import Notes, describe_yaml, notes_of
 from poisonshield.config.tree import override
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.settings import EngineConfig
@@ -107,8 +107,12 @@ class Experiment(ABC):
         raise ConfigError(f"{self.origin} is a {self.name}, and only a grid (`blocks:`) has a table of runs.")
 
     def resolved(self) -> str:
-        """The config as YAML, defaults filled in, and what the engine's backend derives from it."""
-        return yaml.safe_dump(json.loads(json.dumps(self.record)), sort_keys=False).rstrip()
+        """The config as YAML, defaults filled in and each setting with its words, and what the backend derives from it."""
+        return describe_yaml(json.loads(json.dumps(self.record)), self.notes())
+
+    def notes(self) -> Notes:
+        """The words of the settings, for describe_yaml."""
+        return notes_of(self.settings)
 
 
 def read_experiment(config: str | Path, overrides: Overrides = ()) -> Experiment:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from poisonshield.batch import Stream
 from poisonshield.config import Checker, Choice, Tree, dump
+from poisonshield.config.describe import Notes, notes_of
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
@@ -190,6 +191,18 @@ class Training(Experiment):
             self.poison_label,
             self.defense_label,
         )
+
+    def notes(self) -> Notes:
+        """Those of the settings, and of what they pick."""
+        notes = notes_of(self.settings)
+        words, data = notes["data"]
+        data = {**data, "poison": (data["poison"][0], notes_of(self.poison))}
+        return {
+            **notes,
+            "data": (words, data),
+            "method": (notes["method"][0], notes_of(self.method)),
+            "defenses": (notes["defenses"][0], notes_of(self.defenses)),
+        }
 
     def resolved(self) -> str:
         """The config, and what the backend gets."""
