@@ -166,7 +166,8 @@ class Checker:
                 if isinstance(item["input"], (dict, list)) or str(item["input"]) in message
                 else f" (given: {item['input']!r})"
             )
-            text = f"{label}: {message}{given}" if label else f"{message}"
+            words = _words_at(schema, item["loc"])
+            text = f"{label}: {message}{given}{f'.  It is: {words}' if words else ''}" if label else f"{message}"
         self.problem(path, text)
 
 
@@ -180,6 +181,12 @@ def _schema_at(schema: Any, loc: tuple) -> Any:
 
 def _fields_at(schema: Any, loc: tuple) -> list[str]:
     return list(getattr(_schema_at(schema, loc), "model_fields", {}))
+
+
+def _words_at(schema: Any, loc: tuple) -> str | None:
+    """What the field at a place says of itself."""
+    field = getattr(_schema_at(schema, loc[:-1]), "model_fields", {}).get(loc[-1]) if loc else None
+    return None if field is None else field.description
 
 
 def _renamed_at(schema: Any, loc: tuple) -> dict[str, str]:
