@@ -118,7 +118,7 @@ def test_a_method_without_classifier_and_poison_gets_the_rest(tmp_path, caplog):
 def test_clean_and_poisoned_batches_are_the_same_samples(samples):
     clean, poisoned = list(samples.clean(700)), list(samples.train(700))
     assert [b.keys for b in clean] == [b.keys for b in poisoned] and [len(b) for b in clean] == [500, 200]
-    for a, b in zip(clean, poisoned):
+    for a, b in zip(clean, poisoned, strict=True):
         assert torch.equal(a.y, b.y)
         assert 0 < (a.x - b.x).abs().max() <= 8 / 255 + 1e-6
 

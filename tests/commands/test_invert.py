@@ -1,4 +1,4 @@
-"""Textual inversion as commands: a whole run on a random pipeline, resumed, launched on two ranks, poisoned, refused."""
+"""Textual inversion as commands: a run on a random pipeline, resumed, launched on two ranks, poisoned, refused."""
 
 import json
 from dataclasses import replace
@@ -141,8 +141,11 @@ def test_masks_of_a_reference_measure_those_that_szt_makes_and_change_nothing(tm
 def test_a_picture_left_out_is_not_learned_from_and_alone_compared_with(tmp_path, settings, caplog):
     write_concepts(rendered_concepts(5, seed=1, kinds=[("yellow", "ring")]), tmp_path / "photos")
     given = [s for s in settings if not s.startswith("data.count")] + [
-        f"data.train={json.dumps(str(tmp_path / 'photos'))}", "data.concepts=null", "data.left_out=2", "engine.max_steps=2",
-    ]  # fmt: skip
+        f"data.train={json.dumps(str(tmp_path / 'photos'))}",
+        "data.concepts=null",
+        "data.left_out=2",
+        "engine.max_steps=2",
+    ]
     folder = train(CONFIG, given)
     (row,) = json.loads((folder / "results.json").read_text())
     assert row["left_out"] == 2 and row["feature_distance"] is None and -1 <= row["latent_cosine"] <= 1
