@@ -12,7 +12,7 @@ from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
 from poisonshield.models.diffusion.timesteps import timestep_profile
 from poisonshield.poisons.diffusion.advdm import AdvDM
-from poisonshield.runs.parts.reading import judge_of
+from poisonshield.runs.parts.reading import load_judge
 from poisonshield.world.rendered import rendered_concepts
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2)
 NOTHING = SZT.Config(purifier=None, mask=None, t_min=0)
 LEARN = {"batch": 8, "lr": 2e-2, "vectors": 2, "init": "normal:0.02"}
 PARTS = {"purifier": {"name": "jpeg", "quality": 50}, "mask_dilate": 2, "mask_floor": 0.3}
-JUDGE = judge_of("tiny")
+JUDGE = load_judge("tiny")
 
 
 @pytest.fixture(scope="module")

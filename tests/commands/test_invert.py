@@ -15,8 +15,8 @@ from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.brisque import brisque
 from poisonshield.runs import read_experiment, read_finished
-from poisonshield.runs.parts.reading import references
-from poisonshield.runs.parts.words import for_training, load_model, open_concepts
+from poisonshield.runs.parts.reading import read_references
+from poisonshield.runs.parts.words import select_for_training, load_model, open_concepts
 from poisonshield.world.rendered import rendered_concepts
 
 
@@ -151,9 +151,9 @@ def test_a_picture_left_out_is_not_learned_from_and_alone_compared_with(tmp_path
     assert row["left_out"] == 2 and row["feature_distance"] is None and -1 <= row["latent_cosine"] <= 1
     run = read_experiment(CONFIG, given)
     whole = open_concepts(run.settings.data, load_model(run.settings.model))
-    (rest,) = for_training(run.settings.data, whole)
+    (rest,) = select_for_training(run.settings.data, whole)
     assert [i.stem for i in rest.images] == ["00", "01", "03", "04"]
-    assert torch.equal(references(run, whole[0]), whole[0].images[2].pixels[None].float() / 255)
+    assert torch.equal(read_references(run, whole[0]), whole[0].images[2].pixels[None].float() / 255)
     with pytest.raises(DataError, match="picture 5 of .* cannot be left out"):
         open_concepts(
             read_experiment(CONFIG, [*given, "data.left_out=5"]).settings.data, load_model(run.settings.model)
