@@ -1,4 +1,4 @@
-"""Shared by all tests: where the optional real data is, and one thread, so that sums do not depend on the machine's cores."""
+"""Shared by all tests: where the optional real data is, and one thread, so that sums are the same on every machine."""
 
 import os
 import sys

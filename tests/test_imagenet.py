@@ -1,4 +1,4 @@
-"""The ImageNet-100 recipes from end to end, on a generated tree of that shape: class folders, a class list, odd sizes."""
+"""The ImageNet-100 recipes from end to end, on a made-up tree of that shape: class folders, a class list, odd sizes."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ LIGHT = ["data.batch_size=4", "data.workers=0", "engine.precision=fp32", "engine
 def tree(tmp_path_factory):
     """105 class folders with a training photo and a test photo; JPEG, sides of 225 to 300."""
     root, draw = tmp_path_factory.mktemp("imagenet"), torch.Generator().manual_seed(0)
-    for c, folder in enumerate([*CLASSES, *(f"x{i:08d}" for i in range(5))]):
+    for folder in [*CLASSES, *(f"x{i:08d}" for i in range(5))]:
         for split, count in (("train", 1), ("val", 1)):
             for i in range(count):
                 path = root / split / folder / f"{folder}_{i}.JPEG"

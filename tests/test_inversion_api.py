@@ -1,4 +1,4 @@
-"""Textual inversion from Python: the presets are the configs, many concepts learn as each alone, the model is left alone."""
+"""Textual inversion from Python: presets are the configs, concepts learn as each alone, the model stays as it was."""
 
 import json
 
@@ -99,9 +99,9 @@ def test_it_is_what_the_command_trains(tmp_path):
     """The same settings in a config file: the same numbers."""
     folder = tiny_folder(tmp_path / "pipeline", size=64)
     overrides = [
-        f"model.pipeline={json.dumps(str(folder))}", f"run.dir={json.dumps(str(tmp_path / 'run'))}", "engine.device=cpu",
-        "engine.max_steps=5", "data.batch_size=2", "data.count=3", "generate.count=1", "generate.steps=1", "data.masks=file",
-        "defenses=[{name: szt, mask: file}]",
+        f"model.pipeline={json.dumps(str(folder))}", f"run.dir={json.dumps(str(tmp_path / 'run'))}",
+        "engine.device=cpu", "engine.max_steps=5", "data.batch_size=2", "data.count=3", "data.masks=file",
+        "generate.count=1", "generate.steps=1", "defenses=[{name: szt, mask: file}]",
     ]  # fmt: skip
     train(str(CONFIGS / "invert" / "rendered.yaml"), overrides)
     theirs = load_file(tmp_path / "run" / "export" / "yellow-ring" / "learned_embeds.safetensors")["<yellow-ring>"]
@@ -246,8 +246,8 @@ def test_thirty_subjects_of_photographs_train_in_one_batch(tmp_path, dreambooth_
     pipeline = tiny_folder(tmp_path / "pipeline", size=64)
     overrides = [
         f"model.pipeline={json.dumps(str(pipeline))}", f"data.train={json.dumps(str(dreambooth_folder))}",
-        f"run.dir={json.dumps(str(tmp_path / 'run'))}", "engine.device=cpu", "engine.max_steps=2", "engine.log_every_steps=1",
-        "generate.count=1", "generate.steps=1",
+        f"run.dir={json.dumps(str(tmp_path / 'run'))}", "engine.device=cpu", "engine.max_steps=2",
+        "engine.log_every_steps=1", "generate.count=1", "generate.steps=1",
     ]  # fmt: skip
     folder = train(str(CONFIGS / "invert" / "szt_dreambooth_tiny.yaml"), overrides)
     subjects = sorted(p.name for p in dreambooth_folder.iterdir() if p.is_dir())

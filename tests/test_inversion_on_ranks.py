@@ -1,6 +1,6 @@
 """Textual inversion with Safe-Zone Training on two ranks, whatever shards it, learns what one process learns.
 
-A whole run as `poisonshield train` makes it, ends included: losses of each step, and the vectors in the embedding files.
+A whole run as `poisonshield train` makes it, ends included: the loss of each step, and vectors in embedding files.
 Tolerance, stated before any comparison: 1e-5, of the loss, and of the distance that a vector has moved.
 """
 
@@ -172,9 +172,13 @@ def launch(command, folder, pipeline, *more):
     }  # fmt: skip
     line = [str(binaries / command[0]), *(c.replace("PORT", str(port)) for c in command[1:]), str(LAUNCH), CONFIG]
     done = subprocess.run(
-        [*line, *settings(folder, pipeline, *more)], capture_output=True, text=True, env=environment, cwd=LAUNCH.parents[1],
+        [*line, *settings(folder, pipeline, *more)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=LAUNCH.parents[1],
         timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -28,8 +28,8 @@ CASES = {name: (f"method.name={name}",) for name in SSL_METHODS} | {
 OPTIONS = {"predictor": 32, "bottleneck": 32, "momentum": 0.5}
 ATTACK = ("defenses.0.eps=4/255", "defenses.0.attack.step_size=1/255", "defenses.0.attack.steps=3")
 BACKENDS = {"plain": (), "zero2": ("engine.backend=deepspeed", "engine.zero_stage=2")}
-# Gradients at the start are 1 to 20 long, but Barlow's is 300: for it 0.001 would be a training rate, at which one process
-# in float32 leaves its own float64 by 2e-5 in 4 steps.
+# Gradients at the start are 1 to 20 long, but Barlow's is 300: for it 0.001 would be a training rate, at which one
+# process in float32 leaves its own float64 by 2e-5 in 4 steps.
 RATES = {"barlow": 1e-5}
 
 

@@ -111,7 +111,7 @@ def test_example_diffusion_poison_works_in_a_config_and_raises_its_objective_wit
     run = read_experiment(ROOT / "configs/invert/szt_rendered.yaml", [f"data.poison={{name: {flat}, eps_levels: 6}}"])
     assert run.poison_label == "flat"
     cls, config = resolve(flat, None, {"eps_levels": 6, "steps": 12})
-    poison, photos = cls(config, model=LatentDiffusion.load("tiny")), dict(zip("ab", pictures()))
+    poison, photos = cls(config, model=LatentDiffusion.load("tiny")), dict(zip("ab", pictures(), strict=True))
     changed = poison.perturb(photos, micro_batch=2)
     assert all(3 < check_budget(poison, key, photos[key], changed[key])["max"] <= 6 for key in photos)
     before, after = (poison.measure(x, draws=2) for x in (photos, changed))

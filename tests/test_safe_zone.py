@@ -1,4 +1,4 @@
-"""The effect itself, on the shipped pipeline and a concept that it never saw; three seeds, medians. Minutes: marked slow."""
+"""The effect itself, on the shipped pipeline and a concept that it never saw; three seeds, medians. Takes minutes."""
 
 from statistics import median
 
@@ -12,7 +12,7 @@ from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
 from poisonshield.models.diffusion.timesteps import timestep_profile
 from poisonshield.poisons.diffusion.advdm import AdvDM
-from poisonshield.runs.parts.reading import judge_of
+from poisonshield.runs.parts.reading import load_judge
 from poisonshield.world.rendered import rendered_concepts
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2)
 NOTHING = SZT.Config(purifier=None, mask=None, t_min=0)
 LEARN = {"batch": 8, "lr": 2e-2, "vectors": 2, "init": "normal:0.02"}
 PARTS = {"purifier": {"name": "jpeg", "quality": 50}, "mask_dilate": 2, "mask_floor": 0.3}
-JUDGE = judge_of("tiny")
+JUDGE = load_judge("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def changed(concept, of):
 
 
 def fidelity(model, concept, szt=NOTHING):
-    """Median over seeds of the judge's mean probability for 32 pictures; settings as in configs/invert/grid_rendered."""
+    """Median over seeds of the judge's mean probability for 32 pictures; set as in configs/invert/grid_rendered."""
     values = []
     for seed in SEEDS:
         learned = train_textual_inversion(model, concept, szt=szt, steps=300, seed=seed, **LEARN)
@@ -59,7 +59,7 @@ def fidelity(model, concept, szt=NOTHING):
 
 
 def test_the_safe_zone_brings_back_what_the_poison_takes(model, clean, poisoned):
-    """The poison takes 0.2 at least; the whole of it is better than nothing by 0.1, and costs clean pictures 0.15 at most.
+    """The poison takes 0.2 at least; all of it is better than nothing by 0.1, and costs clean pictures 0.15 at most.
 
     Half was expected to come back. By the whole it did not (0.42 and 0.46 were measured here, and the 0.1 was set after
     that): JPEG takes away what timesteps and mask bring. Half without JPEG was set before it was measured here, and
@@ -69,7 +69,8 @@ def test_the_safe_zone_brings_back_what_the_poison_takes(model, clean, poisoned)
     saved, cost = fidelity(model, poisoned, SZT.Config(**PARTS)), fidelity(model, clean, SZT.Config(**PARTS))
     without_jpeg = fidelity(model, poisoned, SZT.Config(**PARTS | {"purifier": None}))
     print(
-        f"clean {plain:.3f}  poisoned {harmed:.3f}  SZT {saved:.3f}, without JPEG {without_jpeg:.3f}  on clean {cost:.3f}"
+        f"clean {plain:.3f}  poisoned {harmed:.3f}  "
+        f"SZT {saved:.3f}, without JPEG {without_jpeg:.3f}  on clean {cost:.3f}"
     )
     assert plain - harmed > 0.2
     assert saved - harmed > 0.1

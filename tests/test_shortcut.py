@@ -1,7 +1,8 @@
 """The whole idea on made-up images, in seconds: a faint tint tells the class, and only VESPR learns the shapes instead.
 
-16 x 16 pixels of noise with one of four strokes somewhere; the poison adds a tint of 4/255 that depends on the class. Trained
-on tinted images, a classifier, and self-supervision beside one, fail on clean images; the attack (8/255) hides the tint.
+16 x 16 pixels of noise with one of four strokes somewhere; the poison adds a tint of 4/255 that depends on the class.
+A classifier, and self-supervision beside one, that learned from tinted images fail on clean ones; the attack (8/255)
+hides the tint.
 """
 
 import pytest

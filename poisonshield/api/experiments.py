@@ -36,7 +36,7 @@ def poison(config: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 def resolve_config(config: str | Path, overrides: Sequence[str] = ()) -> str:
     """The checked settings as YAML, defaults filled in, and what the engine's backend derives from them."""
-    return read_experiment(config, overrides).resolved()
+    return read_experiment(config, overrides).describe_config()
 
 
 def grid_table(config: str | Path, overrides: Sequence[str] = ()) -> str:

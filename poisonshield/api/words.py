@@ -30,7 +30,7 @@ from poisonshield.models.diffusion.embeddings import Learned
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.registry import suggest
 from poisonshield.runs.invert import Invert
-from poisonshield.runs.parts.words import build_inversion, build_trainer, for_training
+from poisonshield.runs.parts.words import build_inversion, build_trainer, select_for_training
 
 PRESETS = ("diffusers", "sdv1", "szt", "szt_long")
 """Config files of configs/invert that stand for a recipe, and not for certain pictures."""
@@ -71,7 +71,7 @@ def train_many(
         method=method,
     )  # fmt: skip
     with _own_vocabulary(model), _own_random_states():
-        return _trained(run, model, for_training(run.settings.data, given), run_dir)
+        return _trained(run, model, select_for_training(run.settings.data, given), run_dir)
 
 
 def train_textual_inversion(

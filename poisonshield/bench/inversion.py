@@ -26,7 +26,7 @@ from poisonshield.data.concepts import Concept
 from poisonshield.engine.optim import build_optimizer
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
-from poisonshield.runs.parts.words import build_concept_stream, build_inversion, for_training
+from poisonshield.runs.parts.words import build_concept_stream, build_inversion, select_for_training
 from poisonshield.world import COLORS, SHAPES
 from poisonshield.world.rendered import rendered_concepts
 
@@ -66,7 +66,7 @@ class Learner:
 def learner(model: LatentDiffusion, concepts: tuple[Concept, ...], *, batch: int, cached: bool, quick: bool) -> Learner:
     """Safe-Zone Training of these concepts, `batch` samples of each in a step, in float32 where the model is."""
     run = preset_run(model, batch=batch, method={"cache_latents": cached})
-    concepts = for_training(run.settings.data, concepts)
+    concepts = select_for_training(run.settings.data, concepts)
     method, defenses = build_inversion(run, model, [c.name for c in concepts])
     method.to(model.alphas_cumprod.device)
     stream = iter(build_concept_stream(run, concepts, method, defenses))

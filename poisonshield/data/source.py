@@ -54,6 +54,8 @@ class ResidentSource:
     samples or their size. Memory beyond the result is one chunk.
     """
 
+    image_size: tuple[int, int] | None
+
     def __init__(self, source: Source, stage: Callable[[Batch], Batch] | None = None, *, chunk: int = 1000) -> None:
         if source.image_size is None:
             source.read(torch.tensor([0]))  # a source that can say how to bring all images to one size does so here

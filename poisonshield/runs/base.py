@@ -42,16 +42,15 @@ class ExperimentSettings(Settings):
 
 
 class Experiment(ABC):
-    """A checked config. Built as `SomeKind(tree, origin)`, which raises one ConfigError that lists every problem.
-
-    name: of the kind, which is its file's. record: the config with every setting, plain values, as it is written down.
-    changes_after: beginnings of the settings that may change when a finished run is evaluated again.
-    """
+    """A checked config. Built as `SomeKind(tree, origin)`, which raises one ConfigError that lists every problem."""
 
     name: ClassVar[str]
+    """Of the kind, which is its file's."""
     changes_after: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the settings that may change when a finished run is evaluated again."""
     settings: Any
     record: dict[str, Any]
+    """The config with every setting, plain values, as it is written down."""
 
     @classmethod
     @abstractmethod
@@ -94,9 +93,8 @@ class Experiment(ABC):
         """Raise ConfigError for overrides of what a finished run was trained with."""
         for text in overrides:
             if not text.startswith(self.changes_after):
-                raise ConfigError(
-                    f"{text}: a finished run keeps what it was trained with. {', '.join(self.changes_after)} may change."
-                )
+                may = ", ".join(self.changes_after)
+                raise ConfigError(f"{text}: a finished run keeps what it was trained with. {may} may change.")
 
     def train_part(self, part: str) -> Path:
         """Trains a part of the experiment, such as 2/4. Raises ConfigError for one that has no parts."""
@@ -106,7 +104,7 @@ class Experiment(ABC):
         """What is done of an experiment of several runs. Raises ConfigError for one that is no such."""
         raise ConfigError(f"{self.origin} is a {self.name}, and only a grid (`blocks:`) has a table of runs.")
 
-    def resolved(self) -> str:
+    def describe_config(self) -> str:
         """The config as YAML, defaults filled in and each setting with its words, and what the backend derives from it."""
         return describe_yaml(json.loads(json.dumps(self.record)), self.notes())
 
@@ -120,11 +118,11 @@ def read_experiment(config: str | Path, overrides: Overrides = ()) -> Experiment
 
     Touches no process group, data or network. Raises ConfigError with every problem and its line.
     """
-    return experiment_of(load_tree(config, overrides), find_config(config))
+    return build_experiment(load_tree(config, overrides), find_config(config))
 
 
-def experiment_of(tree: Tree, origin: Path) -> Experiment:
-    """The same of settings that are read already."""
+def build_experiment(tree: Tree, origin: Path) -> Experiment:
+    """The same of settings that are read already. origin: the file that messages name."""
     kinds: list[type[Experiment]] = [KINDS.get(name) for name in KINDS.names()]
     for kind in kinds:
         if kind.recognizes(tree.values):

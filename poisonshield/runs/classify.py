@@ -5,14 +5,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from poisonshield import collectives
-from poisonshield.config import Checker, Settings
+from poisonshield.config import Checker, Choice, Settings
 from poisonshield.data import ShardStream
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.defenses.base import Context
@@ -41,7 +41,7 @@ from poisonshield.runs.parts.image_data import (
     open_data,
 )
 from poisonshield.runs.parts.readouts import write_results
-from poisonshield.runs.parts.samples import subject_of
+from poisonshield.runs.parts.samples import build_subject
 from poisonshield.runs.parts.shards import release
 from poisonshield.runs.parts.training import Place, Training, TrainingSettings
 
@@ -76,6 +76,12 @@ class Opened:
     data: OpenData
     training: TrainingSet
     method: SSLMethod
+
+
+class OneFeature(torch.nn.Identity):
+    """An encoder that is quickly built, for checks of what stands around it."""
+
+    feature_dim = 1
 
 
 class Classify(Training):
@@ -126,24 +132,16 @@ class Classify(Training):
 
     def _try_stack(self, checker: Checker, settings: ClassifySettings) -> SSLMethod | None:
         """Method and defenses around an encoder of one feature, or None with the problem noted."""
-        encoder = torch.nn.Identity()
-        encoder.feature_dim = 1
         with torch.random.fork_rng(devices=[]):
             try:
-                inner = _set_views(self.method.cls(self.method.config, encoder=encoder, num_classes=2), settings)
+                inner = self.method.cls(self.method.config, encoder=OneFeature(), num_classes=2)
+                inner = _set_views(inner, settings)
             except ConfigError as err:
                 checker.problem(("method",), f"method: {err}")
                 return None
             for i, choice in enumerate(self.defenses):
                 try:
-                    defense = choice.cls(choice.config, Context(num_classes=2))
-                    if settings.engine.zero_stage == 3 and not defense.ranks_stay_in_step:
-                        raise ConfigError(
-                            "with engine.zero_stage: 3 every forward pass gathers weights, and these settings of "
-                            f"{choice.name} let each rank stop its attack by itself. Use zero_stage 2 or less, or all "
-                            "steps for all."
-                        )
-                    inner = defense.wrap(inner)
+                    inner = _try_defense(choice, inner, zero_stage=settings.engine.zero_stage)
                 except ConfigError as err:
                     checker.problem(("defenses", i), f"defenses[{i}]: {err}")
                     return None
@@ -163,7 +161,7 @@ class Classify(Training):
         data, training = opened.data, opened.training
         method = spread_batch_norm(self, opened.method, device)
         self.announce(f"on {self.settings.data.train}")
-        watch = watch_pairs(subject_of(self, data, training, method, device), self.settings.evaluate.watch_pairs)
+        watch = watch_pairs(build_subject(self, data, training, method, device), self.settings.evaluate.watch_pairs)
         trainer = self.trainer(method, build_stream(self, training, method, device), folder, watch)
         done = trainer.fit()
         state = trainer.state_dict()
@@ -176,7 +174,7 @@ class Classify(Training):
 
     def measure(self, data: OpenData, training: TrainingSet, method: SSLMethod, device: torch.device) -> Measured:
         """What each evaluation gives, {name: {key: value}}, None for one that the settings leave out."""
-        return measure(subject_of(self, data, training, method, device), self.settings.evaluate, EVALUATIONS)
+        return measure(build_subject(self, data, training, method, device), self.settings.evaluate, EVALUATIONS)
 
     def evaluate(self) -> Measured:
         """Accuracies on clean test images, and probes."""
@@ -190,8 +188,8 @@ class Classify(Training):
         data, device = open_data(self), choose_device(self.settings.engine.device)
         method = load_method(self, data, load_file(weights), device)
         values = self.measure(data, build_training_set(self, data), method, device)
-        rows = json.loads(folder.results.read_text()) if folder.results.is_file() else [{"steps": 0, "seconds": 0.0}]
-        write_results(self, data, folder, values, steps=rows[-1]["steps"], seconds=rows[-1]["seconds"])
+        row = json.loads(folder.results.read_text())[-1] if folder.results.is_file() else {"steps": 0, "seconds": 0.0}
+        write_results(self, data, folder, values, steps=int(row["steps"]), seconds=row["seconds"])
         return values
 
     def describe(self, values: Measured) -> str:
@@ -220,6 +218,17 @@ class Classify(Training):
         return over_poisons([(place.labels, place.rows) for place in places])
 
 
+def _try_defense(choice: Choice, method: SSLMethod, *, zero_stage: int) -> SSLMethod:
+    """The method inside this defense. Raises ConfigError where they do not go together, or not with sharded weights."""
+    defense = choice.cls(choice.config, Context(num_classes=2))
+    if zero_stage == 3 and not defense.ranks_stay_in_step:
+        raise ConfigError(
+            f"with engine.zero_stage: 3 every forward pass gathers weights, and these settings of {choice.name} let "
+            "each rank stop its attack by itself. Use zero_stage 2 or less, or all steps for all."
+        )
+    return defense.wrap(method)
+
+
 def build_method(run: Classify, num_classes: int, *, initialize: bool = True) -> SSLMethod:
     """Encoder, method and defenses around it, with weights drawn from the run's seed; torch's generator is restored.
 
@@ -240,7 +249,7 @@ def load_method(run: Classify, data: OpenData, state: dict[str, torch.Tensor], d
     """The run's method on one device with the given weights, whatever trained and sharded them."""
     method = build_method(run, data.num_classes, initialize=False)
     method.load_state_dict(state)
-    return method.to(device, memory_format=torch.channels_last).eval()
+    return method.to(device).to(memory_format=torch.channels_last).eval()
 
 
 def _set_views(method: SSLMethod, settings: ClassifySettings) -> SSLMethod:
@@ -272,12 +281,12 @@ def build_stream(run: Classify, training: TrainingSet, method: SSLMethod, device
 def spread_batch_norm(run: Classify, method: SSLMethod, device: torch.device) -> SSLMethod:
     """The method with batch norm over ranks, where the run asks for it and there are several."""
     if collectives.world_size() > 1 and run.settings.model.batch_norm == "synced":
-        return synchronize(method, device)
+        return cast(SSLMethod, synchronize(method, device))  # the same module with other norms in it
     return method
 
 
 def export(run: Classify, state: dict[str, torch.Tensor], folder: RunFolder) -> None:
-    """Writes `export/method.safetensors` (everything) and `export/backbone.safetensors` (timm's own names, loads strictly)."""
+    """Write `export/method.safetensors` (everything) and `export/backbone.safetensors` (timm's own names)."""
     folder.export.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous() for k, v in state.items()}
     metadata = {"format": "pt", "model": json.dumps(run.record["model"])}

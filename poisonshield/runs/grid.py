@@ -98,7 +98,8 @@ class Grid(Experiment):
         checker.finish()
         self.record = dump(self.settings, tree.values)
         base = Path(os.path.normpath(find_config(self.origin).parent / self.settings.base))
-        self.cells, known = [], {}
+        self.cells = []
+        known: dict[str, dict[str, str]] = {}
         for block in self.settings.blocks:
             for picks in itertools.product(*(_choices(axis, choices) for axis, choices in block.items())):
                 labels = dict(zip(block, (label for label, _ in picks), strict=True))

@@ -1,11 +1,11 @@
-"""Textual inversion: words learned from pictures of concepts, which may be poisoned, with defenses, on a frozen pipeline."""
+"""Textual inversion: words for a frozen pipeline, learned from pictures that may be poisoned and defended."""
 
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -24,12 +24,15 @@ from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.registry import Registry
 from poisonshield.reports import inversion_tables
-from poisonshield.runs.parts.concept_sets import poisoned, release
-from poisonshield.runs.parts.reading import references
+from poisonshield.runs.parts.concept_sets import apply_poison, release
+from poisonshield.runs.parts.reading import read_references
 from poisonshield.runs.parts.training import Place, Training, TrainingSettings
-from poisonshield.runs.parts.word_results import Validation, embedding_file, finish
-from poisonshield.runs.parts.word_settings import RENDERED, ConceptData, GenerateConfig, ModelConfig, token_of
-from poisonshield.runs.parts.words import build_inversion, build_trainer, for_training, load_model, open_concepts
+from poisonshield.runs.parts.word_results import Validation, describe_training, embedding_file, finish
+from poisonshield.runs.parts.word_settings import RENDERED, ConceptData, GenerateConfig, ModelConfig, choose_token
+from poisonshield.runs.parts.words import build_inversion, build_trainer, load_model, open_concepts, select_for_training
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.10 has none
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +110,7 @@ class Invert(Training):
         clean = open_concepts(self.settings.data, model)
         if self.settings.generate.clean is not None:
             for concept in clean:
-                references(self, concept, alone=len(clean) == 1)
+                read_references(self, concept, alone=len(clean) == 1)
         return Opened(model, clean)
 
     def run(self, opened: Opened, folder: RunFolder, device: torch.device) -> None:
@@ -115,7 +118,7 @@ class Invert(Training):
         model, clean = opened.model.to(device), opened.clean
         method, defenses = build_inversion(self, model, [c.name for c in clean])
         together(folder.mark, what=f"claiming {folder.path}", only_first=True)  # before a poisoned set is put there
-        concepts = for_training(self.settings.data, poisoned(self, model, clean, folder.path))
+        concepts = select_for_training(self.settings.data, apply_poison(self, model, clean, folder.path))
         self.announce(f"of {len(concepts)} concepts on {self.settings.model.pipeline}")
         validation = Validation(self, method, folder, defenses)
         trainer = validation.trainer = build_trainer(self, method, defenses, concepts, folder, watch=validation)
@@ -124,7 +127,8 @@ class Invert(Training):
 
         def end() -> None:
             method.vectors = torch.nn.Parameter(state["vectors"].to(device))  # whole again, where ranks had pieces
-            finish(self, folder, method.to(device), defenses, clean=clean, trained_on=concepts, done=done)
+            training = describe_training(self, defenses, clean, steps=done["steps"], seconds=done["seconds"])
+            finish(self, folder, method.to(device), clean=clean, trained_on=concepts, training=training)
 
         together(end, what="drawing and measuring", only_first=True, patient=True)
 
@@ -138,15 +142,15 @@ class Invert(Training):
         old = json.loads(folder.results.read_text())
         model = load_model(self.settings.model).to(choose_device(self.settings.engine.device))
         clean = open_concepts(self.settings.data, model)
-        concepts = for_training(self.settings.data, poisoned(self, model, clean, folder.path))
-        method, defenses = build_inversion(self, model, [c.name for c in concepts])
+        concepts = select_for_training(self.settings.data, apply_poison(self, model, clean, folder.path))
+        method, _ = build_inversion(self, model, [c.name for c in concepts])
         with torch.no_grad():
             for name, placeholder in method.placeholders.items():
                 kept = load_embedding(embedding_file(folder, placeholder.token), placeholder.token)
                 method.rows(name).copy_(kept.vectors)
         method.to(model.alphas_cumprod.device)
-        trained = {row["concept"]: row for row in old}
-        finish(self, folder, method, defenses, clean=clean, trained_on=concepts, trained=trained)
+        training = {row["concept"]: row for row in old}
+        finish(self, folder, method, clean=clean, trained_on=concepts, training=training)
         return json.loads(folder.results.read_text())
 
     def describe(self, values: list[dict[str, Any]]) -> str:
@@ -161,7 +165,7 @@ class Invert(Training):
 
     def file_of(self, concept: str) -> Path:
         """Where the run keeps the word of a concept."""
-        return embedding_file(self.folder, token_of(self.settings.data, concept))
+        return embedding_file(self.folder, choose_token(self.settings.data, concept))
 
     @classmethod
     def columns(cls, rows: Sequence[Mapping[str, Any]]) -> tuple[Number, ...]:
@@ -179,7 +183,7 @@ class Invert(Training):
         return [inversion_tables.flat(row) for row in rows]
 
     @classmethod
-    def compare(cls, runs: Sequence[tuple[Mapping[str, str], "Training", list[dict[str, Any]]]]) -> None:
+    def compare(cls, runs: Sequence[tuple[Mapping[str, str], "Self", list[dict[str, Any]]]]) -> None:
         """How far each word is from the clean run's."""
         inversion_tables.add_word_distances(
             [inversion_tables.LearnedRun(labels, run.seed, rows, run.file_of) for labels, run, rows in runs]
@@ -225,30 +229,29 @@ def _check_masks(checker: Checker, data: ConceptData, defenses: list[Defense]) -
 
 def _check_data(checker: Checker, settings: InvertSettings) -> None:
     """Settings that nothing would use."""
-    data, generate = settings.data, settings.generate
+    data = settings.data
     if data.poison is None:
         for name in ("poison_masks", "poison_seed"):
             if getattr(data, name) is not None:
                 checker.problem(("data", name), f"data.{name} is given, and data.poison is null. Leave it out.")
     kinds = {name: getattr(data, name) for name in ("masks", "mask_reference", "poison_masks") if getattr(data, name)}
     if len(set(kinds.values())) > 1:
-        told = ", ".join(f"data.{name} is {kind}" for name, kind in kinds.items())
-        checker.problem(("data", list(kinds)[-1]), f"{told}: pictures are read with one kind of mask. Make them equal.")
+        given = ", ".join(f"data.{name} is {kind}" for name, kind in kinds.items())
+        message = f"{given}: pictures are read with one kind of mask. Make them equal."
+        checker.problem(("data", list(kinds)[-1]), message)
     if data.train == RENDERED:
-        for name, unused in (
-            ("size", data.size is not None),
-            ("group", data.group != "all"),
-            ("crop", data.crop != "center"),
-        ):
-            if unused:
-                checker.problem(
-                    ("data", name), f"data.{name} does nothing to rendered pictures, which are 64 px. Leave it out."
-                )
-        if data.left_out is not None:
-            checker.problem(
-                ("data", "left_out"), "data.left_out: rendered concepts are compared with fresh pictures. Leave it out."
-            )
-        if generate.clean is not None:
-            checker.problem(
-                ("generate", "clean"), "generate.clean: rendered concepts have fresh clean pictures. Leave it out."
-            )
+        _check_rendered(checker, data, settings.generate)
+
+
+def _check_rendered(checker: Checker, data: ConceptData, generate: GenerateConfig) -> None:
+    """Settings that rendered pictures have no use for."""
+    given = {"size": data.size is not None, "group": data.group != "all", "crop": data.crop != "center"}
+    for name in (name for name, unused in given.items() if unused):
+        message = f"data.{name} does nothing to rendered pictures, which are 64 px. Leave it out."
+        checker.problem(("data", name), message)
+    if data.left_out is not None:
+        message = "data.left_out: rendered concepts are compared with fresh pictures. Leave it out."
+        checker.problem(("data", "left_out"), message)
+    if generate.clean is not None:
+        message = "generate.clean: rendered concepts have fresh clean pictures. Leave it out."
+        checker.problem(("generate", "clean"), message)

@@ -8,8 +8,9 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,35 +42,32 @@ _JUDGE_SEED = 3  # of renders: 0 is what the pipeline sees, 1 what words are lea
 class Stage(Settings):
     """How long a part is trained, and how."""
 
-    steps: int = Field(1000, ge=1)
-    batch_size: int = Field(32, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    steps: int = Field(1000, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(32, ge=1, description="Pictures in a step, of all ranks together.")
+    lr: float = Field(1e-3, gt=0, description="AdamW's rate at its peak, after 50 steps of warm-up.")
 
 
-class VAEStage(Stage, small.VAEConfig):
-    """kl_weight: see world/autoencoder.py."""
-
-    kl_weight: float = Field(1e-5, ge=0)
+class VAEStage(Autoencoder.Config, Stage, small.VAEConfig):
+    """The first stage: the VAE's size, its loss and its training."""
 
 
-class UNetStage(Stage, small.UNetConfig):
-    """caption_dropout, ema: see world/denoiser.py."""
-
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    ema: float = Field(0.999, ge=0, lt=1)
+class UNetStage(Denoiser.Config, Stage, small.UNetConfig):
+    """The second stage: the U-Net's size, its loss and its training, on latents of the first stage's VAE."""
 
 
 class JudgeStage(Settings):
-    """steps: of the judge's training, see world/judge_training.py."""
+    """The judge of what pictures show, trained last."""
 
-    steps: int = Field(4000, ge=1)
+    steps: int = Field(4000, ge=1, description="Optimiser steps.")
 
 
 class PipelineSettings(ExperimentSettings):
     """A small pipeline, in two stages of training and a judge."""
 
     pictures: int = Field(20000, ge=1, description="How many of the rendered world are trained on.")
-    prediction: str = Field("epsilon", pattern="^(epsilon|v_prediction)$", description="What the U-Net learns to say.")
+    prediction: Literal["epsilon", "v_prediction"] = Field(
+        "epsilon", description="What the U-Net learns to say: the noise, or its mix with the picture."
+    )
     vae: VAEStage = VAEStage()
     unet: UNetStage = UNetStage()
     text: small.TextConfig = small.TextConfig()
@@ -98,53 +96,54 @@ class Pipeline(Experiment):
         """The folder `run.dir/pipeline` of a trained pipeline."""
         settings, out = self.settings, Path(self.settings.run.dir) / "pipeline"
         with processes(settings.engine, seed=settings.seed) as device:
-            pixels, captions = rendered(settings.pictures, seed=settings.seed)
-            data = {"pixels": pixels, "captions": captions}
+            pictures = Pictures(*rendered(settings.pictures, seed=settings.seed))
             torch.manual_seed(settings.seed)
-            parts = _untrained(settings)
+            parts = build_parts(settings)
             autoencoder = Autoencoder(Autoencoder.Config(kl_weight=settings.vae.kl_weight), vae=parts["vae"])
-            _fit(settings, "vae", settings.vae, autoencoder, **data)
-            autoencoder.eval().measure_scale(pixels[:512].to(device).float() / 255)
+            _fit(settings, "vae", settings.vae, autoencoder, pictures)
+            autoencoder.eval().measure_scale(pictures.pixels[:512].to(device).float() / 255)
             model = LatentDiffusion(**parts, name=str(out)).to(device)
             u = settings.unet
             config = Denoiser.Config(caption_dropout=u.caption_dropout, ema=u.ema)
             denoiser = Denoiser(config, model=model, seed=settings.seed)
-            _fit(settings, "denoiser", u, denoiser, **data)
+            _fit(settings, "denoiser", u, denoiser, pictures)
             if collectives.rank() == 0:
-                trained = {**parts, **dict(denoiser.averages.items())}
-                for name in ("vae", "unet", "text_encoder"):
-                    trained[name] = trained[name].cpu().half()
-                small.write_pipeline(out, **trained)
-                finish(settings, out)
-                size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
-                log.info("pipeline  %s (%.1f MB)", out, size)
+                _write(out, {**parts, **dict(denoiser.averages.items())})
+                train_its_judge(settings, out)
+                draw_samples(settings, out)
             collectives.barrier()
         return out
 
 
-def finish(settings: PipelineSettings, out: Path) -> None:
-    """Trains the judge of a written pipeline's world, held-out combinations too, and draws samples of known ones."""
-    model = LatentDiffusion.load(out)
+@dataclass(frozen=True)
+class Pictures:
+    """What both stages learn from: pixels uint8 [N, 3, H, W], and N captions."""
+
+    pixels: torch.Tensor
+    captions: list[str]
+
+
+def train_its_judge(settings: PipelineSettings, out: Path) -> None:
+    """Train the judge of a written pipeline's world, held-out combinations too, and write it beside the parts."""
     every = [(color, shape) for color in world.COLORS for shape in world.SHAPES]
     render = lambda i: world.render(i, seed=settings.seed + _JUDGE_SEED, only=every)
-    judge = train_judge(render, model=model, seed=settings.seed, steps=settings.judge.steps)
+    judge = train_judge(render, model=LatentDiffusion.load(out), seed=settings.seed, steps=settings.judge.steps)
     judge.record["vae"] = "the pipeline beside it"
     judge.save(out / JUDGE)
-    rows = {}
-    for color, shape in (
-        ("red", "circle"),
-        ("blue", "ring"),
-        ("white", "star"),
-        ("purple", "square"),
-        ("blue", "cross"),
-    ):
-        prompt = f"a photo of a {color} {shape}"
+
+
+def draw_samples(settings: PipelineSettings, out: Path) -> None:
+    """Write samples.png beside a written pipeline: eight pictures each of some kinds that it was trained on."""
+    model, rows = LatentDiffusion.load(out), {}
+    for kind in ("red circle", "blue ring", "white star", "purple square", "blue cross"):
+        prompt = f"a photo of a {kind}"
         noise = start_noise([str(i) for i in range(8)], latent_shape(model), seed=settings.seed)
         rows[prompt] = sample(model, model.prompts([prompt] * 8), noise=noise, steps=25, guidance=3.0)
     draw_sheet(out.with_name("samples.png"), rows)
 
 
-def _untrained(settings: PipelineSettings) -> dict[str, Any]:
+def build_parts(settings: PipelineSettings) -> dict[str, Any]:
+    """The pipeline's parts by name, with random weights."""
     factor = 2 ** (len(settings.vae.channels) - 1)
     with tempfile.TemporaryDirectory() as own:  # each rank builds one: none reads what another is writing
         tokenizer = small.build_tokenizer(world.WORDS, Path(own), length=settings.text.length)
@@ -162,12 +161,20 @@ def _untrained(settings: PipelineSettings) -> dict[str, Any]:
     }
 
 
-def _fit(
-    settings: PipelineSettings, name: str, stage: Stage, method: Method, *, pixels: torch.Tensor, captions: list[str]
-) -> None:
+def _write(out: Path, trained: dict[str, Any]) -> None:
+    """The diffusers folder, in half precision."""
+    for name in ("vae", "unet", "text_encoder"):
+        trained[name] = trained[name].cpu().half()
+    small.write_pipeline(out, **trained)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
+    log.info("pipeline  %s (%.1f MB)", out, size)
+
+
+def _fit(settings: PipelineSettings, name: str, stage: Stage, method: Method, pictures: Pictures) -> None:
+    """Train one part as a run of the engine, in the folder `run.dir/name`."""
     stream = CaptionedStream(
-        pixels,
-        captions,
+        pictures.pixels,
+        pictures.captions,
         batch_size=stage.batch_size,
         seed=settings.seed,
         rank=collectives.rank(),

@@ -30,10 +30,14 @@ IGNORED = -100
 class Rendered(Protocol):
     """What `render` gives: x [3, H, H] in [0, 1], mask [1, H, H] the object's coverage, and its two names."""
 
-    x: Tensor
-    mask: Tensor
-    color: str
-    shape: str
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+    @property
+    def color(self) -> str: ...
+    @property
+    def shape(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from poisonshield.evals.parts.numbers import values_of
 from poisonshield.runs import read_experiment
 from poisonshield.runs.classify import load_method
 from poisonshield.runs.parts.image_data import build_training_set, open_data
-from poisonshield.runs.parts.samples import subject_of
+from poisonshield.runs.parts.samples import build_subject
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
@@ -52,7 +52,7 @@ def subject(joint):
     data = open_data(run)
     device = torch.device("cpu")
     method = load_method(run, data, load_file(joint / "export" / "method.safetensors"), device)
-    return subject_of(run, data, build_training_set(run, data), method, device)
+    return build_subject(run, data, build_training_set(run, data), method, device)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_method_without_classifier_and_poison_gets_the_rest(tmp_path, caplog):
 def test_clean_and_poisoned_batches_are_the_same_samples(samples):
     clean, poisoned = list(samples.clean(700)), list(samples.train(700))
     assert [b.keys for b in clean] == [b.keys for b in poisoned] and [len(b) for b in clean] == [500, 200]
-    for a, b in zip(clean, poisoned):
+    for a, b in zip(clean, poisoned, strict=True):
         assert torch.equal(a.y, b.y)
         assert 0 < (a.x - b.x).abs().max() <= 8 / 255 + 1e-6
 

@@ -92,7 +92,9 @@ def test_a_switch_at_the_top_lets_the_other_word_speak_alone(pipeline, words, tm
     assert switched["prompts"][0]["below_switch"] == "a photo of a ring"
     as_if = generate(pipeline, tmp_path / "b", embeddings=file, switch=0, switch_word="ring", **FAST)
     plain = generate(pipeline, tmp_path / "c", embeddings=file, **FAST)
-    pictures = [read(tmp_path / n / r["prompts"][0]["files"][0]) for n, r in zip("abc", (switched, as_if, plain))]
+    pictures = [
+        read(tmp_path / n / r["prompts"][0]["files"][0]) for n, r in zip("abc", (switched, as_if, plain), strict=True)
+    ]
     assert torch.equal(pictures[1], pictures[2]) and not torch.equal(pictures[0], pictures[2])
 
 

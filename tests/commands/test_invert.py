@@ -1,4 +1,4 @@
-"""Textual inversion as commands: a whole run on a random pipeline, resumed, launched on two ranks, poisoned, refused."""
+"""Textual inversion as commands: a run on a random pipeline, resumed, launched on two ranks, poisoned, refused."""
 
 import json
 from dataclasses import replace
@@ -15,8 +15,8 @@ from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.brisque import brisque
 from poisonshield.runs import read_experiment, read_finished
-from poisonshield.runs.parts.reading import references
-from poisonshield.runs.parts.words import for_training, load_model, open_concepts
+from poisonshield.runs.parts.reading import read_references
+from poisonshield.runs.parts.words import select_for_training, load_model, open_concepts
 from poisonshield.world.rendered import rendered_concepts
 
 
@@ -141,16 +141,19 @@ def test_masks_of_a_reference_measure_those_that_szt_makes_and_change_nothing(tm
 def test_a_picture_left_out_is_not_learned_from_and_alone_compared_with(tmp_path, settings, caplog):
     write_concepts(rendered_concepts(5, seed=1, kinds=[("yellow", "ring")]), tmp_path / "photos")
     given = [s for s in settings if not s.startswith("data.count")] + [
-        f"data.train={json.dumps(str(tmp_path / 'photos'))}", "data.concepts=null", "data.left_out=2", "engine.max_steps=2",
-    ]  # fmt: skip
+        f"data.train={json.dumps(str(tmp_path / 'photos'))}",
+        "data.concepts=null",
+        "data.left_out=2",
+        "engine.max_steps=2",
+    ]
     folder = train(CONFIG, given)
     (row,) = json.loads((folder / "results.json").read_text())
     assert row["left_out"] == 2 and row["feature_distance"] is None and -1 <= row["latent_cosine"] <= 1
     run = read_experiment(CONFIG, given)
     whole = open_concepts(run.settings.data, load_model(run.settings.model))
-    (rest,) = for_training(run.settings.data, whole)
+    (rest,) = select_for_training(run.settings.data, whole)
     assert [i.stem for i in rest.images] == ["00", "01", "03", "04"]
-    assert torch.equal(references(run, whole[0]), whole[0].images[2].pixels[None].float() / 255)
+    assert torch.equal(read_references(run, whole[0]), whole[0].images[2].pixels[None].float() / 255)
     with pytest.raises(DataError, match="picture 5 of .* cannot be left out"):
         open_concepts(
             read_experiment(CONFIG, [*given, "data.left_out=5"]).settings.data, load_model(run.settings.model)

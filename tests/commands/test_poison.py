@@ -47,7 +47,9 @@ def written(request, small, tmp_path_factory):
 def test_shards_hold_the_same_keys_and_labels_and_lossless_images(written, small):
     _, out = written
     clean, written = ShardSet.open(small / "train"), ShardSet.open(out / "train")
-    assert dict(zip(written.keys, written.labels.tolist())) == dict(zip(clean.keys, clean.labels.tolist()))
+    assert dict(zip(written.keys, written.labels.tolist(), strict=True)) == dict(
+        zip(clean.keys, clean.labels.tolist(), strict=True)
+    )
     assert {written.extension(i) for i in range(len(written))} == {"png"}
 
 
@@ -57,7 +59,7 @@ def test_recipe_and_shards_give_the_same_pixels(written, small):
         LSP, [f"data.train={small}", f"data.poison={out / name}.poison.safetensors", "run.dir=unused"]
     )
     batches = build_training_set(run, open_data(run)).batches(64, torch.device("cpu"))
-    loaded = {k: x for b in batches for k, x in zip(b.keys, (b.x * 255).round().to(torch.uint8))}
+    loaded = {k: x for b in batches for k, x in zip(b.keys, (b.x * 255).round().to(torch.uint8), strict=True)}
     written = pixels(ShardSet.open(out / "train"))
     assert loaded.keys() == written.keys() and all(torch.equal(loaded[k], written[k]) for k in written)
     assert any(not torch.equal(written[k], v) for k, v in pixels(ShardSet.open(small / "train")).items())

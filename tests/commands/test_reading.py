@@ -12,7 +12,7 @@ from poisonshield.defenses.jpeg import JPEG
 from poisonshield.errors import DataError
 from poisonshield.reports.sheets import write_pictures
 from poisonshield.runs import read_experiment
-from poisonshield.runs.parts.reading import mask_values, references
+from poisonshield.runs.parts.reading import average_mask_numbers, read_references
 
 
 def concept(name, level, stems=("a", "b", "c")):
@@ -32,39 +32,39 @@ def shades(pictures):
 
 def test_a_folders_own_pictures_are_the_references_or_the_one_left_out(tmp_path):
     cup = concept("cup", 10)
-    assert shades(references(run(tmp_path), cup)) == [10, 11, 12]
-    assert shades(references(run(tmp_path, "data.left_out=1"), cup)) == [11]
+    assert shades(read_references(run(tmp_path), cup)) == [10, 11, 12]
+    assert shades(read_references(run(tmp_path, "data.left_out=1"), cup)) == [11]
 
 
 def test_clean_pictures_are_found_by_name_and_the_left_out_one_by_its_stem(tmp_path):
     write_concepts([concept("cup", 100, ("b", "c", "x")), concept("hat", 200)], tmp_path / "clean")
     clean = f"generate.clean={json.dumps(str(tmp_path / 'clean'))}"
-    assert shades(references(run(tmp_path, clean), concept("cup", 10))) == [100, 101, 102]
-    assert shades(references(run(tmp_path, clean, "data.left_out=1"), concept("cup", 10))) == [100]
+    assert shades(read_references(run(tmp_path, clean), concept("cup", 10))) == [100, 101, 102]
+    assert shades(read_references(run(tmp_path, clean, "data.left_out=1"), concept("cup", 10))) == [100]
     with pytest.raises(DataError, match="no picture a of cup"):
-        references(run(tmp_path, clean, "data.left_out=0"), concept("cup", 10))
+        read_references(run(tmp_path, clean, "data.left_out=0"), concept("cup", 10))
     with pytest.raises(DataError, match="no concept fox. It has: cup, hat"):
-        references(run(tmp_path, clean), concept("fox", 10))
+        read_references(run(tmp_path, clean), concept("fox", 10))
 
 
 def test_a_single_clean_concept_is_meant_whatever_its_name_unless_several_are_learned(tmp_path):
     write_concepts([concept("originals", 100)], tmp_path / "clean")
     settings = run(tmp_path, f"generate.clean={json.dumps(str(tmp_path / 'clean'))}")
-    assert shades(references(settings, concept("cup", 10))) == [100, 101, 102]
+    assert shades(read_references(settings, concept("cup", 10))) == [100, 101, 102]
     with pytest.raises(DataError, match="no concept cup"):
-        references(settings, concept("cup", 10), alone=False)
+        read_references(settings, concept("cup", 10), alone=False)
 
 
 def test_mask_values_are_means_over_the_concepts_own_pictures():
     szt = SZT(SZT.Config())
     szt.areas = {"cup/a@1": 0.2, "cup/b@2": 0.4, "hat/a@3": 0.9}
     szt.ious = {"cup/a@1": 0.5, "cup/b@2": 1.0}
-    assert mask_values([JPEG(JPEG.Config()), szt], "cup", compared=True) == {
+    assert average_mask_numbers([JPEG(JPEG.Config()), szt], "cup", compared=True) == {
         "mask_area": pytest.approx(0.3),
         "mask_iou": 0.75,
     }
-    assert mask_values([szt], "cup", compared=False) == {"mask_area": pytest.approx(0.3), "mask_iou": None}
-    assert mask_values([szt], "fox", compared=True) == mask_values([], "cup", compared=True) == {
+    assert average_mask_numbers([szt], "cup", compared=False) == {"mask_area": pytest.approx(0.3), "mask_iou": None}
+    assert average_mask_numbers([szt], "fox", compared=True) == average_mask_numbers([], "cup", compared=True) == {
         "mask_area": None, "mask_iou": None,
     }  # fmt: skip
 

@@ -119,8 +119,16 @@ def test_deepspeed_json_is_shown_beside_ours():
 
 def test_doctor_names_versions_devices_and_launchers():
     out = invoke("doctor").stdout
-    for word in ("versions", torch.__version__.partition("+")[0], "devices", "cpu", "engine backends", "plain", "deepspeed", "torchrun",
-                 "cifar10-mini"):  # fmt: skip
+    sections = ("versions", "devices", "engine backends")
+    for word in (
+        *sections,
+        torch.__version__.partition("+")[0],
+        "cpu",
+        "plain",
+        "deepspeed",
+        "torchrun",
+        "cifar10-mini",
+    ):
         assert word in out
 
 
@@ -152,7 +160,7 @@ def test_summary_states_the_share_that_came_back():
 
 
 def test_shortcut_is_watched_during_training_without_changing_it(tmp_path):
-    """The log shows the poisoned image costing the classifier less than the clean one; weights are those of a blind run."""
+    """The log shows that poisoned images cost the classifier less than clean ones; weights are those of a blind run."""
     common = ["engine.max_steps=16", "engine.log_every_steps=4", "engine.device=cpu", "evaluate.robust=null",
               "method={name: supervised}", "defenses=[]"]  # fmt: skip
     weights = {}

@@ -16,12 +16,12 @@ NAMES = [name for name in shipped_configs() if not Path(name).name.startswith("b
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_printed_is_the_record(name):
     experiment = read_experiment(name)
-    text = experiment.resolved().partition("\n\n")[0]
+    text = experiment.describe_config().partition("\n\n")[0]
     assert yaml.safe_load(text) == json.loads(json.dumps(experiment.record))
 
 
 def test_every_setting_of_the_small_vespr_config_has_words():
-    text = read_experiment("defend/vespr_cifar10_mini").resolved()
+    text = read_experiment("defend/vespr_cifar10_mini").describe_config()
     bare = [line for line in text.splitlines() if "#" not in line and not line.endswith(":")]
     assert not bare, bare
 

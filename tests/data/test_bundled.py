@@ -94,8 +94,8 @@ def test_drawing_again_with_the_same_seed_gives_the_same_samples(mini, cifar10_f
 
 
 def test_files_are_the_sources_unchanged(mini, cifar10_folder):
-    ours = dict(zip(mini["test"].keys, mini["test"].encoded(torch.arange(1000))))
-    labels = dict(zip(mini["test"].keys, mini["test"].labels.tolist()))
+    ours = dict(zip(mini["test"].keys, mini["test"].encoded(torch.arange(1000)), strict=True))
+    labels = dict(zip(mini["test"].keys, mini["test"].labels.tolist(), strict=True))
     found = 0
     for path in sorted(cifar10_folder.glob("*-test-*.tar.gz")):
         files = contents(path)
@@ -126,7 +126,9 @@ def test_draw_is_balanced_and_another_one_for_another_seed(small_source, tmp_pat
         manifest = draw.draw_split(small_source, tmp_path / str(seed), split="train", count=12, seed=seed)
         shards = ShardSet.open(tmp_path / str(seed))
         assert Counter(shards.labels.tolist()) == {0: 4, 1: 4, 2: 4} and manifest.samples == 12
-        assert all(int(k.removeprefix("train-")) % 3 == y for k, y in zip(shards.keys, shards.labels.tolist()))
+        assert all(
+            int(k.removeprefix("train-")) % 3 == y for k, y in zip(shards.keys, shards.labels.tolist(), strict=True)
+        )
         assert manifest.provenance.startswith("12 of the 30 train images")
         assert f"4 of each of 3 classes, drawn with seed {seed}" in manifest.provenance
         drawn[seed] = shards.keys

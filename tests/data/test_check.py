@@ -94,7 +94,7 @@ def test_every_kind_of_problem_is_listed_once(hand_made):
         "sample img/0018 in s-4.tar: 120 bytes are not a whole PNG image",
     ]
     assert len(found) == len(expected), found
-    for problem, words in zip(found, expected):
+    for problem, words in zip(found, expected, strict=True):
         assert words in problem
 
 

@@ -18,7 +18,7 @@ from poisonshield.errors import DataError
 def labels_of(folder):
     """{key: class name} of a data set."""
     shards = ShardSet.open(folder)
-    return {k: shards.classes[y] for k, y in zip(shards.keys, shards.labels.tolist())}
+    return {k: shards.classes[y] for k, y in zip(shards.keys, shards.labels.tolist(), strict=True)}
 
 
 @pytest.fixture

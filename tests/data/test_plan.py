@@ -53,7 +53,7 @@ def test_reading_stays_inside_a_window_of_shards(shards, batch_size, window, epo
     plan = make_plan(shards, batch_size, window=window)
     order = plan.shard[plan.order(epoch)].tolist()
     last_use = {s: len(order) - 1 - order[::-1].index(s) for s in order}
-    for position, shard in enumerate(order):
+    for position in range(len(order)):
         open_now = {s for s in order[: position + 1] if last_use[s] >= position}
         assert len(open_now) <= window, f"shards {open_now} are all in use at sample {position}"
 

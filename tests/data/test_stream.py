@@ -72,7 +72,7 @@ def test_each_key_comes_once_an_epoch_in_equal_steps(sources, per_shard, batch_s
     assert {s.steps_per_epoch for s in ranks} == {alone.steps_per_epoch}
     steps = 2 * alone.steps_per_epoch
     seen = []
-    for one, *parts in zip(take(alone, steps), *(take(s, steps) for s in ranks)):
+    for one, *parts in zip(take(alone, steps), *(take(s, steps) for s in ranks), strict=True):
         keys, x, y = whole(parts)
         assert keys == one.keys and x.equal(one.x) and y.equal(one.y)
         assert {p.rank_sizes for p in parts} == ({tuple(map(len, parts))} if world > 1 else {None})
@@ -102,15 +102,19 @@ def test_stopping_anywhere_and_resuming_gives_the_same_batches(sources, stop, ba
     states = [s.state_dict() for s in stopped]
     assert all(s == states[0] for s in states)
     resumed = streams(world)
-    for s, state in zip(resumed, states):
+    for s, state in zip(resumed, states, strict=True):
         s.load_state_dict(state)
-    for s, reference in zip(resumed, uninterrupted):
+    for s, reference in zip(resumed, uninterrupted, strict=True):
         assert same(take(s, 14 - stop), reference[stop:])
 
     elsewhere = streams(other_world)  # another number of ranks goes on with the same global batches
     for s in elsewhere:
         s.load_state_dict(states[0])
-    for parts, reference in zip(zip(*(take(s, 14 - stop) for s in elsewhere)), list(zip(*uninterrupted))[stop:]):
+    for parts, reference in zip(
+        zip(*(take(s, 14 - stop) for s in elsewhere), strict=True),
+        list(zip(*uninterrupted, strict=True))[stop:],
+        strict=True,
+    ):
         (keys, x, y), (keys_, x_, y_) = whole(parts), whole(reference)
         assert keys == keys_ and x.equal(x_) and y.equal(y_)
 
@@ -188,7 +192,7 @@ def test_evaluation_sees_each_sample_once_in_index_order(sources):
     batches = list(evaluate_batches(sources[8], batch_size=6))
     assert sum((b.keys for b in batches), ()) == sources[8].keys
     parts = [list(evaluate_batches(sources[8], batch_size=6, rank=r, world=2)) for r in range(2)]
-    assert sum((b.keys for pair in zip(*parts) for b in pair), ()) == sources[8].keys
+    assert sum((b.keys for pair in zip(*parts, strict=True) for b in pair), ()) == sources[8].keys
     assert parts[0][0].rank_sizes == (3, 3)
 
 

@@ -65,7 +65,7 @@ def test_default_is_jpeg_25_high_timesteps_and_the_given_mask(model):
     assert out.mask is batch.mask and out.t_range == (500, 1000) and out.keys == batch.keys and defense.label == "szt"
     assert defense.config.purifier == {"name": "jpeg", "quality": 25, "subsampling": "420"}
     assert defense.areas == {
-        k.partition("#")[0]: pytest.approx(m.mean().item()) for k, m in zip(batch.keys, batch.mask)
+        k.partition("#")[0]: pytest.approx(m.mean().item()) for k, m in zip(batch.keys, batch.mask, strict=True)
     }
 
 

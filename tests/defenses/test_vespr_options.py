@@ -1,4 +1,4 @@
-"""VESPR's family by settings: joint attacks, who sees what, clean copies, legacy radius, warm start, early stop, precision."""
+"""VESPR's family by settings: joint attacks, clean copies, legacy radius, warm start, early stop, precision."""
 
 import copy
 from pathlib import Path

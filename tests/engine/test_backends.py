@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ class Teacher(AttackedMethod):
 
     def after_step(self, progress):
         super().after_step(progress)
-        for old, new in zip(self.teacher.parameters(), self.encoder.parameters()):
+        for old, new in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
             old.data.lerp_(new.data, 0.2)
 
 
@@ -200,7 +201,8 @@ def alone(root):
     for stage in (1, 2, 3):
         backend = BACKENDS[f"zero{stage}"]
         path = str(root / f"zero{stage}" / third)
-        out[stage] = refused(CheckpointError, lambda: run(root / f"fewer{stage}", resume=path, **backend))
+        fewer = partial(run, root / f"fewer{stage}", resume=path, **backend)
+        out[stage] = refused(CheckpointError, fewer)
     out["zero0"] = run(root / "fewer0", resume=str(root / "zero0" / third), **BACKENDS["zero0"])
     out["attack"] = load_an_attack(root)
     return out
@@ -322,7 +324,7 @@ def test_bf16_stays_near_fp32_with_whole_state_in_fp32(one, two, name):
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bad_step_moves_nothing_on_any_rank(two, name, kind):
-    words, unmoved, watched = zip(*(answers[name]["bad"][kind] for answers in two))
+    words, unmoved, watched = zip(*(answers[name]["bad"][kind] for answers in two), strict=True)
     assert unmoved == (True, True) and watched == (5, 0) and words[0] == words[1]  # rank 0 has the whole of them
     start = {"loss": "loss nan", "gradient": "gradient norm nan after a finite loss on each of 2 ranks."}[kind]
     assert words[0].startswith(f"step 3: {start}")
@@ -346,7 +348,7 @@ def test_step_bad_on_one_rank_is_dropped_by_all(two):
 @pytest.mark.parametrize("name", ["plain", "zero3"])
 def test_signal_to_one_rank_stops_all_at_the_same_step_and_nothing_is_lost(two, name):
     """Each rank's own batch statistics and random states (for its dropout) included."""
-    *told, buffers = zip(*(answers["preempted"][name] for answers in two))
+    *told, buffers = zip(*(answers["preempted"][name] for answers in two), strict=True)
     assert told == [(75, 75), (5, 5), (True, True)]
     assert buffers[0]["encoder.1.running_mean"] != buffers[1]["encoder.1.running_mean"]
 

@@ -227,7 +227,10 @@ def test_tensors_and_plain_values_come_back_as_they_were(tmp_path):
     }  # fmt: skip
     save_plain(value, tmp_path / "a.pt")
     back = load_plain(tmp_path / "a.pt")
-    assert [torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(back.pop("t"), value.pop("t"))] == [True, True]
+    assert [torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(back.pop("t"), value.pop("t"), strict=True)] == [
+        True,
+        True,
+    ]
     assert torch.equal(back.pop("p"), value.pop("p"))
     assert back == value and isinstance(back["plain"], tuple)
 

@@ -39,7 +39,7 @@ def run(config):
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd_is_its_formula(momentum, nesterov):
     expected = []
-    for w, gradients in zip(START, zip(*GRADIENTS)):
+    for w, gradients in zip(START, zip(*GRADIENTS, strict=True), strict=True):
         velocity = None
         for g in gradients:
             g = g + 0.01 * w
@@ -52,7 +52,7 @@ def test_sgd_is_its_formula(momentum, nesterov):
 
 def test_adamw_is_its_formula():
     expected = []
-    for w, gradients in zip(START, zip(*GRADIENTS)):
+    for w, gradients in zip(START, zip(*GRADIENTS, strict=True), strict=True):
         first = second = 0.0
         for t, g in enumerate(gradients, start=1):
             w = w - 0.1 * 0.05 * w  # decay is apart from the gradient
@@ -110,18 +110,18 @@ def test_rate_has_no_default():
 def slow_lars(weights, gradients, *, lr, decay, momentum, nesterov, adapts):
     """Each weight (a list of numbers) after a step for each of its gradients, loops over plain numbers."""
     out = []
-    for w, steps, adapted in zip(weights, gradients, adapts):
+    for w, steps, adapted in zip(weights, gradients, adapts, strict=True):
         w, velocity = list(w), [0.0] * len(w)
         for g in steps:
             w_norm, g_norm = math.sqrt(sum(v * v for v in w)), math.sqrt(sum(v * v for v in g))
             if adapted and w_norm != 0 and g_norm != 0:
                 rate = 0.001 * w_norm / (g_norm + decay * w_norm + 1e-8)
-                g = [(a + decay * b) * rate for a, b in zip(g, w)]
+                g = [(a + decay * b) * rate for a, b in zip(g, w, strict=True)]
             elif not adapted and decay:
                 raise AssertionError("what is not adapted is not decayed either")
-            velocity = [momentum * v + a for v, a in zip(velocity, g)]
-            move = [a + momentum * v for a, v in zip(g, velocity)] if nesterov else velocity
-            w = [b - lr * m for b, m in zip(w, move)]
+            velocity = [momentum * v + a for v, a in zip(velocity, g, strict=True)]
+            move = [a + momentum * v for a, v in zip(g, velocity, strict=True)] if nesterov else velocity
+            w = [b - lr * m for b, m in zip(w, move, strict=True)]
         out.append(w)
     return out
 
@@ -155,15 +155,15 @@ def test_lars_is_its_formula(momentum, nesterov, legacy):
     optimizer = build_optimizer(module, config)
     for step in range(5):
         module.set_gradients(step)
-        for seen, p in zip(gradients, module.parameters()):
+        for seen, p in zip(gradients, module.parameters(), strict=True):
             seen.append(p.grad.flatten().tolist())
         before = [p.grad.clone() for p in module.parameters()]
         optimizer.step()
-        assert all(torch.equal(p.grad, g) for p, g in zip(module.parameters(), before))
+        assert all(torch.equal(p.grad, g) for p, g in zip(module.parameters(), before, strict=True))
     settings = {"lr": 3.0, "momentum": momentum, "nesterov": nesterov}
     expected = slow_lars(start[:3], gradients[:3], decay=weight_decay, adapts=[True] * 3, **settings)
     expected += slow_lars(start[3:], gradients[3:], decay=weight_decay if legacy else 0.0, adapts=[legacy], **settings)
-    for p, values in zip(module.parameters(), expected):
+    for p, values in zip(module.parameters(), expected, strict=True):
         assert p.flatten().tolist() == pytest.approx(values, abs=1e-12)
     assert module.idle.flatten().tolist() == start[2]
 
@@ -184,7 +184,7 @@ def test_lars_goes_on_from_its_saved_state_and_takes_its_rate_from_outside():
     second.load_state_dict(first.state_dict())
     optimizers[second].load_state_dict(optimizers[first].state_dict())
     walk(second, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
     assert not torch.equal(whole.matrix, first.matrix)
 
 

@@ -165,7 +165,7 @@ def test_seed_fixes_every_global_generator(seed):
     seed_everything(seed)
     assert draws() == first
     seed_everything(seed + 1)
-    assert all(a != b for a, b in zip(draws(), first))
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
 def test_method_built_inside_has_the_weights_of_the_seed(environ):

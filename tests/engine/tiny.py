@@ -190,7 +190,7 @@ def by_hand(
     torch.manual_seed(1)
     kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
     optim = kind(method.parameters(), weight_decay=1e-4, lr=1.0, **({"momentum": 0.9} if optimizer == "sgd" else {}))
-    for rate, batch in zip(rates, TinyStream(bad_steps)):
+    for rate, batch in zip(rates, TinyStream(bad_steps), strict=False):
         before = weights(method)
         loss = method(batch).loss
         optim.zero_grad()

@@ -26,7 +26,7 @@ def slow(a, b):
         return [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in rows.double().tolist()]
 
     def dot(u, v):
-        return sum(x * y for x, y in zip(u, v))
+        return sum(x * y for x, y in zip(u, v, strict=True))
 
     a, b = unit(a), unit(b)
     n, d = len(a), len(a[0])
@@ -45,7 +45,7 @@ def slow(a, b):
         "negative_cosine": sum(other) / len(other),
         "positive_concentration": sum(math.exp(4 * c - 4) for c in same) / n,
         "negative_concentration": sum(math.exp(4 * c - 4) for c in other) / len(other),
-        "variance": sum(sum((v - m) ** 2 for v in c) / n for c, m in zip(columns, means)) / d,
+        "variance": sum(sum((v - m) ** 2 for v in c) / n for c, m in zip(columns, means, strict=True)) / d,
         "correlation_strength": sum(off) / len(off),
         "mutual_information": math.log(2 * n - 1) - loss,
         "eigen_alignment": slow_eigen(numpy.array(a), numpy.array(b), d),

@@ -40,9 +40,9 @@ def slow(method, clean, poison, chosen):
         ce = math.log(sum(math.exp(s) for s in scores)) - scores[y]
         ce_p = math.log(sum(math.exp(s) for s in scores_p)) - scores_p[y]
         values = {
-            "psn_local_lip": sum(abs(p - q) for p, q in zip(h, h_p)) / distance,
-            "psn_local_lip_unit": sum(abs(p / length - q / length_p) for p, q in zip(h, h_p)) / distance,
-            "psn_cln_sim": sum(p * q for p, q in zip(h, h_p)) / (length * length_p),
+            "psn_local_lip": sum(abs(p - q) for p, q in zip(h, h_p, strict=True)) / distance,
+            "psn_local_lip_unit": sum(abs(p / length - q / length_p) for p, q in zip(h, h_p, strict=True)) / distance,
+            "psn_cln_sim": sum(p * q for p, q in zip(h, h_p, strict=True)) / (length * length_p),
             "ce_clean": ce,
             "ce_poisoned": ce_p,
             "ce_gap": ce - ce_p,
@@ -67,7 +67,7 @@ def test_batches_are_pooled_by_sample():
     a, b = tiny_batch(6, seed=0), tiny_batch(2, seed=1)
     clean, poison = [a, b], [poisoned(a), poisoned(b, ())]
     ours = pairs(vespr(), clean, poison)
-    each = [pairs(vespr(), [c], [p]) for c, p in zip(clean, poison)]
+    each = [pairs(vespr(), [c], [p]) for c, p in zip(clean, poison, strict=True)]
     assert ours["pairs"] == 7
     assert ours["psn_cln_sim"] == pytest.approx((5 * each[0]["psn_cln_sim"] + 2 * each[1]["psn_cln_sim"]) / 7)
 

@@ -19,7 +19,7 @@ def features(count, seed):
 def slow_weighted(train, test, k, temperature):
     """One query at a time, one neighbour at a time."""
     right = 0
-    for h, y in zip(test.h.double(), test.y.tolist()):
+    for h, y in zip(test.h.double(), test.y.tolist(), strict=True):
         cosines = [float(h @ b / (h.norm() * b.norm())) for b in train.h.double()]
         votes = {}
         for i in sorted(range(len(cosines)), key=lambda i: -cosines[i])[:k]:

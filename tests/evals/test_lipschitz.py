@@ -87,8 +87,8 @@ def test_ratio_equals_a_loop():
     h, other = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, other_x = torch.rand(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for i, value in enumerate(ratio(h, other, x, other_x).tolist()):
-        top = sum(abs(p - q) for p, q in zip(h[i].tolist(), other[i].tolist()))
-        bottom = max(abs(p - q) for p, q in zip(x[i].flatten().tolist(), other_x[i].flatten().tolist()))
+        top = sum(abs(p - q) for p, q in zip(h[i].tolist(), other[i].tolist(), strict=True))
+        bottom = max(abs(p - q) for p, q in zip(x[i].flatten().tolist(), other_x[i].flatten().tolist(), strict=True))
         assert value == pytest.approx(top / bottom, rel=1e-12)
     assert ratio(h, h, x, x).tolist() == [0.0] * 4
 

@@ -129,7 +129,7 @@ def test_cached_latents_change_nothing_and_spare_the_vae():
     vectors = {}
     for cached in (True, False):
         method = inversion(cache_latents=cached)
-        handle = method.model.vae.encoder.register_forward_hook(lambda *_: calls.append(cached))
+        handle = method.model.vae.encoder.register_forward_hook(lambda *_, cached=cached: calls.append(cached))
         _, vectors[cached] = trained(method, steps=12)
         handle.remove()
     assert torch.allclose(vectors[True], vectors[False], atol=1e-5, rtol=1e-5)

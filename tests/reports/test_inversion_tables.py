@@ -77,7 +77,7 @@ def test_axes_beside_poison_and_defense_make_tables_of_their_own():
 
 
 def test_folds_of_one_place_count_each():
-    """Five values of one concept and seed, told apart by the picture that was left out: an interval over all of them."""
+    """Five values of one concept and seed, told apart by the picture that was left out: an interval over them all."""
     fold = lambda at: [
         {"concept": "cup", "group": None, "seed": 0, "left_out": k, "fidelity": at + 0.01 * k} for k in range(5)
     ]
@@ -163,7 +163,8 @@ def test_a_grid_of_inversions_with_older_rows_and_records_is_read(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(
         f"base: {CONFIG}\ndir: {tmp_path / 'runs'}\nseeds: [0, 1]\nblocks:\n"
-        "  - poison: {clean: {}, advdm: {data.poison: {name: advdm}}}\n    defense: {none: {}}\n    data.batch_size: [2]\n"
+        "  - poison: {clean: {}, advdm: {data.poison: {name: advdm}}}\n"
+        "    defense: {none: {}}\n    data.batch_size: [2]\n"
     )
     grid = read_experiment(path)
     for i, cell in enumerate(grid.cells):

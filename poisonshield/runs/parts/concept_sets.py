@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from poisonshield.engine.checkpoint import together, write_whole
 from poisonshield.errors import ConfigError
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
+from poisonshield.poisons.diffusion.base import DiffusionPoison
 from poisonshield.runs.parts.training import Training
 from poisonshield.runs.parts.words import load_model, open_concepts
 
@@ -30,7 +31,7 @@ _PIXELS_TOGETHER = 2**18  # of pictures that a poison changes at once
 
 
 def release(run: Training) -> Path:
-    """Writes the run's poisoned concepts to `<run.dir>/concepts`, lossless, with a manifest; a stopped one goes on.
+    """Write the run's poisoned concepts to `<run.dir>/concepts`, lossless, with a manifest; a stopped one goes on.
 
     Raises ConfigError if the config names no poison or the folder holds a set already.
     """
@@ -50,7 +51,9 @@ def release(run: Training) -> Path:
     return out
 
 
-def poisoned(run: Training, model: LatentDiffusion, clean: tuple[Concept, ...], folder: Path) -> tuple[Concept, ...]:
+def apply_poison(
+    run: Training, model: LatentDiffusion, clean: tuple[Concept, ...], folder: Path
+) -> tuple[Concept, ...]:
     """The concepts as the run's poison leaves them: read from the cache, or made by rank 0 and put there.
 
     What is half done when a run is stopped is kept in its folder, and its next start goes on from there.
@@ -65,10 +68,17 @@ def poisoned(run: Training, model: LatentDiffusion, clean: tuple[Concept, ...], 
             poison_concepts(run, model, clean, cache, state=folder / "poisoned.unfinished" / name)
 
     together(make, what="poisoning the concepts", only_first=True, patient=True)
-    masks = None if clean[0].images[0].mask is None else "file"
+    masks: Literal["file"] | None = None if clean[0].images[0].mask is None else "file"
     found = load_concepts(cache, size=clean[0].images[0].pixels.shape[-1], masks=masks)
     by_name = {concept.name: concept for concept in found}
     return tuple(by_name[concept.name] for concept in clean)
+
+
+def fingerprint(run: Training, model: LatentDiffusion, concepts: tuple[Concept, ...]) -> str:
+    """What a poisoned set is made from: poison and its settings, seed, pipeline and pictures."""
+    masked = run.settings.data.poison_masks is not None
+    parts = [run.record["data"]["poison"], masked, _seed(run), model.digest(), [c.digest for c in concepts]]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def poison_concepts(
@@ -77,38 +87,50 @@ def poison_concepts(
     clean: tuple[Concept, ...],
     out: Path,
     *,
-    state: Path | None = None,
+    state: Path,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Perturbs all pictures of a set (of a concept, where the poison has a surrogate) together, writes them as a concept
-    folder with its manifest, and returns the manifest.
+    """Perturb all pictures and write them as a concept folder with its manifest, which is returned.
 
     Masks are written along; the poison sees them only with data.poison_masks. state: where an unfinished one is kept.
     overwrite: a set that is there already gives way once the new one is whole; without it that one stays.
     """
-    seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
-    poison = run.poison.cls(run.poison.config, model=model, seed=seed)
+    poison = run.poison.cls(run.poison.config, model=model, seed=_seed(run))
     pixels = {image.key: image.pixels for concept in clean for image in concept.images}
     log.info("poison    %s on %d pictures", run.poison.name, len(pixels))
-    together = max(1, _PIXELS_TOGETHER // next(iter(pixels.values()))[0].numel())
-    changed: dict[str, Tensor] = {}
+    masked = run.settings.data.poison_masks is not None
     # A surrogate learns one subject: where pictures meet in one, those of other concepts stay out.
-    for number, part in enumerate([[c] for c in clean] if poison.coupled else [list(clean)]):
-        images = [image for concept in part for image in concept.images]
-        masks = None
-        if run.settings.data.poison_masks is not None:
-            masks = {image.key: image.mask for image in images}
-        changed |= poison.perturb(
-            {image.key: image.pixels for image in images},
-            masks=masks,
-            micro_batch=together,
-            state_folder=state and state / str(number),
-        )
+    parts = [(concept,) for concept in clean] if poison.coupled else [clean]
+    changed: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        changed |= _perturb(poison, part, masked=masked, state=state / str(number))
     records = [manifest(poison, key, x, changed[key]) for key, x in pixels.items()]
-    summary = {"poison": run.record["data"]["poison"], "seed": seed, "pictures": records}
+    summary = {"poison": run.record["data"]["poison"], "seed": _seed(run), "pictures": records}
+    _write_set([_with_pixels(concept, changed) for concept in clean], summary, out, overwrite=overwrite)
+    return summary
+
+
+def _seed(run: Training) -> int:
+    """The poison's."""
+    return run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
+
+
+def _perturb(poison: DiffusionPoison, part: tuple[Concept, ...], *, masked: bool, state: Path) -> dict[str, Tensor]:
+    """The poisoned pixels of all pictures of some concepts, by key."""
+    images = [image for concept in part for image in concept.images]
+    return poison.perturb(
+        {image.key: image.pixels for image in images},
+        masks={image.key: image.mask for image in images} if masked else None,
+        micro_batch=max(1, _PIXELS_TOGETHER // images[0].pixels[0].numel()),
+        state_folder=state,
+    )
+
+
+def _write_set(concepts: list[Concept], summary: dict[str, Any], out: Path, *, overwrite: bool) -> None:
+    """Write beside `out`, then rename. A set that is there already gives way with overwrite, else stays."""
     whole = out.with_name(f"{out.name}.{uuid4().hex}.tmp")
     try:
-        write_concepts([_with_pixels(concept, changed) for concept in clean], whole)
+        write_concepts(concepts, whole)
         write_whole(whole / "manifest.json", json.dumps(summary, indent=1))
         if overwrite and out.exists():
             shutil.rmtree(out)
@@ -120,17 +142,9 @@ def poison_concepts(
     finally:
         if whole.exists():
             shutil.rmtree(whole)
-    return summary
 
 
 def _with_pixels(concept: Concept, pixels: Mapping[str, Tensor]) -> Concept:
+    """The concept with other pixels, by key, in its pictures' place."""
     images = [ConceptImage.of(concept.name, i.stem, pixels[i.key], i.mask, i.caption) for i in concept.images]
     return Concept.of(concept.name, images, concept.group)
-
-
-def fingerprint(run: Training, model: LatentDiffusion, concepts: tuple[Concept, ...]) -> str:
-    """What a poisoned set is made from: poison and its settings, seed, pipeline and pictures."""
-    seed = run.seed if run.settings.data.poison_seed is None else run.settings.data.poison_seed
-    masked = run.settings.data.poison_masks is not None
-    parts = [run.record["data"]["poison"], masked, seed, model.digest(), [c.digest for c in concepts]]
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from pydantic import Field
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, open_dataset
+from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.errors import DataError
 from poisonshield.poisons.base import KeyedPoison
@@ -56,18 +57,18 @@ class OpenData:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """How many classes both sets have."""
         return len(self.train.classes)
 
 
 def open_data(run: Training) -> OpenData:
-    """Opens and verifies both sets. Raises DataError if they do not fit each other, or the test images are not clean."""
+    """Both sets, opened and verified. Raises DataError if they do not fit each other, or the test set is not clean."""
     data, train = run.settings.data, open_train(run)
     test = open_dataset(data.test or data.train, "test", verify=data.verify)
     if train.classes != test.classes:
         raise DataError(
-            f"{data.train} has {len(train.classes)} classes, {data.test or data.train} has {len(test.classes)}, or their names or "
-            "order differ. Import both with the same class list."
+            f"{data.train} has {len(train.classes)} classes, {data.test or data.train} has {len(test.classes)}, or "
+            "their names or order differ. Import both with the same class list."
         )
     if train.digest == test.digest:
         raise DataError(
@@ -81,14 +82,14 @@ def open_data(run: Training) -> OpenData:
         )
     if train.image_size != test.image_size:
         raise DataError(
-            f"images of {train.folder} are {train.image_size}, those of {test.folder} are {test.image_size} (height, width).\n"
-            "  Import both with one --size."
+            f"images of {train.folder} are {train.image_size}, those of {test.folder} are {test.image_size} (height, "
+            "width).\n  Import both with one --size."
         )
     return OpenData(train, ResidentSource(test) if _is_held(run, test) else test)
 
 
 def open_train(run: Training) -> ShardSet:
-    """Opens and verifies the training set. Raises DataError if it is poisoned and the run would poison it again."""
+    """The training set, opened and verified. Raises DataError if it is poisoned and the run would poison it again."""
     data = run.settings.data
     train = open_dataset(data.train, "train", verify=data.verify)
     if train.manifest.poison is not None and run.poison is not None:
@@ -108,13 +109,11 @@ def _is_held(run: Training, source: ShardSet) -> bool:
 
 def build_poison(
     run: Training, source: ShardSet, *, watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
-) -> KeyedPoison | None:
-    """The run's poison, ready to apply to the training set; fitted to it where it needs to see the data.
+) -> KeyedPoison:
+    """The poison of a run that has one, ready to apply to the training set; fitted to it where it has to see the data.
 
     watch: wraps the batches that it is fitted to, to time or to count them.
     """
-    if run.poison is None:
-        return None
     if isinstance(run.poison, Path):
         return load_recipe(run.poison, classes=source.classes, image_size=source.image_size, data=source.digest)
     cls = run.poison.cls
@@ -137,7 +136,7 @@ class TrainingSet:
     """What is trained on: a source, and the stages that its batches still need (poison, then purification)."""
 
     source: Source
-    stages: tuple
+    stages: tuple[Stage, ...]
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Every sample once, in index order and without augmentation, as probes want it."""
@@ -146,8 +145,9 @@ class TrainingSet:
 
 def build_training_set(run: Training, data: OpenData) -> TrainingSet:
     """The training set poisoned and purified as the run says; held in memory, poisoned once, where it fits."""
-    train, poison = data.train, build_poison(run, data.train)
-    before = tuple(d.before for d in build_defenses(run, data.num_classes))
+    train = data.train
+    poison = None if run.poison is None else build_poison(run, train).apply
+    purify = tuple(defense.before for defense in build_defenses(run, data.num_classes))
     if _is_held(run, train):
-        return TrainingSet(ResidentSource(train, None if poison is None else poison.apply), before)
-    return TrainingSet(train, (() if poison is None else (poison.apply,)) + before)
+        return TrainingSet(ResidentSource(train, poison), purify)
+    return TrainingSet(train, purify if poison is None else (poison, *purify))

@@ -34,19 +34,19 @@ _REFERENCE_SEED = 2  # of renders that neither a pipeline nor a word was trained
 
 def measure(run: Training, method: DiffusionMethod, clean: Concept, pictures: dict[str, Tensor]) -> dict[str, Any]:
     """A row's numbers by every evaluation that the run asks for, to four digits, and their details."""
-    measured = evaluate(word_of(run, method, clean, pictures), run.settings.evaluate, EVALUATIONS)
+    measured = evaluate(build_word(run, method, clean, pictures), run.settings.evaluate, EVALUATIONS)
     given = {key: value for block in measured.values() if block is not None for key, value in block.items()}
     return {key: float(f"{value:.4g}") if isinstance(value, (int, float)) else value for key, value in given.items()}
 
 
-def word_of(run: Training, method: DiffusionMethod, clean: Concept, pictures: dict[str, Tensor]) -> LearnedWord:
+def build_word(run: Training, method: DiffusionMethod, clean: Concept, pictures: dict[str, Tensor]) -> LearnedWord:
     """What evaluations of a concept's word look at. pictures: generated ones by prompt group, [N, 3, H, W]."""
-    judge = judge_of(run.settings.model.pipeline) if run.settings.data.train == RENDERED else None
+    judge = load_judge(run.settings.model.pipeline) if run.settings.data.train == RENDERED else None
     return LearnedWord(
         model=method.model,
         pictures={group: x.cpu() for group, x in pictures.items()},
-        references=references(run, clean, alone=len(method.placeholders) == 1),
-        clean=pixels_of(clean),
+        references=read_references(run, clean, alone=len(method.placeholders) == 1),
+        clean=stack_pixels(clean),
         rows=method.rows(clean.name),
         judge=None if judge is None else JudgeOfConcept(judge, clean.name),
         prompts=_class_prompts(run, method, clean.name, len(pictures["recon"])),
@@ -70,7 +70,7 @@ class JudgeOfConcept:
         return self.judge.fidelity(x, color, shape)
 
 
-def mask_values(defenses: Sequence[Defense], name: str, *, compared: bool) -> dict[str, float | None]:
+def average_mask_numbers(defenses: Sequence[Defense], name: str, *, compared: bool) -> dict[str, float | None]:
     """mask_area and mask_iou of a concept: means over its pictures of what szt noted; None where it has no such mask.
 
     compared: whether the data gave masks to compare with, so that the overlap says something.
@@ -92,13 +92,13 @@ def _class_prompts(run: Training, method: DiffusionMethod, name: str, count: int
     return tuple(recon[i % len(recon)].replace("{}", word) for i in range(count))
 
 
-def judge_of(pipeline: str) -> ConceptJudge | None:
+def load_judge(pipeline: str) -> ConceptJudge | None:
     """The judge beside a pipeline's parts, or None."""
     path = (TINY if pipeline == "tiny" else Path(pipeline)) / JUDGE
     return ConceptJudge.load(path) if path.is_file() else None
 
 
-def references(run: Training, concept: Concept, *, alone: bool = True) -> Tensor:
+def read_references(run: Training, concept: Concept, *, alone: bool = True) -> Tensor:
     """Clean pictures [N, 3, H, W] to compare with: fresh ones of a rendered concept, else those of generate.clean or,
     without it, the concept's own; with data.left_out the one that was not learned from.
 
@@ -126,6 +126,6 @@ def references(run: Training, concept: Concept, *, alone: bool = True) -> Tensor
     return torch.stack([image.pixels for image in images]).float() / 255
 
 
-def pixels_of(concept: Concept) -> Tensor:
+def stack_pixels(concept: Concept) -> Tensor:
     """All its pictures [N, 3, H, W] in [0, 1]."""
     return torch.stack([image.pixels for image in concept.images]).float() / 255

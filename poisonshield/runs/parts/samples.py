@@ -7,6 +7,7 @@ import torch
 
 from poisonshield.batch import Batch
 from poisonshield.data import Source, evaluate_batches, read_batch
+from poisonshield.data.stream import Stage
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.evals.base import Subject
 from poisonshield.method import SSLMethod
@@ -43,18 +44,18 @@ class Samples:
 
     def augmented(self, count: int | None = None, *, view: int = 0) -> Iterator[Batch]:
         """The samples of `train`; x is that view of the run's own augmentation."""
-        return self._viewed(self.run.settings.views, count, view)
+        return self._augment(self.run.settings.views, count, view)
 
     def crops(self, count: int | None = None) -> Iterator[Batch]:
         """The samples of `train`; x is a flipped, resized crop, whatever the run's own augmentation is."""
         changes = {"name": "crop_flip", "random_resized_crop": True, "min_area": None}
-        return self._viewed(self.run.settings.views.model_copy(update=changes), count, 0)
+        return self._augment(self.run.settings.views.model_copy(update=changes), count, 0)
 
-    def _viewed(self, config: ViewsConfig, count: int | None, view: int) -> Iterator[Batch]:
+    def _augment(self, config: ViewsConfig, count: int | None, view: int) -> Iterator[Batch]:
         config = config.model_copy(update={"count": view + 1, "local": 0})
         views = Views(config, default=self.default_views, count=view + 1, seed=self.run.seed)
         for batch in self._batches(self.training.source, count, self.training.stages):
-            yield batch.replace(x=_view(views, batch, view))
+            yield batch.replace(x=_make_view(views, batch, view))
 
     def _middle(self, batch: Batch) -> Batch:
         size = self.run.settings.views.size
@@ -62,9 +63,9 @@ class Samples:
             return batch
         config = ViewsConfig.model_validate({"name": "test", "size": size})
         views = Views(config, default="test", count=1, seed=self.run.seed)
-        return batch.replace(x=_view(views, batch, 0))
+        return batch.replace(x=_make_view(views, batch, 0))
 
-    def _batches(self, source: Source, count: int | None, stages: tuple = ()) -> Iterator[Batch]:
+    def _batches(self, source: Source, count: int | None, stages: tuple[Stage, ...] = ()) -> Iterator[Batch]:
         size = self.run.settings.evaluate.batch_size
         if count is None or count >= len(source):
             yield from evaluate_batches(source, batch_size=size, device=self.device, stages=stages)
@@ -78,13 +79,13 @@ class Samples:
             yield batch
 
 
-def _view(views: Views, batch: Batch, which: int) -> torch.Tensor:
+def _make_view(views: Views, batch: Batch, which: int) -> torch.Tensor:
     made = views(batch).views
-    assert made is not None
+    assert made is not None  # Views always makes them
     return made[which]
 
 
-def subject_of(
+def build_subject(
     run: Training, data: OpenData, training: TrainingSet, method: SSLMethod, device: torch.device
 ) -> Subject:
     """What evaluations of this run look at."""

@@ -6,7 +6,7 @@ hashes and all, and the budget is measured on the pixels that lie there; the man
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +35,7 @@ class Clock:
     """Seconds by kind of work; work inside other work counts for itself alone."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inside = [0.0]
 
     @contextmanager
@@ -61,7 +61,7 @@ class Clock:
 
 
 def release(run: Training) -> Path:
-    """The run folder with `train/` (shards and manifest) and `<name>.poison.safetensors`, as `release.format` asks.
+    """Write `train/` (shards and manifest) and `<name>.poison.safetensors`, as `release.format` asks; the run folder.
 
     Raises ConfigError if the config names no poison, BudgetError if what was written breaks the poison's own budget;
     then the shards stay, for inspection, but without a manifest they are no data set.
@@ -91,7 +91,7 @@ def release(run: Training) -> Path:
 
 
 def write_shards(run: Training, source: ShardSet, poison: KeyedPoison, out: Path, clock: Clock) -> dict[str, Any]:
-    """Write the poisoned set to `out` and measure it there; what was measured goes into its manifest, and is returned."""
+    """Write the poisoned set to `out` and measure it there: what was measured, which its manifest has too."""
     statement = describe(run, source, poison)
     writer = ShardWriter(
         out,
@@ -107,9 +107,11 @@ def write_shards(run: Training, source: ShardSet, poison: KeyedPoison, out: Path
             with clock("read"):
                 batch = read_batch(source, indices)
             with clock("perturb"):
-                pixels = (poison.apply(batch).x * 255).round().to(torch.uint8)
+                x = poison.apply(batch).x
+                assert x is not None  # a poison gives pixels for pixels
+                pixels = (x * 255).round().to(torch.uint8)
             with clock("write"):
-                for key, image, label in zip(batch.keys, pixels, batch.y.tolist(), strict=True):
+                for key, image, label in zip(batch.keys, pixels, source.labels[indices].tolist(), strict=True):
                     writer.write(key, image, label)
     with clock("measure"):
         return measure_shards(source, poison, out)
@@ -133,7 +135,7 @@ def measure_shards(source: ShardSet, poison: KeyedPoison, out: Path) -> dict[str
         raise
     measured = budget.record()
     manifest = written.manifest
-    manifest.model_copy(update={"poison": {**manifest.poison, "measured": measured}}).save(out)
+    manifest.model_copy(update={"poison": {**(manifest.poison or {}), "measured": measured}}).save(out)
     return measured
 
 
@@ -152,5 +154,7 @@ def describe(run: Training, source: ShardSet, poison: KeyedPoison) -> dict[str, 
 
 
 def _chunks(source: ShardSet) -> tuple[torch.Tensor, ...]:
+    """Indices of as many images as are in memory at once."""
+    assert source.image_size is not None  # poisons refuse images of several sizes
     height, width = source.image_size
     return torch.arange(len(source)).split(max(1, CHUNK_PIXELS // (height * width)))

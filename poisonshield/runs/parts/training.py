@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from pydantic import Field
 from poisonshield.batch import Stream
 from poisonshield.config import Checker, Choice, Tree, dump
 from poisonshield.config.describe import Notes, notes_of
+from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.processes import processes, refuse_missing
 from poisonshield.engine.runfolder import RunFolder
@@ -24,6 +25,9 @@ from poisonshield.evals.base import Number
 from poisonshield.method import Method
 from poisonshield.registry import Registry
 from poisonshield.runs.base import Experiment, ExperimentSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.10 has none
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +50,22 @@ class TrainingSettings(ExperimentSettings):
 
 
 class Training(Experiment):
-    """An experiment that trains one method: what both halves of the project share.
-
-    methods, defenses_from, poisons: where `method`, `defenses` and `data.poison` pick from. Results are rows of
-    results.json.
-    """
+    """An experiment that trains one method: what both halves of the project share. Its results are rows."""
 
     Settings: ClassVar[type[TrainingSettings]]
+    """The whole config."""
     methods: ClassVar[Registry]
     defenses_from: ClassVar[tuple[Registry, ...]]
     poisons: ClassVar[Registry]
+    """Where `method`, `defenses` and `data.poison` pick from."""
     identity: ClassVar[tuple[str, ...]]
+    """Keys by which a row of results is known: another one with the same values takes its place."""
+    scales_rate: ClassVar[bool] = True
+    """Whether the learning rate may be written for a batch of 256."""
+    makes: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """What a run leaves in its folder beside what the engine does, and what may lie there before it: see RunFolder."""
+
     settings: Any
     method: Choice
     defenses: tuple[Choice, ...]
@@ -86,12 +95,13 @@ class Training(Experiment):
                 ("defenses",), "defenses: a list is wanted, one `- name: ...` entry per defense (or [] for none)."
             )
             blocks = []
-        defenses = [self.pick_defense(checker, ("defenses", i), block) for i, block in enumerate(blocks)]
+        picked = [self.pick_defense(checker, ("defenses", i), block) for i, block in enumerate(blocks)]
+        defenses = tuple(d for d in picked if d is not None)
         data = values.get("data")
         written = data.get("poison") if isinstance(data, dict) else None
         self.poison = None if written is None else self.pick_poison(checker, written)
-        if settings is not None and method is not None and None not in defenses:
-            self.method, self.defenses = method, tuple(d for d in defenses if d is not None)
+        if settings is not None and method is not None and len(defenses) == len(picked):
+            self.method, self.defenses = method, defenses
             self.check_together(checker, settings)
         checker.finish()
         self.record = dump(settings, values)
@@ -102,9 +112,6 @@ class Training(Experiment):
         # The record keeps lr as written; from here on it is the peak.
         peak = settings.optimizer.for_batch(settings.data.batch_size) if self.scales_rate else settings.optimizer
         self.settings = settings.model_copy(update={"optimizer": peak})
-
-    scales_rate: ClassVar[bool] = True
-    """Whether the learning rate may be written for a batch of 256."""
 
     def pick_defense(self, checker: Checker, path: tuple, block: Any) -> Choice | None:
         """The defense of a block, or None with the problem noted."""
@@ -136,10 +143,6 @@ class Training(Experiment):
         return "+".join(d.cls(d.config).label for d in self.defenses) or "none"
 
     # Training
-
-    makes: ClassVar[tuple[str, ...]] = ()
-    keeps: ClassVar[tuple[str, ...]] = ()
-    """What a run leaves in its folder beside what the engine does, and what may lie there before it: see RunFolder."""
 
     @property
     def folder(self) -> RunFolder:
@@ -183,14 +186,8 @@ class Training(Experiment):
 
     def announce(self, what: str) -> None:
         """One line before the first step."""
-        log.info(
-            "%s: %s %s, poison %s, defense %s",
-            self.origin,
-            self.method.name,
-            what,
-            self.poison_label,
-            self.defense_label,
-        )
+        names = f"poison {self.poison_label}, defense {self.defense_label}"
+        log.info("%s: %s %s, %s", self.origin, self.method.name, what, names)
 
     def notes(self) -> Notes:
         """Those of the settings, and of what they pick."""
@@ -204,10 +201,11 @@ class Training(Experiment):
             "defenses": (notes["defenses"][0], notes_of(self.defenses)),
         }
 
-    def resolved(self) -> str:
+    def describe_config(self) -> str:
         """The config, and what the backend gets."""
-        derived = backends.get(self.settings.engine.backend).derived(self.settings.engine, self.settings.optimizer)
-        return super().resolved() + (f"\n\n{derived}" if derived else "")
+        backend: type[Backend] = backends.get(self.settings.engine.backend)
+        derived = backend.derived(self.settings.engine, self.settings.optimizer)
+        return super().describe_config() + (f"\n\n{derived}" if derived else "")
 
     # Results
 
@@ -235,7 +233,7 @@ class Training(Experiment):
         """Rows of results.json as tables want them."""
 
     @classmethod
-    def compare(cls, runs: Sequence[tuple[Mapping[str, str], "Training", list[dict[str, Any]]]]) -> None:
+    def compare(cls, runs: Sequence[tuple[Mapping[str, str], "Self", list[dict[str, Any]]]]) -> None:
         """Write into the rows of a grid's runs (labels, run, rows) what only their comparison tells."""
 
     @classmethod

@@ -19,19 +19,25 @@ from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
 from poisonshield.reports.sheets import draw_sheet, write_pictures
-from poisonshield.runs.parts.reading import mask_values, measure, pixels_of
+from poisonshield.runs.parts.reading import average_mask_numbers, measure, stack_pixels
 from poisonshield.runs.parts.training import Training
 
 log = logging.getLogger(__name__)
 
+_OF_TRAINING = ("t_min", "mask_area", "mask_iou", "steps", "seconds")  # what a row keeps when it is measured anew
+
 
 class Validation:
-    """Pictures of every concept while it is learned, into `validation/`: at the first logged step of each
-    `generate.every_steps` steps."""
+    """Pictures of every concept while it is learned, into `validation/`.
+
+    They are drawn at the first logged step of each `generate.every_steps` steps.
+    """
+
+    trainer: Trainer
+    """Set before training starts: a trainer is built with what it is to watch, so it comes after this object."""
 
     def __init__(self, run: Training, method: DiffusionMethod, folder: RunFolder, defenses: list[Defense]) -> None:
         self.run, self.method, self.folder, self.defenses = run, method, folder, defenses
-        self.trainer: Trainer | None = None
 
     def __call__(self) -> Mapping[str, float]:
         """Asked at the end of each logged interval; draws if a multiple of every_steps lies in it."""
@@ -40,14 +46,17 @@ class Validation:
         # Counted from the steps alone, so that a run which was stopped draws what it would have drawn.
         if every is None or step // every == (step - 1) // logged * logged // every:
             return {}
-        rows = self.trainer.state_dict().get("vectors")  # every rank has to ask, as each may hold a piece
+        state = self.trainer.state_dict()  # every rank has to ask, as each may hold a piece
         if collectives.rank() == 0:
-            rows = rows.to(self.trainer.device)
-            t_min = floor_of(self.defenses)
-            drawn = lambda name: generate(self.run, self.method, name, count=4, t_min=t_min, rows=rows)["recon"]
-            pictures = {name: drawn(name) for name in self.method.placeholders}
-            draw_sheet(self.folder.path / "validation" / f"step-{step:06d}.png", pictures)
+            self._draw(step, state["vectors"].to(self.trainer.device))
         return {}
+
+    def _draw(self, step: int, rows: Tensor) -> None:
+        """One sheet with four pictures of each word, from all concepts' vectors as they are now."""
+        t_min, pictures = find_t_min(self.defenses), {}
+        for name in self.method.placeholders:
+            pictures[name] = generate(self.run, self.method, name, count=4, t_min=t_min, rows=rows)["recon"]
+        draw_sheet(self.folder.path / "validation" / f"step-{step:06d}.png", pictures)
 
 
 @torch.no_grad()
@@ -61,7 +70,7 @@ def generate(
     size: int | None = None,
     rows: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Pictures of a concept by prompt group, each [count, 3, H, W] in [0, 1]. The noise depends on `generate.seed` only.
+    """Pictures of a concept by prompt group, each [count, 3, H, W] in [0, 1], from noise of `generate.seed` alone.
 
     size: pixels a side, by default as the pipeline was built for. rows: other vectors than the method's, all concepts'.
     """
@@ -92,69 +101,58 @@ def finish(
     run: Training,
     folder: RunFolder,
     method: DiffusionMethod,
-    defenses: list[Defense],
     *,
     clean: tuple[Concept, ...],
     trained_on: tuple[Concept, ...],
-    done: Mapping[str, Any] | None = None,
-    trained: Mapping[str, Mapping[str, Any]] | None = None,
+    training: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Embedding files, pictures, one sheet, a row of results for each concept, and by which settings they came about.
 
-    done: what the trainer returned; or, for a run that was trained before, trained: the old row of each concept.
+    training: by concept, how it was trained: what describe_training gave, or the row of an earlier time.
     """
-    embeddings(method, folder)
-    if trained is None:
-        t_min, steps, seconds = floor_of(defenses), done["steps"], round(done["seconds"], 1)
-        compared = run.settings.data.mask_reference is not None
-        trained = {
-            c.name: {
-                "t_min": t_min,
-                **mask_values(defenses, c.name, compared=compared),
-                "steps": steps,
-                "seconds": seconds,
-            }
-            for c in clean
-        }
-    pictures = {name: generate(run, method, name, t_min=trained[name]["t_min"]) for name in method.placeholders}
+    write_embeddings(method, folder)
+    pictures = {name: generate(run, method, name, t_min=training[name]["t_min"]) for name in method.placeholders}
     write_pictures(folder.path / "pictures", pictures)
-    draw_sheet(
-        folder.path / "pictures.png",
+    sheet = {f"{c.name}, trained on": stack_pixels(c) for c in trained_on}
+    sheet |= {f"{name}, {group}": x for name, groups in pictures.items() for group, x in groups.items()}
+    draw_sheet(folder.path / "pictures.png", sheet)
+    rows = [
         {
-            **{f"{c.name}, trained on": pixels_of(c) for c in trained_on},
-            **{f"{name}, {group}": x for name, groups in pictures.items() for group, x in groups.items()},
-        },
-    )
-    rows = []
-    for concept in clean:
-        values = measure(run, method, concept, pictures[concept.name])
-        rows.append(
-            {
-                "concept": concept.name,
-                "group": concept.group,
-                "poison": run.poison_label,
-                "defense": run.defense_label,
-                "method": run.method.name,
-                "seed": run.seed,
-                "left_out": run.settings.data.left_out,
-                **values,
-                **{k: trained[concept.name].get(k) for k in ("t_min", "mask_area", "mask_iou", "steps", "seconds")},
-            }
-        )
+            "concept": concept.name,
+            "group": concept.group,
+            "poison": run.poison_label,
+            "defense": run.defense_label,
+            "method": run.method.name,
+            "seed": run.seed,
+            "left_out": run.settings.data.left_out,
+            **measure(run, method, concept, pictures[concept.name]),
+            **{key: training[concept.name].get(key) for key in _OF_TRAINING},
+        }
+        for concept in clean
+    ]
     write_whole(folder.results, json.dumps(rows, indent=1))
     settings = {**run.record["generate"], "evaluate": run.record["evaluate"]}
     write_whole(folder.path / "evaluation.json", json.dumps({"settings": settings}, indent=1))
     log.info("results   %s", folder.results)
 
 
-def floor_of(defenses: list[Defense]) -> int:
+def describe_training(
+    run: Training, defenses: list[Defense], concepts: tuple[Concept, ...], *, steps: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """By concept, what its row of results says of how it was trained: first timestep, masks, length."""
+    both = {"t_min": find_t_min(defenses), "steps": steps, "seconds": round(seconds, 1)}
+    compared = run.settings.data.mask_reference is not None
+    return {c.name: {**both, **average_mask_numbers(defenses, c.name, compared=compared)} for c in concepts}
+
+
+def find_t_min(defenses: list[Defense]) -> int:
     """The first timestep that was trained on."""
     ranges = [d.t_range for d in defenses]
     return next((r[0] for r in ranges if r), 0)
 
 
-def embeddings(method: DiffusionMethod, folder: RunFolder) -> list[Path]:
-    """One file per concept, `export/<name>/learned_embeds.safetensors`, as diffusers' load_textual_inversion reads it."""
+def write_embeddings(method: DiffusionMethod, folder: RunFolder) -> list[Path]:
+    """Write a file for each concept, `export/<name>/learned_embeds.safetensors`, as diffusers reads it."""
     paths = []
     for name, placeholder in method.placeholders.items():
         paths.append(embedding_file(folder, placeholder.token))

@@ -24,7 +24,8 @@ class ConceptData(Settings):
 
     train: str = Field(
         RENDERED,
-        description="A folder of pictures (one concept), of such folders, in NC10's form or of WebDataset tars; or rendered.",
+        description="A folder of pictures (one concept), of such folders, in NC10's form or of WebDataset tars; or "
+        "rendered.",
     )
     concepts: tuple[str, ...] | None = Field(None, description="Which ones, such as [yellow ring]; null for all.")
     group: Literal["all", "id", "od"] = Field("all", description="NC10's split.")
@@ -90,7 +91,7 @@ class GenerateConfig(Settings):
         return prompts
 
 
-def token_of(data: ConceptData, name: str) -> str:
+def choose_token(data: ConceptData, name: str) -> str:
     """The placeholder of a concept: the config's, or its name in angle brackets."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return data.tokens.get(name) or f"<{plain or sha256(name.encode()).hexdigest()[:8]}>"

@@ -2,9 +2,11 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.kept_stage import KeptStage
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.stream import ConceptStream
+from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.engine.checkpoint import together, write_whole
 from poisonshield.engine.runfolder import RunFolder
@@ -22,13 +25,13 @@ from poisonshield.errors import ConfigError
 from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.runs.parts.training import Training
-from poisonshield.runs.parts.word_settings import RENDERED, ConceptData, ModelConfig, token_of
+from poisonshield.runs.parts.word_settings import RENDERED, ConceptData, ModelConfig, choose_token
 from poisonshield.world import COLORS, HELD_OUT, SHAPES
 from poisonshield.world.rendered import rendered_concepts
 
 log = logging.getLogger(__name__)
 
-_VARIANTS = 4  # backgrounds of a picture that come in turn, where a defense draws them: their latents can be kept
+_VARIANTS = 4  # where a defense draws backgrounds, a picture has so many in turn, few enough to keep their latents
 
 
 def load_model(settings: ModelConfig) -> LatentDiffusion:
@@ -37,10 +40,12 @@ def load_model(settings: ModelConfig) -> LatentDiffusion:
 
 
 def open_concepts(data: ConceptData, model: LatentDiffusion) -> tuple[Concept, ...]:
-    """The clean concepts of a run, with masks where anybody wants them. Raises DataError, or ConfigError for names that
-    are not there."""
+    """The clean concepts of a run, with masks where anybody wants them.
+
+    Raises DataError, or ConfigError for names that are not there.
+    """
     if data.train == RENDERED:
-        kinds = sorted(_kind(name) for name in data.concepts or ("_".join(kind) for kind in HELD_OUT))
+        kinds = sorted(_parse_kind(name) for name in data.concepts or ("_".join(kind) for kind in HELD_OUT))
         return rendered_concepts(data.count, seed=data.rendered_seed, kinds=kinds)
     size = data.size or model.unet.config.sample_size * model.factor
     masks = data.masks or data.mask_reference or data.poison_masks
@@ -51,7 +56,7 @@ def open_concepts(data: ConceptData, model: LatentDiffusion) -> tuple[Concept, .
     return found
 
 
-def for_training(data: ConceptData, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+def select_for_training(data: ConceptData, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
     """The concepts without the picture that is left out, and without masks unless the run's defenses look at them."""
     if data.left_out is not None:
         concepts = tuple(concept.leave_out(data.left_out)[0] for concept in concepts)
@@ -63,7 +68,7 @@ def for_training(data: ConceptData, concepts: tuple[Concept, ...]) -> tuple[Conc
     )
 
 
-def _kind(name: str) -> tuple[str, str]:
+def _parse_kind(name: str) -> tuple[str, str]:
     """(colour, shape) of "yellow ring" or "yellow_ring"."""
     color, _, shape = name.replace("_", " ").partition(" ")
     if color not in COLORS or shape not in SHAPES:
@@ -85,123 +90,138 @@ def build_defenses(run: Training, method: DiffusionMethod) -> list[Defense]:
 
 
 def build_inversion(run: Training, model: LatentDiffusion, names: list[str]) -> tuple[DiffusionMethod, list[Defense]]:
-    """The method with all defenses around it, and the defenses. Raises ConfigError for placeholders of one plain name."""
+    """The method with all defenses around it, and the defenses.
+
+    Raises ConfigError for two placeholders that differ by <> alone.
+    """
     data = run.settings.data
-    tokens = {name: token_of(data, name) for name in names}
+    tokens = {name: choose_token(data, name) for name in names}
     plain = [token.strip("<>") for token in tokens.values()]
     if twice := next((name for name, p in zip(names, plain, strict=True) if plain.count(p) > 1), None):
         raise ConfigError(
-            f"{tokens[twice]} and another placeholder differ by <> at most, and files go by the rest. Set data.tokens.{twice}."
+            f"{tokens[twice]} and another placeholder differ by <> at most, and files go by the rest. "
+            f"Set data.tokens.{twice}."
         )
-    method = run.method.cls(
-        run.method.config,
-        model=model,
-        tokens=tokens,
-        seed=run.seed,
-        samples=data.batch_size,
-    )
+    method = run.method.cls(run.method.config, model=model, tokens=tokens, seed=run.seed, samples=data.batch_size)
     defenses = build_defenses(run, method)
     for defense in defenses:
         method = defense.wrap(method)
     return method, defenses
 
 
-def resolve_floors(defenses: list[Defense], concepts: tuple[Concept, ...], method: DiffusionMethod, kept: Path) -> None:
-    """Lets a szt that chooses its timestep floor itself look at the pictures, every concept's together, as the defenses
-    before it leave them. Rank 0 looks; the answer is kept in the folder `kept`, so that a restart has the same."""
+def apply_defenses(defenses: Sequence[Defense], batch: Batch) -> Batch:
+    """The batch as all defenses, one after the other, leave it."""
+    for defense in defenses:
+        batch = defense.before(batch)
+    return batch
+
+
+def batch_pictures(concepts: tuple[Concept, ...]) -> Batch:
+    """Every picture of every concept, once; y says which concept's it is."""
+    images = [image for concept in concepts for image in concept.images]
+    masks = [image.mask for image in images if image.mask is not None]
+    return Batch(
+        keys=tuple(image.key for image in images),
+        x=torch.stack([image.pixels for image in images]).float() / 255,
+        y=torch.tensor([y for y, concept in enumerate(concepts) for _ in concept.images]),
+        mask=torch.stack(masks) if len(masks) == len(images) else None,
+        captions=tuple(image.caption for image in images),
+    )
+
+
+# What defenses find or make before the first step. Rank 0 does it, into a folder of the run that is named by everything
+# it depends on; the other ranks, and a run that goes on after a stop, read it there.
+
+
+def locate_prepared(run: Training, model: LatentDiffusion, concepts: tuple[Concept, ...], folder: Path) -> Path:
+    """Where in a run folder lies what its defenses made of these pictures; another place for other settings."""
+    settings = [run.record["method"], run.record["defenses"], run.record["data"], run.seed]
+    depends_on = [*settings, model.digest(), [c.digest for c in concepts]]
+    text = json.dumps(depends_on, sort_keys=True, default=str)
+    return folder / "prepared" / sha256(text.encode()).hexdigest()[:16]
+
+
+def settle_surveys(
+    defenses: Sequence[Defense], concepts: tuple[Concept, ...], method: DiffusionMethod, prepared: Path
+) -> None:
+    """Let every defense that asks for it look at all pictures at once, as the defenses before it leave them.
+
+    Safe-Zone Training with t_min: auto does, to choose its first timestep.
+    """
     for place, defense in enumerate(defenses):
         if defense.surveys:
-            look = lambda place=place, defense=defense: _floor(defenses[:place], defense, concepts, method, kept)
-            defense.settle(together(look, what="choosing t_min", only_first=True, patient=True))
-            log.info("t_min     %d, chosen by %s", defense.t_range[0], defense.name)
+            survey = partial(_read_or_survey, defense, defenses[:place], concepts, method, prepared / "t_min.json")
+            found = together(survey, what=f"the survey of {defense.name}", only_first=True, patient=True)
+            defense.settle(found)
+            log.info("t_min     %s, chosen by %s", found, defense.name)
 
 
-def _floor(
-    before: list[Defense], szt: Defense, concepts: tuple[Concept, ...], method: DiffusionMethod, kept: Path
-) -> int:
-    file = kept / "t_min.json"
+def _read_or_survey(
+    defense: Defense,
+    earlier: Sequence[Defense],
+    concepts: tuple[Concept, ...],
+    method: DiffusionMethod,
+    file: Path,
+) -> Any:
+    """What the defense found on the pictures: read from the file, or found now and written there."""
     if not file.is_file():
-        batch = whole_batch(concepts)
-        for defense in before:
-            batch = defense.before(batch)
-        prompts = [f"a photo of a {method.placeholders[concepts[y].name].token}" for y in batch.y.tolist()]
-        found = szt.survey(batch, method.vectors.detach(), prompts)
-        kept.mkdir(parents=True, exist_ok=True)
+        batch = apply_defenses(earlier, batch_pictures(concepts))
+        words = [method.placeholders[c.name].token for c in concepts for _ in c.images]
+        found = defense.survey(batch, method.vectors.detach(), [f"a photo of a {word}" for word in words])
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(found))
     return json.loads(file.read_text())
-
-
-def kept_in(run: Training, model: LatentDiffusion, concepts: tuple[Concept, ...], folder: Path) -> Path:
-    """Where in a run folder lies what its defenses made of these pictures; another place for other settings."""
-    parts = [run.record["method"], run.record["defenses"], run.record["data"], run.seed, model.digest()]
-    told = json.dumps([*parts, [c.digest for c in concepts]], sort_keys=True, default=str)
-    return folder / "prepared" / sha256(told.encode()).hexdigest()[:16]
-
-
-def whole_batch(concepts: tuple[Concept, ...]) -> Batch:
-    """Every picture of every concept, once."""
-    images = [(image, y) for y, concept in enumerate(concepts) for image in concept.images]
-    masks = [image.mask for image, _ in images]
-    return Batch(
-        keys=tuple(image.key for image, _ in images),
-        x=torch.stack([image.pixels for image, _ in images]).float() / 255,
-        y=torch.tensor([y for _, y in images]),
-        mask=None if any(m is None for m in masks) else torch.stack(masks),
-        captions=tuple(image.caption for image, _ in images),
-    )
 
 
 def build_concept_stream(
     run: Training,
     concepts: tuple[Concept, ...],
     method: DiffusionMethod,
-    defenses: list[Defense],
-    kept: Path | None = None,
+    defenses: Sequence[Defense],
+    prepared: Path | None = None,
 ) -> ConceptStream:
     """The training stream of this rank; every defense has seen each picture before the first step.
 
-    kept: a folder for pictures that networks purified or masked. Rank 0 makes them there; the others and restarts read.
+    prepared: a folder for pictures that networks purified or masked, which differ in last bits from device to device.
     """
     data = run.settings.data
-    fresh = any(d.redraws for d in defenses)
-
-    def stage(batch: Batch) -> Batch:
-        for defense in defenses:
-            batch = defense.before(batch)
-        return batch
-
-    def seen(given: Batch, made: Batch) -> None:
-        for defense in defenses:
-            defense.note(given, made)
-
-    inexact = kept is not None and not all(d.exact for d in defenses)
+    redraws = any(d.redraws for d in defenses)
+    purify: Stage = partial(apply_defenses, defenses)
+    if all(d.exact for d in defenses):
+        prepared = None  # every rank makes the same bits by itself
     stream = ConceptStream(
         concepts,
         batch_size=data.batch_size,
         seed=run.seed,
         prompts=data.prompts,
         tokens={name: p.token for name, p in method.placeholders.items()},
-        stage=KeptStage(stage, kept, seen) if inexact else stage,
+        stage=purify if prepared is None else KeptStage(purify, prepared, partial(_note, defenses)),
         flip=data.flip,
-        per_epoch=fresh,
-        variants=_VARIANTS if fresh else None,
+        per_epoch=redraws,
+        variants=_VARIANTS if redraws else None,
         rank=collectives.rank(),
         world_size=collectives.world_size(),
     )
-    if inexact:
+    if prepared is not None:
         together(stream.prepare, what="preparing pictures", only_first=True, patient=True)
     return stream
+
+
+def _note(defenses: Sequence[Defense], given: Batch, made: Batch) -> None:
+    """Show every defense what was read in place of what they would have made."""
+    for defense in defenses:
+        defense.note(given, made)
 
 
 def build_trainer(
     run: Training,
     method: DiffusionMethod,
-    defenses: list[Defense],
+    defenses: Sequence[Defense],
     concepts: tuple[Concept, ...],
     folder: RunFolder,
     watch: Callable[[], Mapping[str, float | None]] | None = None,
 ) -> Trainer:
-    """What trains the method on these concepts; floors are settled and pictures prepared when it is there."""
-    kept = kept_in(run, method.model, concepts, folder.path)
-    resolve_floors(defenses, concepts, method, kept)
-    return run.trainer(method, build_concept_stream(run, concepts, method, defenses, kept), folder, watch)
+    """What trains the method on these concepts; surveys are settled and pictures prepared when it is there."""
+    prepared = locate_prepared(run, method.model, concepts, folder.path)
+    settle_surveys(defenses, concepts, method, prepared)
+    return run.trainer(method, build_concept_stream(run, concepts, method, defenses, prepared), folder, watch)

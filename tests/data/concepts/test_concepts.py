@@ -1,4 +1,4 @@
-"""What names a picture and a concept: keys and digests follow the pixels, and names that keys cannot hold are refused."""
+"""What names a picture and a concept: keys and digests follow the pixels; names that keys cannot hold are refused."""
 
 import pytest
 import torch
