@@ -65,7 +65,7 @@ KINDS: dict[str, Kind] = {
     ),
     "diffusion-methods": Kind("method.name", Invert.methods, {}),
     "attacks": Kind(
-        "attack.name in vespr and adversarial",
+        "attack.name, of whatever attacks",
         ATTACKS,
         {"norms": lambda attack: _list(attack.norms), "options": lambda attack: _list(attack.options)},
     ),
