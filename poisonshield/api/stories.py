@@ -82,7 +82,7 @@ class Length:
             return ""
         return (
             f" Shortened to {self.steps} of {self.full} steps a story, since this machine does {self.speed:.1f} steps a "
-            "second: effects are smaller than at full length."
+            "second; its numbers are not those of full length."
         )
 
 
