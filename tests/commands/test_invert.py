@@ -10,6 +10,7 @@ from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from poisonshield.api import demo_szt, evaluate, train
+from poisonshield.api.stories import Length
 from poisonshield.cli import app
 from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.errors import ConfigError, DataError
@@ -220,19 +221,21 @@ def test_mistakes_are_worded_and_leave_no_folder(tmp_path, settings, overrides, 
 
 def test_demo_szt_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monkeypatch):
     """Four inversions of two steps on the shipped pipeline: the numbers mean nothing here, the pieces must be there."""
-    quick = ("engine.max_steps=2", "generate.count=2", "generate.steps=2", "engine.device=cpu", "data.count=2")
+    quick = ("generate.count=2", "generate.steps=2", "engine.device=cpu", "data.count=2")
     poison = lambda story: (
         ("data.poison.steps=1",) if any(o.startswith("data.poison=") for o in story.overrides) else ()
     )
     stories = [replace(s, overrides=(*s.overrides, *quick, *poison(s))) for s in demo_szt.STORIES]
     monkeypatch.setattr(demo_szt, "STORIES", stories)
+    monkeypatch.setattr(demo_szt, "fit_to_machine", lambda: Length(2, 300, 0.5))
     shown = demo_szt.demo(tmp_path / "szt", 1)
     rows = json.loads((tmp_path / "szt" / "results.json").read_text())
     assert [cells[0] for cells in shown.cells] == [f"{r['fidelity']:.2f}" for r in rows]
     assert [(r["poison"], r["seed"]) for r in rows] == [("none", 1), ("advdm", 1), ("advdm", 1), ("advdm", 1)]
-    assert [r["t_min"] for r in rows] == [0, 0, 500, 500]
+    assert [(r["t_min"], r["steps"]) for r in rows] == [(0, 2), (0, 2), (500, 2), (500, 2)]
     page = (tmp_path / "szt" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1 and "http" not in page
+    assert all("Shortened to 2 of 300 steps" in told for told in (page, shown.summary))
     assert all(f"{r['fidelity']:.2f}" in page for r in rows)
     assert (tmp_path / "szt" / "pictures.png").is_file()
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from poisonshield.api import demo as demo_command
 from poisonshield.api import train
 from poisonshield.api.demo import STORIES, summary
+from poisonshield.api.stories import Length
 from poisonshield.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,22 +136,25 @@ def test_doctor_names_versions_devices_and_launchers():
 def test_demo_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, monkeypatch, caplog):
     """Four trainings of three steps: the numbers mean nothing here, the pieces must all be there."""
     whole = demo_command.run_stories
-    quick = ["engine.max_steps=3", "model.widths=[8,8,8,8]", "engine.device=cpu"]
+    quick = ["model.widths=[8,8,8,8]", "engine.device=cpu"]
+    monkeypatch.setattr(demo_command, "fit_to_machine", lambda: Length(3, 632, 0.5))
     monkeypatch.setattr(demo_command, "run_stories", lambda c, s, out, over: whole(c, s, out, [*over, *quick]))
     with caplog.at_level("INFO"):
         result = invoke("demo", "vespr", "--out", tmp_path / "demo", "--seed", 1)
     assert result.exit_code == 0 and all(story.title in caplog.text for story in STORIES)
+    assert "This machine: 0.5 steps a second; 3 of 632 steps a story." in caplog.text
+    assert "Shortened to 3 of 632 steps" in " ".join(result.stdout.split())
     assert "linear probe" in result.stdout and result.stdout.count(" poisoned data ") >= 3
     rows = json.loads((tmp_path / "demo" / "vespr" / "results.json").read_text())
     assert [(r["poison"], r["defense"]) for r in rows] == [
         ("none", "none"), ("regions", "none"), ("regions", "ssl+ce"), ("regions", "vespr")
     ]  # fmt: skip
-    assert {r["seed"] for r in rows} == {1}
+    assert {(r["seed"], r["steps"]) for r in rows} == {(1, 3)}
     page = (tmp_path / "demo" / "vespr" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
     for row in rows:
         assert f"{row['test_top1']:.1f}" in page
-    assert "300,000 parameters" in page
+    assert "300,000 parameters" in page and "Shortened to 3 of 632 steps" in page
 
 
 def test_summary_states_the_share_that_came_back():
