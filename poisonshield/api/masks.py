@@ -18,7 +18,7 @@ from torch import Tensor
 
 from poisonshield.api.protect import Photo, read_photo
 from poisonshield.batch import Batch
-from poisonshield.config import From
+from poisonshield.config.spelled import pick_spelled
 from poisonshield.data.masks import is_mask_folder, stem_of_mask
 from poisonshield.data.pictures import FORMATS, find_pictures
 from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
@@ -62,14 +62,14 @@ def masks(
 ) -> Masks:
     """Masks of a folder of photos (one concept), or of a folder of such folders.
 
-    mask: the name of a provider in defenses/diffusion/masks. side: of the centred rectangle of box and
-    grabcut. model, and words (WORD for all,
-    or CONCEPT=WORD): for masks that look for a word. As in training they are found on purified pixels (a text, or None
+    mask: the name of a provider in defenses/diffusion/masks, with settings as in box:0.5 or box:side=0.5. side: that of
+    the centred rectangle of box and grabcut. model, and words (WORD for all, or CONCEPT=WORD): for masks that look for
+    a word. As in training they are found on purified pixels (a text, or None
     for the photo as it is) with `size` on the longer side, and then brought to the photo's own size. Empty masks are
     not written; their photos are. Raises ConfigError, and DataError for files that are there without `overwrite`.
     """
     out, concepts = Path(out), _concepts(Path(photos))
-    picked = From(MASKS)({"name": mask} if side is None else {"name": mask, "side": side})
+    picked = pick_spelled(mask, MASKS, **({} if side is None else {"side": side}))
     provider = picked.cls(picked.config, seed=seed)
     network, said = _network(provider, model, words, list(concepts))
     clean = build_purifier(None if purifier is None else purifier_block(purifier), seed=seed)

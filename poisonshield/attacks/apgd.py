@@ -132,7 +132,7 @@ class APGD(Attack):
     ) -> Found:
         steps = self.config.steps
         loss, grad = self._look(objective, x_adv, last=steps == 0)
-        found = Found.at(x_adv, loss, grad, self._accepted(success, x_adv))
+        found = Found.at(x_adv, loss, grad, self.accepted(success, x_adv))
         pace, before = Pace(loss, 2 * budget.eps), x_adv
         for step in range(1, steps + 1):
             moved = budget.step_(x_adv.clone(), grad, x, pace.step_size)
@@ -141,7 +141,7 @@ class APGD(Attack):
                 moved = budget.project_(moved, x)
             before, x_adv = x_adv, moved
             loss, grad = self._look(objective, x_adv, last=step == steps)
-            found.look(x_adv, loss, grad, self._accepted(success, x_adv))
+            found.look(x_adv, loss, grad, self.accepted(success, x_adv))
             pace.note(loss)
             if step in checkpoints(steps):
                 back = per_sample(pace.judge(found.loss), x)
@@ -154,11 +154,6 @@ class APGD(Attack):
             return loss_and_gradient(objective, x_adv, scale=self.grad_scale)
         with torch.no_grad():
             return objective(x_adv), torch.zeros_like(x_adv)
-
-    @staticmethod
-    @torch.no_grad()
-    def _accepted(success: Success | None, x_adv: Tensor) -> Tensor:
-        return torch.zeros(len(x_adv), dtype=torch.bool, device=x_adv.device) if success is None else success(x_adv)
 
 
 class Pace:

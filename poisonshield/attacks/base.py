@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from poisonshield.attacks.parts.budgets import Budget
@@ -119,6 +120,12 @@ class Attack(ABC):
         success: Success | None,
     ) -> Tensor:
         """What the attack does: `__call__` without its checks; x and start are detached."""
+
+    @staticmethod
+    @torch.no_grad()
+    def accepted(success: Success | None, x_adv: Tensor) -> Tensor:
+        """Which samples success accepts, bool [B]; none where nobody asks."""
+        return torch.zeros(len(x_adv), dtype=torch.bool, device=x_adv.device) if success is None else success(x_adv)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.config)})"

@@ -21,7 +21,7 @@ class PGD(Attack):
 
     name: ClassVar[str] = "pgd"
     norms: ClassVar[tuple[str, ...]] = NORMS
-    options: ClassVar[tuple[str, ...]] = ("stop_loss",)
+    options: ClassVar[tuple[str, ...]] = ("stop_loss", "success")
     lengths: ClassVar[tuple[str, ...]] = ("step_size",)
 
     class Config(Settings):
@@ -51,19 +51,29 @@ class PGD(Attack):
         start: Tensor | None,
         success: Success | None,
     ) -> Tensor:
-        """The last point; of several restarts, per sample, the last point with the highest loss."""
+        """The last point; of several restarts, per sample, the last point with the highest loss.
+
+        success: the first restart's last point that it accepts is kept, whatever its loss, for one forward more each.
+        Restarts end early where it has accepted every sample.
+        """
         best = self._ascend_once(objective, x, budget, rng, 0, start)
         if self.config.restarts == 1:
             return best
-        with torch.no_grad():
-            loss = objective(best)
+        loss, won = self._judge(objective, best, success)
         for restart in range(1, self.config.restarts):
+            if success is not None and bool(won.all()):
+                break
             other = self._ascend_once(objective, x, budget, rng, restart, None)
-            with torch.no_grad():
-                other_loss = objective(other)
-            best = torch.where(per_sample(other_loss > loss, x), other, best)
-            loss = torch.maximum(loss, other_loss)
+            other_loss, other_won = self._judge(objective, other, success)
+            better = ~won & (other_won | (other_loss > loss))
+            best = torch.where(per_sample(better, x), other, best)
+            loss, won = torch.where(better, other_loss, loss), won | other_won
         return best
+
+    @torch.no_grad()
+    def _judge(self, objective: Objective, x_adv: Tensor, success: Success | None) -> tuple[Tensor, Tensor]:
+        """Each sample's loss [B], and whether the caller accepts it, bool [B]."""
+        return objective(x_adv), self.accepted(success, x_adv)
 
     def _ascend_once(
         self, objective: Objective, x: Tensor, budget: Budget, rng: KeyedRandom, restart: int, start: Tensor | None

@@ -13,7 +13,9 @@ GROUP = PHOTOS
 def masks(
     photos: Annotated[Path, typer.Argument(help="A folder of photos, or a folder with one of each concept.")],
     out: Out,
-    mask: Annotated[str, typer.Option(help="grabcut, box, attention, ssm, or a mask of your own.")] = "grabcut",
+    mask: Annotated[
+        str, typer.Option(help="grabcut, box, attention, ssm or your own; with settings as in box:side=0.5.")
+    ] = "grabcut",
     side: Annotated[
         float | None, typer.Option(help="Side of the centred rectangle of box and grabcut, a share of the photo's.")
     ] = None,

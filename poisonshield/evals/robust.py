@@ -1,4 +1,4 @@
-"""Robust accuracy: the classifier under PGD, on clean images, read from the class scores."""
+"""Robust accuracy: the classifier under attack, on clean images, read from the class scores."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from poisonshield.attacks import PGD, Linf, frozen_stats
+from poisonshield.attacks import Attack, AttackChoice, AttackConfig, Budget, frozen_stats
 from poisonshield.batch import Batch
-from poisonshield.config import Pixels, Settings
+from poisonshield.config import Number as Fraction
 from poisonshield.evals.base import Evaluation, Number, Subject
 from poisonshield.evals.parts.features import pixels_and_labels
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 LEGACY_ATTACKED = 1_024  # VESPR's authors attack one batch of as many
+
+Raised = Literal["ce", "logit"]
 
 
 class Robust(Evaluation[Subject]):
@@ -25,46 +27,45 @@ class Robust(Evaluation[Subject]):
     place = 40
     numbers = (Number("robust_top1", "classifier under attack", "%", "higher", digits=1),)
 
-    class Config(Settings):
-        """The attack."""
+    class Config(AttackConfig):
+        """The budget, the attack, and what it is asked."""
 
-        eps: Pixels = Field(4 / 255, description="Largest change of a pixel.")
-        step_size: Pixels = Field(1 / 255, description="Change of a pixel in one step.")
-        steps: int = Field(10, ge=1, description="Steps of one attack.")
-        restarts: int = Field(1, ge=1, description="Attacks from different random starts; each has to fail.")
-        loss: Literal["ce", "logit"] = Field(
+        eps: Fraction = Field(4 / 255, ge=0, description="radius in pixel units of the norm: 4/255 for linf, not 4")
+        attack: AttackChoice = Field(
+            {"name": "pgd", "step_size": 1 / 255},
+            validate_default=True,
+            description="a name, or a block with `name:` and the attack's settings",
+        )
+        loss: Raised = Field(
             "ce", description="What the attack raises: cross-entropy, or the negative score of the true class."
         )
         samples: int | None = Field(None, ge=1, description="Test images, drawn with the run's seed; null for all.")
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """None for a method without a classifier."""
-        settings = self.config.model_dump()
-        count = settings.pop("samples")
-        if subject.legacy:
-            count, settings["loss"] = LEGACY_ATTACKED, "logit"
-        return {"robust_top1": robust(subject.method, subject.samples.test(count), seed=subject.seed, **settings)}
+        config = self.config
+        attack, budget = config.build_attack(), config.budget()
+        loss: Raised = "logit" if subject.legacy else config.loss
+        batches = subject.samples.test(LEGACY_ATTACKED if subject.legacy else config.samples)
+        return {"robust_top1": robust(subject.method, batches, attack, budget, loss=loss, seed=subject.seed)}
 
 
 def robust(
-    method: Method,
+    method: SSLMethod,
     batches: Iterable[Batch],
+    attack: Attack,
+    budget: Budget,
     *,
-    eps: float,
-    steps: int,
-    step_size: float,
     max_samples: int | None = None,
-    restarts: int = 1,
-    loss: Literal["ce", "logit"] = "ce",
+    loss: Raised = "ce",
     seed: int,
 ) -> float | None:
-    """Top-1 accuracy in percent after an linf attack on the first max_samples (None: all); None without a classifier.
+    """Top-1 accuracy in percent after an attack on the first max_samples (None: all); None without a classifier.
 
-    A sample counts as right if it stays right in every one of `restarts` attacks from different random starts. loss:
-    cross-entropy, or the negative score of the true class, as VESPR's authors evaluate. eps and step_size in pixel
-    units. An upper bound of the true robust accuracy, as every attack's result is.
+    loss: cross-entropy, or the negative score of the true class, as VESPR's authors evaluate. An attack that takes
+    `success` is told which pixels the classifier gets wrong, and so keeps them; a sample then counts as right if it
+    withstands every restart. An upper bound of the true robust accuracy, as every attack's result is.
     """
-    attack, budget = PGD(steps=steps, step_size=step_size), Linf(eps)
     right = total = 0
     with frozen_stats(method):
         for batch in batches:
@@ -73,30 +74,38 @@ def robust(
             taken = len(batch) if max_samples is None else max_samples - total
             x, y = (values[:taken] for values in pixels_and_labels(batch))
             batch = batch.replace(keys=batch.keys[: len(x)], x=x, y=y)
-
             with torch.no_grad():
                 if method.logits(x[:1]) is None:
                     return None
-
-            def objective(v: Tensor, y: Tensor = y) -> Tensor:
-                scores = _scores(method, v).float()
-                if loss == "ce":
-                    return F.cross_entropy(scores, y, reduction="none")
-                return -scores.gather(1, y[:, None])[:, 0]
-
-            stays = torch.ones_like(y, dtype=torch.bool)
-            for restart in range(restarts):
-                rng = batch.random(seed, x.device).within("robust" if restart == 0 else f"robust/{restart}")
-                x_adv = attack(objective, x, budget, rng)
-                with torch.no_grad():
-                    stays &= _scores(method, x_adv).argmax(1) == y
-            right += int(stays.sum())
+            victim = _Victim(method, y, loss)
+            success = victim.is_wrong if "success" in attack.options else None
+            rng = batch.random(seed, x.device).within("robust")
+            x_adv = attack(victim.objective, x, budget, rng, success=success)
+            right += int((~victim.is_wrong(x_adv)).sum())
             total += len(y)
     return 100.0 * right / total
 
 
-def _scores(method: Method, x: Tensor) -> Tensor:
-    """Class scores [B, K] of a method that has a classifier."""
-    scores = method.logits(x)
-    assert scores is not None
-    return scores
+class _Victim:
+    """The classifier and the true labels [B] of a batch, as an attack asks about them."""
+
+    def __init__(self, method: SSLMethod, y: Tensor, loss: Raised) -> None:
+        self.method, self.y, self.loss = method, y, loss
+
+    def objective(self, x: Tensor) -> Tensor:
+        """What the attack raises, [B]."""
+        scores = self._scores(x).float()
+        if self.loss == "ce":
+            return F.cross_entropy(scores, self.y, reduction="none")
+        return -scores.gather(1, self.y[:, None])[:, 0]
+
+    @torch.no_grad()
+    def is_wrong(self, x: Tensor) -> Tensor:
+        """Which of x [B, 3, H, W] get another class than their own, bool [B]."""
+        return self._scores(x).argmax(1) != self.y
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """[B, K]; asked only of a method that has a classifier."""
+        scores = self.method.logits(x)
+        assert scores is not None
+        return scores

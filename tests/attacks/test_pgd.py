@@ -149,3 +149,13 @@ def test_l1_step_spends_its_length_on_the_largest_gradient():
     expected = torch.zeros_like(x)
     expected[0, 0, 0, 0], expected[0, 1, 0, 0] = 0.1, -0.1
     torch.testing.assert_close(moved, expected)
+
+
+def test_of_several_restarts_the_first_accepted_point_is_kept_whatever_its_loss():
+    x = torch.full((40, 1, 1, 1), 0.5)
+    height = lambda v: v.flatten(1).sum(1)
+    low = PGD(steps=0, restarts=4)(height, x, Linf(0.5), rng(40), success=lambda v: height(v) < 0.5)
+    first, high = (PGD(steps=0, restarts=r)(height, x, Linf(0.5), rng(40)) for r in (1, 4))
+    share = (height(low) < 0.5).double().mean().item()
+    assert share == pytest.approx(1 - 0.5**4, abs=0.12) and (height(high) > 0.5).double().mean() > 0.8
+    assert torch.equal(low[height(first) < 0.5], first[height(first) < 0.5])

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
 TINY = ["engine.max_steps=2", "engine.log_every_steps=1", "engine.device=cpu", "method.hidden=16", "method.out=16",
         "model.widths=[8,8,8,8]", "evaluate.robust=null", "evaluate.alignment=null"]  # fmt: skip
-ALL = ["evaluate.robust={steps: 2, restarts: 2, samples: 60}", "evaluate.knn.weighted=true",
+ALL = ["evaluate.robust={attack: {steps: 2, restarts: 2}, samples: 60}", "evaluate.knn.weighted=true",
        "evaluate.linear={rates: [0.01, 0.1], epochs: 3}", "evaluate.alignment.samples=40",
        "evaluate.lipschitz={samples: 20, steps: 2, restarts: 2}", "evaluate.pairs.samples=30"]  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_a_joint_checkpoint_gets_every_readout_and_probe_and_gets_them_again(joi
 
 def test_accuracy_under_attack_is_read_from_class_scores(joint, subject):
     """Without a radius it is the classifier's accuracy on the same images, and not the features' largest element."""
-    out = evaluated(joint, "evaluate.robust={steps: 1, eps: 0}")
+    out = evaluated(joint, "evaluate.robust={attack: {steps: 1}, eps: 0}")
     assert out["robust"]["robust_top1"] == out["classifier"]["test_top1"]
     assert subject.method.logits(next(subject.samples.test()).x).shape[1] == 10 != subject.method.encoder.feature_dim
 
@@ -147,11 +147,11 @@ def test_legacy_draws_its_bank_queries_and_attacked_images(joint, monkeypatch):
         monkeypatch.setattr(module, name, wrapped)
 
     spy("knn", lambda bank, queries: (len(bank.y), len(queries.y), bank.h))
-    spy("robust", lambda method, batches: sum(len(b) for b in batches))
+    spy("robust", lambda method, batches, *attack: sum(len(b) for b in batches))
     monkeypatch.setattr(base, "LEGACY_BANK", 400)
     monkeypatch.setattr(base, "LEGACY_QUERIES", 90)
     monkeypatch.setattr(robust, "LEGACY_ATTACKED", 30)
-    small = ["evaluate.robust.steps=1", "evaluate.alignment=null"]
+    small = ["evaluate.robust.attack.steps=1", "evaluate.alignment=null"]
     out = evaluated(joint, "--legacy", *small)
     assert out["settings"]["legacy"] is True
     assert seen["knn"][0][:2] == (400, 90) and seen["robust"][0] == 30 and seen["robust"][1]["loss"] == "logit"

@@ -155,3 +155,25 @@ def test_odd_areas_are_said(tmp_path):
     lines = list(describe(Masks(tmp_path / "masks.png", {"a/1": 0.3, "a/2": 0.01}, ["a/3"])))
     assert "2 masks, of 1 to 30 %" in lines[0] and lines[1].startswith("a/2: the mask covers 1.0 %")
     assert lines[2].startswith("a/3: the mask is EMPTY")
+
+
+@pytest.mark.parametrize("text", ["box:0.5", "box:side=0.5"])
+def test_settings_of_a_mask_are_given_with_its_name(photos, tmp_path, text):
+    result = CliRunner().invoke(
+        app, ["masks", str(photos / "plate"), "--mask", text, "--size", "32", "-o", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 0 and "of 25 to 25 % of the picture" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bax", "Did you mean box"),
+        ("box:sides=1", "Did you mean side"),
+        ("box:2", "less than or equal to 1"),
+        ("box:1,2", "'box:1,2' is not a mask. Write NAME"),
+    ],
+)
+def test_a_text_that_names_no_mask_is_refused_in_words(photos, tmp_path, text, said):
+    with pytest.raises(ConfigError, match=said):
+        masks(photos, tmp_path / "out", mask=text, **QUICK)

@@ -214,3 +214,9 @@ def test_a_block_is_switched_by_null_true_and_false(with_newcomer, switch, on):
     measured = measure(None, only_newcomer(with_newcomer, newcomer=switch), with_newcomer)
     assert (measured["newcomer"] is not None) == on
     assert values_of(measured, with_newcomer)["new_score"] == (12.345 if on else None)
+
+
+def test_numbers_are_read_from_what_evaluations_gave_whatever_lies_beside_it(with_newcomer):
+    """evaluation.json holds the settings too, and an evaluation may be called as its number."""
+    measured = {"newcomer": {"new_score": 1.5}, "settings": {"newcomer": {}, "new_score": {"value": 3}}}
+    assert values_of(measured, with_newcomer)["new_score"] == 1.5

@@ -49,7 +49,7 @@ def photos(count=3, draw=0, masks=True):
 
 def test_it_is_found_by_name_and_masks_are_too():
     assert Registry("poisonshield.defenses.diffusion", kind="defense").get("szt") is SZT and not SZT.purifier
-    assert MASKS.names() == ["attention", "box", "grabcut", "ssm"]
+    assert set(MASKS.names()) >= {"attention", "box", "grabcut", "ssm"}
 
 
 def test_off_leaves_everything_as_it_was_on_all_timesteps(model):

@@ -6,6 +6,8 @@ from pydantic import ValidationError
 from poisonshield.config import Checker, Tree
 from poisonshield.errors import ConfigError
 from poisonshield.evals.diffusion.parts.settings import WordEvaluateConfig
+from poisonshield.evals.lipschitz import Lipschitz
+from poisonshield.evals.pairs import Pairs
 from poisonshield.evals.parts.settings import EvaluateConfig
 
 DEFAULTS = {
@@ -15,7 +17,13 @@ DEFAULTS = {
     "classifier": {},
     "knn": {"k": 20, "weighted": False, "temperature": 0.07},
     "linear": {"weight_decay": 1e-4, "rates": (), "epochs": 100},
-    "robust": {"eps": 4 / 255, "step_size": 1 / 255, "steps": 10, "restarts": 1, "loss": "ce", "samples": None},
+    "robust": {
+        "norm": "linf",
+        "eps": 4 / 255,
+        "attack": {"name": "pgd", "steps": 10, "step_size": 1 / 255, "random_start": True, "restarts": 1},
+        "loss": "ce",
+        "samples": None,
+    },
     "spectrum": {},
     "alignment": {"samples": 1000},
     "lipschitz": None,
@@ -38,7 +46,8 @@ def problems(values):
 
 
 def test_defaults_are_those_of_the_shipped_evaluations():
-    assert EvaluateConfig().model_dump() == DEFAULTS
+    found = EvaluateConfig().model_dump()
+    assert {key: found[key] for key in DEFAULTS} == DEFAULTS
 
 
 def test_every_setting_of_earlier_versions_is_told_a_name_that_exists():
@@ -47,8 +56,17 @@ def test_every_setting_of_earlier_versions_is_told_a_name_that_exists():
         (new,) = [
             line.split(" is called evaluate.")[1].split(" now")[0] for line in told.splitlines() if f".{old} " in line
         ]
-        block, _, key = new.partition(".")
-        assert key in EvaluateConfig.model_fields[block].annotation.__args__[0].model_fields, new
+        setting = EvaluateConfig().model_dump() | {"lipschitz": Lipschitz.Config(), "pairs": Pairs.Config()}
+        for part in new.split("."):
+            setting = dict(setting)
+            assert part in setting, new
+            setting = setting[part]
+
+
+def test_steps_of_the_attack_are_its_own_settings_now():
+    told = problems({"robust": {"steps": 3, "restarts": 2}})
+    for key in ("steps", "restarts"):
+        assert f"evaluate.robust.{key} is called evaluate.robust.attack.{key} now." in told
 
 
 def test_a_typo_in_a_block_and_of_a_block_gets_the_nearest_name():

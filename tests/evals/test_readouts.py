@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_batch, tiny_encoder
 from torch import nn
 
+from poisonshield.attacks import PGD, Linf
 from poisonshield.batch import Batch
 from poisonshield.evals.classifier import classifier
 from poisonshield.evals.knn import knn
@@ -100,14 +101,18 @@ def threshold_batch():
 def test_classifier_and_robust_accuracy_of_a_known_threshold():
     method, batch = threshold_method(), threshold_batch()
     assert classifier(method, [batch]) == 100.0
-    settings = {"steps": 5, "step_size": 0.02, "seed": 0}
+
+    def attacked(eps, count):
+        attack = PGD(steps=5, step_size=0.02)
+        return robust(method, [batch], attack, Linf(eps), max_samples=count, seed=0)
+
     # A shift of 0.05 flips exactly the two samples within 0.05 of the threshold.
-    assert robust(method, [batch], eps=0.05, max_samples=6, **settings) == pytest.approx(100 * 4 / 6)
-    assert robust(method, [batch], eps=0.0, max_samples=6, **settings) == 100.0
-    assert robust(method, [batch], eps=0.05, max_samples=3, **settings) == pytest.approx(100 * 2 / 3)
+    assert attacked(0.05, 6) == pytest.approx(100 * 4 / 6)
+    assert attacked(0.0, 6) == 100.0
+    assert attacked(0.05, 3) == pytest.approx(100 * 2 / 3)
 
 
 def test_method_without_a_classifier_has_no_accuracy():
     method = SimCLR(SimCLR.Config(hidden=8, out=8), encoder=tiny_encoder(), num_classes=4)
     assert classifier(method, [tiny_batch()]) is None
-    assert robust(method, [tiny_batch()], eps=0.1, steps=1, step_size=0.1, max_samples=6, seed=0) is None
+    assert robust(method, [tiny_batch()], PGD(steps=1), Linf(0.1), max_samples=6, seed=0) is None

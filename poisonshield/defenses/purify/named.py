@@ -1,10 +1,9 @@
 """Purifiers by name, for defenses that take one as a part: those of every training, and those of this folder."""
 
-from typing import Any, get_args
-
-import yaml
+from typing import Any
 
 from poisonshield.config import Checker, Tree
+from poisonshield.config.spelled import read_spelled
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.errors import ConfigError
 from poisonshield.registry import Registry, suggest
@@ -31,26 +30,8 @@ def purifier_block(value: Any) -> dict[str, Any] | None:
 
 
 def spelled(text: str) -> dict[str, Any]:
-    """The block that a text stands for: NAME, NAME:VALUE of its first setting, or NAME:KEY=VALUE, parts parted by commas.
-
-    As in jpeg:75, sdedit:0.3,steps=50. Settings are not checked. Raises ConfigError for an unknown name, and a value of
-    no setting.
-    """
-    name, colon, rest = text.partition(":")
-    fields = _class(name).Config.model_fields
-    block: dict[str, Any] = {"name": name}
-    for i, part in enumerate(rest.split(",") if colon else ()):
-        key, equals, value = part.partition("=")
-        if not equals:
-            if i > 0 or not part or not fields:
-                raise ConfigError(f"{text!r} is no purifier. Write NAME, NAME:VALUE or NAME:KEY=VALUE,KEY=VALUE.")
-            key, value = next(iter(fields)), part
-        exact = key in fields and value in get_args(fields[key].annotation)  # "420" is a text there
-        try:
-            block[key] = value if exact else yaml.safe_load(value)
-        except yaml.YAMLError as err:
-            raise ConfigError(f"{text!r}: {value!r} is not a value ({err}).") from err
-    return block
+    """The block of a text such as jpeg:75, see read_spelled. Raises ConfigError for an unknown name, too."""
+    return read_spelled(text, lambda name: _class(name).Config, kind="purifier")
 
 
 def build_purifier(block: dict[str, Any] | None, *, seed: int) -> Defense | None:

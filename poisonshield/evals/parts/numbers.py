@@ -30,9 +30,12 @@ def columns_of(known: Iterable[Number], rows: Iterable[Mapping[str, Any]]) -> tu
 
 
 def values_of(measured: Measured, registry: Registry) -> dict[str, float | None]:
-    """{key: value} of every number, in the order of tables; None too where the evaluation was left out."""
-    given = {key: value for block in measured.values() if block is not None for key, value in block.items()}
-    return {number.key: given.get(number.key) for number in numbers_of(registry)}
+    """{key: value} of every number, in the order of tables; None too where the evaluation was left out.
+
+    measured may hold more than evaluations gave, as evaluation.json does.
+    """
+    blocks = {cls: measured.get(cls.name) or {} for cls in classes(registry)}
+    return {number.key: block.get(number.key) for cls, block in blocks.items() for number in cls.numbers}
 
 
 def row_of(measured: Measured, registry: Registry) -> dict[str, float | None]:

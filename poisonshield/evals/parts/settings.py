@@ -11,7 +11,7 @@ from poisonshield.evals.parts.blocks import with_blocks
 _ONCE = {  # one flat list of settings, before evaluations had blocks
     "knn": ("k", "weighted", "temperature"),
     "linear": ("weight_decay", "rates", "epochs"),
-    "robust": ("eps", "step_size", "steps", "restarts", "samples"),
+    "robust": ("eps", "samples"),
     "alignment": ("samples",),
     "lipschitz": ("samples", "eps", "step_size", "steps", "restarts"),
 }
@@ -27,6 +27,7 @@ class EvaluateConfig(Settings):
     renamed: ClassVar[dict[str, str]] = {
         "pair_samples": "pairs.samples",
         **{f"{block}_{key}": f"{block}.{key}" for block, keys in _ONCE.items() for key in keys},
+        **{f"robust_{key}": f"robust.attack.{key}" for key in ("step_size", "steps", "restarts")},
     }
 
     batch_size: int = Field(500, ge=1, description="Samples that are looked at together.")

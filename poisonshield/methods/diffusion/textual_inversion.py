@@ -125,7 +125,7 @@ class TextualInversion(DiffusionMethod):
         losses = self._losses(pred, model.target(z, t, noise), t, batch, batch.y)  # [B]
         # Each concept has weight 1, so that its step does not depend on how many samples it has in the batch.
         counts = torch.bincount(batch.y, minlength=len(self.placeholders)).to(losses.dtype)
-        return StepOutput((losses / counts[batch.y]).sum(), {"per_concept": losses.mean()})
+        return StepOutput((losses / counts[batch.y]).sum(), {"per_concept": losses.detach().mean()})
 
     def timesteps(self, batch: Batch) -> Tensor:
         """int64 [B], from batch.t_range or all of them."""
