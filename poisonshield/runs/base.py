@@ -153,10 +153,10 @@ def read_finished(folder: str | Path, overrides: Overrides = ()) -> Experiment:
         )
     tree = _modern_tree(config)
     override(tree, f"run.dir={json.dumps(str(folder))}")  # it may have been moved since it was trained
-    experiment_of(tree, config).refuse_changes(overrides)
+    build_experiment(tree, config).refuse_changes(overrides)
     for text in overrides:
         override(tree, text)
-    return experiment_of(tree, config)
+    return build_experiment(tree, config)
 
 
 def _modern_tree(config: Path) -> Tree:
@@ -168,7 +168,7 @@ def _modern_tree(config: Path) -> Tree:
     tree = load_tree(config)
     for _ in range(len(tree.marks)):
         try:
-            experiment_of(tree, config)
+            build_experiment(tree, config)
         except RenamedSettings as err:
             for path, name in err.moves:
                 value, block = _take(tree.values, path), _find(tree.values, name.split(".")[:-1])
