@@ -100,7 +100,7 @@ class Canvas:
             self.delta,
             grad,
             torch.zeros_like(self.delta),
-            step=self._radius(config.step_levels * share),
+            step_size=self._radius(config.step_levels * share),
             eps=self._radius(config.eps_levels),
             norm=config.norm,
             clip=(-255.0, 255.0),
