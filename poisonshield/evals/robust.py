@@ -13,7 +13,7 @@ from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
 from poisonshield.evals.base import Evaluation, Number, Subject
 from poisonshield.evals.parts.features import pixels_and_labels
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 LEGACY_ATTACKED = 1_024  # VESPR's authors attack one batch of as many
 
@@ -47,7 +47,7 @@ class Robust(Evaluation[Subject]):
 
 
 def robust(
-    method: Method,
+    method: SSLMethod,
     batches: Iterable[Batch],
     *,
     eps: float,
@@ -95,7 +95,7 @@ def robust(
     return 100.0 * right / total
 
 
-def _scores(method: Method, x: Tensor) -> Tensor:
+def _scores(method: SSLMethod, x: Tensor) -> Tensor:
     """Class scores [B, K] of a method that has a classifier."""
     scores = method.logits(x)
     assert scores is not None
