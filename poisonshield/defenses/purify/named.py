@@ -16,13 +16,13 @@ _FOLDERS = (
 
 
 def purifier_block(value: Any) -> dict[str, Any] | None:
-    """null, a text (see spelled), or a block with `name:` as a block with all settings. Raises ConfigError with what is wrong."""
+    """null, a text (see parse_purifier) or a block with `name:`, as a block with all settings. Raises ConfigError."""
     if value is None:
         return None
-    block = spelled(value) if isinstance(value, str) else value
+    block = parse_purifier(value) if isinstance(value, str) else value
     if not isinstance(block, dict) or not isinstance(block.get("name"), str):
         raise ConfigError("a name such as jpeg, a block with `name:`, or null is wanted")
-    cls, name = _class(block["name"]), block["name"]
+    cls, name = _find_class(block["name"]), block["name"]
     checker = Checker(Tree())
     config = checker.settings(cls.Config, (), {k: v for k, v in block.items() if k != "name"}, owner=name)
     if config is None:
@@ -30,14 +30,14 @@ def purifier_block(value: Any) -> dict[str, Any] | None:
     return {"name": name, **config.model_dump(mode="json")}
 
 
-def spelled(text: str) -> dict[str, Any]:
-    """The block that a text stands for: NAME, NAME:VALUE of its first setting, or NAME:KEY=VALUE, parts parted by commas.
+def parse_purifier(text: str) -> dict[str, Any]:
+    """The block that a text stands for: NAME, NAME:VALUE of its first setting, or NAME:KEY=VALUE,KEY=VALUE.
 
     As in jpeg:75, sdedit:0.3,steps=50. Settings are not checked. Raises ConfigError for an unknown name, and a value of
     no setting.
     """
     name, colon, rest = text.partition(":")
-    fields = _class(name).Config.model_fields
+    fields = _find_class(name).Config.model_fields
     block: dict[str, Any] = {"name": name}
     for i, part in enumerate(rest.split(",") if colon else ()):
         key, equals, value = part.partition("=")
@@ -57,13 +57,19 @@ def build_purifier(block: dict[str, Any] | None, *, seed: int) -> Defense | None
     """The purifier of a checked block."""
     if block is None:
         return None
-    cls = _class(block["name"])
+    cls = _find_class(block["name"])
     return cls(cls.Config(**{k: v for k, v in block.items() if k != "name"}), Context(seed))
 
 
-def _class(name: str) -> type[Defense]:
+def _find_class(name: str) -> type[Defense]:
     for folder in _FOLDERS:
-        if name in folder.names() and folder.get(name).purifier:
-            return folder.get(name)
-    known = sorted(n for folder in _FOLDERS for n in folder.names() if folder.get(n).purifier)
+        # Names first: to ask a class whether it purifies is to import its file.
+        if name in folder.names() and (cls := _purifier_class(folder, name)):
+            return cls
+    known = sorted(n for folder in _FOLDERS for n in folder.names() if _purifier_class(folder, n))
     raise ConfigError(f"{name!r} is not a purifier.{suggest(name, known)}  Known: {', '.join(known)}")
+
+
+def _purifier_class(folder: Registry, name: str) -> type[Defense] | None:
+    cls: Any = folder.get(name)
+    return cls if cls.purifier else None
