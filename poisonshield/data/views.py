@@ -22,33 +22,49 @@ _RATIO = (3 / 4, 4 / 3)
 
 
 class ViewsConfig(Settings):
-    """name: auto takes what the method asks for. size: output side in pixels; null keeps the image's.
+    """Which augmentation makes the views, and its numbers."""
 
-    crop_flip: a random resized crop and mirror, or shift by up to `padding` pixels and mirror. random_resized_crop says
-    which; auto shifts where `size` is the image's and at most 64 px.
-    ssl: random resized crop, jitter (p 0.8), grayscale (p gray_p), blur (p blur_p, sigma 0.1 to 2), mirror.
-    test: shorter side to 256/224 of `size`, then the middle.
-    none: the pixels as they are.
-    min_area: least share of the image in a random resized crop; null is 0.2 for ssl and 0.08 for crop_flip.
-    blur_kernel: null blurs with the whole Gaussian; 9 with a kernel cut to 9 pixels, as the authors generate poisons.
-    count: large views; null takes what the method asks for. local: small crops beside them (multi-crop), local_size
-    pixels wide, of local_area of the image, otherwise made alike; the VESPR authors give them the large ones' areas.
-    """
-
-    name: Literal["auto", "crop_flip", "ssl", "test", "none"] = "auto"
-    size: int | None = Field(None, ge=1)
-    padding: int = Field(4, ge=0)
-    random_resized_crop: Literal["auto"] | bool = "auto"
-    min_area: float | None = Field(None, gt=0, le=1)
-    jitter: float = Field(0.4, ge=0, le=1)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    gray_p: float = Field(0.2, ge=0, le=1)
-    blur_p: float = Field(0.5, ge=0, le=1)
-    blur_kernel: int | None = Field(None, ge=1)
-    count: int | None = Field(None, ge=1)
-    local: int = Field(0, ge=0)
-    local_size: int | None = Field(None, ge=1)
-    local_area: tuple[float, float] = (0.05, 0.2)
+    name: Literal["auto", "crop_flip", "ssl", "test", "none"] = Field(
+        "auto",
+        description="auto takes what the method asks for. crop_flip: a random resized crop and mirror, or a shift and "
+        "mirror. ssl: random resized crop, jitter (with chance 0.8), grayscale, blur (sigma 0.1 to 2), mirror. test: "
+        "shorter side to 256/224 of size, then the middle. none: the pixels as they are.",
+    )
+    size: int | None = Field(None, ge=1, description="Side of a view in px; null keeps the image's.")
+    padding: int = Field(4, ge=0, description="crop_flip without a resized crop: how far images shift, in px.")
+    random_resized_crop: Literal["auto"] | bool = Field(
+        "auto",
+        description="crop_flip: whether it crops and resizes, or shifts; auto shifts where size is the image's and at "
+        "most 64 px.",
+    )
+    min_area: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Least share of the image in a random resized crop; null is 0.2 for ssl and 0.08 for crop_flip.",
+    )
+    jitter: float = Field(
+        0.4, ge=0, le=1, description="ssl: strength of the change of brightness, contrast and saturation."
+    )
+    hue: float = Field(
+        0.1, ge=0, le=0.5, description="ssl: largest change of the hue, as a share of the colour circle."
+    )
+    gray_p: float = Field(0.2, ge=0, le=1, description="ssl: chance of a gray view.")
+    blur_p: float = Field(0.5, ge=0, le=1, description="ssl: chance of a blurred view.")
+    blur_kernel: int | None = Field(
+        None,
+        ge=1,
+        description="ssl: pixels to which the blur's kernel is cut, an odd number, 9 as the VESPR authors generate "
+        "poisons; null blurs with the whole Gaussian.",
+    )
+    count: int | None = Field(None, ge=1, description="Large views of an image; null takes what the method asks for.")
+    local: int = Field(0, ge=0, description="Small crops beside the large views (multi-crop), made alike.")
+    local_size: int | None = Field(None, ge=1, description="Side of the small crops in px; needed where there are any.")
+    local_area: tuple[float, float] = Field(
+        (0.05, 0.2),
+        description="Least and greatest share of the image in a small crop; the VESPR authors give them the large "
+        "ones' shares.",
+    )
 
     @field_validator("blur_kernel")
     @classmethod
