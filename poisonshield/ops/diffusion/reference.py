@@ -80,7 +80,7 @@ def q_sample_backward(args: NoisingGradientArguments) -> tuple[Tensor, Tensor]:
 def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     """Losses [B], weighted and normalized so that their sum is the mean; and d(sum)/d pred, empty unless asked for."""
     pred, mask, dtype = args.pred, args.mask, torch.promote_types(args.pred.dtype, torch.float32)
-    target = formed(args) if args.target is None else args.target
+    target = form_target(args) if args.target is None else args.target
     residual = pred.to(dtype) - target.to(dtype)
     scale = row_scale(args, dtype)
     value, slope = _penalty(residual, args.loss, args.delta)
@@ -94,7 +94,7 @@ def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     return losses, torch.empty_like(pred).copy_(slope * rows)
 
 
-def formed(args: LossArguments) -> Tensor:
+def form_target(args: LossArguments) -> Tensor:
     """What the network should have said, in at least float32: the noise, v = sqrt(a) noise - sqrt(1 - a) x0, or x0."""
     pred, dtype = args.pred, torch.promote_types(args.pred.dtype, torch.float32)
     if args.prediction_type == "sample":

@@ -142,7 +142,7 @@ class Space:
         return values.to(self.dtype).view(-1, *[1] * (self.x_adv.dim() - 2))
 
     def box(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """The box around clean, clipped, as limits of each element; the nearest valid pixel where clean is out of range."""
+        """The box around clean, clipped, as limits of each element; where clean is out of range, the nearest pixel."""
         reach = eps / self.std
         low, high = (
             torch.minimum(torch.maximum(v, self.low), self.high) for v in (self.clean - reach, self.clean + reach)
@@ -160,7 +160,7 @@ class Space:
         """Write new to x_adv: snapped to the lattice, never rounded out of bounds; masked pixels and idle rows kept."""
         x_adv = self.x_adv
         if self.levels:
-            new = self._snapped(new, self.levels)
+            new = self._snap(new, self.levels)
         if self.mask is not None:
             new = new.where(self.mask != 0, self.clean)
         stored = new.to(x_adv.dtype)
@@ -172,7 +172,7 @@ class Space:
             stored = stored.where(active.view(-1, *[1] * (x_adv.dim() - 1)), x_adv)
         x_adv.copy_(stored)
 
-    def _snapped(self, new: Tensor, levels: int) -> Tensor:
+    def _snap(self, new: Tensor, levels: int) -> Tensor:
         """The nearest k / levels (pixels), or the next one towards clean where that one is further away than `new`."""
         pixel, origin = new * self.std + self.mean, self.clean * self.std + self.mean
         k = (pixel * levels).round()
