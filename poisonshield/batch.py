@@ -2,17 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from poisonshield.errors import DataError
 from poisonshield.random import KeyedRandom, sample_ids
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
     """Some samples of one epoch, known by key. What is absent is None, never fake.
+
+    Whoever cannot do without a field asks for it by `pixels()`, `labels()`, `masks()`, `all_views()` or
+    `all_captions()`, which refuse a batch that comes without it.
 
     x [B, 3, H, W] float32 in [0, 1]; views a tuple of such (sizes may differ); y int64 [B];
     mask [B, 1, H, W] in [0, 1], how much each pixel belongs to the concept; t_range [first, end) of
@@ -41,6 +47,32 @@ class Batch:
     def replace(self, **changes: Any) -> "Batch":
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def pixels(self) -> Tensor:
+        """x [B, 3, H, W]. Raises DataError for a batch without it."""
+        return self._given(self.x, "x, the pixels")
+
+    def labels(self) -> Tensor:
+        """y [B]. Raises DataError for a batch without it."""
+        return self._given(self.y, "y, the labels")
+
+    def masks(self) -> Tensor:
+        """mask [B, 1, H, W]. Raises DataError for a batch without it."""
+        return self._given(self.mask, "mask")
+
+    def all_views(self) -> tuple[Tensor, ...]:
+        """views, [B, 3, H, W] each. Raises DataError for a batch without them."""
+        return self._given(self.views, "views")
+
+    def all_captions(self) -> tuple[str, ...]:
+        """captions, a text each. Raises DataError for a batch without them."""
+        return self._given(self.captions, "captions")
+
+    def _given(self, value: T | None, name: str) -> T:
+        if value is None:
+            first = f" of {self.keys[0]} and {len(self.keys) - 1} more" if self.keys else ""
+            raise DataError(f"a batch{first} comes without {name}. Give it where the batch is made: Batch(keys, ...).")
+        return value
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         """The batch with all tensors on `device`."""

@@ -1,8 +1,8 @@
 """The Method contract: one training step as one nn.Module, so that any distributed wrapper sees a plain module.
 
-`Method` is what the engine trains. Two kinds add what a defense may stand on: `SSLMethod` trains an encoder of pictures,
-`DiffusionMethod` learns words for a frozen diffusion pipeline. Whoever needs to know what a method can do reads it off
-these contracts; nobody asks for its class.
+`Method` is what the engine trains. Two kinds add what a defense may stand on: `SSLMethod` trains an encoder of
+pictures, `DiffusionMethod` learns words for a frozen diffusion pipeline. Whoever needs to know what a method can do
+reads it off these contracts; nobody asks for its class.
 """
 
 from abc import abstractmethod
@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
+from poisonshield.errors import ConfigError
 from poisonshield.losses.zone import Zone
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.diffusion.pipeline import LatentDiffusion, Placeholder
 
 
@@ -22,7 +24,7 @@ class Method(nn.Module):
     DiffusionMethod.
     """
 
-    name: ClassVar[str]
+    name: str
     trains_words: ClassVar[bool] = False
 
     @abstractmethod
@@ -33,7 +35,7 @@ class Method(nn.Module):
         """Called once on the method of a new run, and not where weights are loaded: take weights from other files."""
 
     def after_step(self, progress: float) -> None:
-        """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done, in (0, 1]."""
+        """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done."""
 
 
 class SSLMethod(Method):
@@ -49,16 +51,19 @@ class SSLMethod(Method):
     num_views: int = 1
     default_views: str = "crop_flip"
     has_classifier: bool = False
-    encoder: nn.Module
+    encoder: Encoder
 
     def forward(self, batch: Batch) -> StepOutput:
         """The loss of one step on a batch with `views`."""
         return self.loss(self.features(batch), batch)
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Encoder features of each view, [B, D] each; batch statistics are per view. An encoder may have a way of its own."""
+        """Encoder features of each view, [B, D] each, by the encoder's own `views`; else one by one.
+
+        Batch statistics are those of each view alone. Any module with a feature_dim serves as an encoder.
+        """
         one_by_one = lambda views: tuple(self.encoder(v) for v in views)
-        return getattr(self.encoder, "views", one_by_one)(batch.views)
+        return getattr(self.encoder, "views", one_by_one)(batch.all_views())
 
     @abstractmethod
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
@@ -68,6 +73,15 @@ class SSLMethod(Method):
         """Class scores [B, K] of x [B, 3, H, W] in [0, 1], or None for a method without a classifier."""
         return None
 
+    def scores(self, x: Tensor) -> Tensor:
+        """`logits`, for whoever cannot do without them. Raises ConfigError for a method without a classifier."""
+        found = self.logits(x)
+        if found is None:
+            raise ConfigError(
+                f"{self.name} has no classifier, and class scores are wanted. Use method.name: supervised."
+            )
+        return found
+
     def projection(self) -> nn.Module | None:
         """What turns features into the z that the loss compares, or None for a method without it."""
         return self._modules.get("projector")
@@ -76,8 +90,8 @@ class SSLMethod(Method):
 class DiffusionMethod(Method):
     """A way to learn words for a frozen diffusion pipeline.
 
-    Built as `SomeMethod(config, model=model, tokens={concept: placeholder}, seed=seed, samples=samples of a concept in a
-    step)`. placeholders: concept -> its place in the vocabulary. vectors: what is learned, all concepts' together.
+    Built as `SomeMethod(config, model=model, tokens={concept: placeholder}, seed=seed, samples=samples of a concept in
+    a step)`. placeholders: concept -> its place in the vocabulary. vectors: what is learned, all concepts' together.
     zone, t_sampler: where the loss counts and how timesteps are drawn; a defense sets them.
     """
 

@@ -21,7 +21,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words (held in int64) for each counter, after 10 rounds. All inputs int64 in [0, 2^32), broadcastable."""
+    """Four 32-bit words (held in int64) of each counter, after 10 rounds. Inputs: int64 in [0, 2^32), broadcastable."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

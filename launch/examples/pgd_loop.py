@@ -47,7 +47,7 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, eps: float) ->
         leaf = x_adv.detach().requires_grad_()
         loss = F.cross_entropy(model(leaf), y, reduction="sum")  # a sum: no picture's step depends on the others
         (grad,) = torch.autograd.grad(loss, leaf)
-        pgd_step_(x_adv, grad, x, step=2.5 * eps / steps, eps=eps)
+        pgd_step_(x_adv, grad, x, step_size=2.5 * eps / steps, eps=eps)
     return x_adv
 
 

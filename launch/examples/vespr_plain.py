@@ -61,7 +61,7 @@ def attacked(model: Network, x: Tensor, y: Tensor) -> Tensor:
     leaf, x_adv = x.clone().requires_grad_(), x.clone()
     (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
     model.train()
-    return pgd_step_(x_adv, grad, x, step=EPS, eps=EPS)
+    return pgd_step_(x_adv, grad, x, step_size=EPS, eps=EPS)
 
 
 def train(x: Tensor, y: Tensor, *, steps: int, vespr: bool) -> Network:

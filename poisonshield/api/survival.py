@@ -11,7 +11,7 @@ from torch import Tensor
 
 from poisonshield.api.protect import Photo, pictures_in, read_photo
 from poisonshield.batch import Batch
-from poisonshield.defenses.purify.named import build_purifier, purifier_block, spelled
+from poisonshield.defenses.purify.named import build_purifier, parse_purifier, purifier_block
 from poisonshield.engine.checkpoint import write_whole
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.parts.survival import Picture, Poisoned, Purified, Report, edges_of, measure
@@ -76,7 +76,7 @@ def choose_purifiers(purifiers: Sequence[str], model: str | None) -> dict[str, d
     texts = list(purifiers) or [*STANDARD, *(WITH_MODEL if model is not None else ())]
     blocks, used = {}, False
     for text in texts:
-        given = spelled(text)
+        given = parse_purifier(text)
         blocks[text] = purifier_block(given)
         if "pipeline" in blocks[text] and "pipeline" not in given:
             if model is None:

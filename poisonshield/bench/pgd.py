@@ -52,10 +52,10 @@ def _case(norm: str, textbook: Callable[[Tensor, Tensor, Tensor], Tensor], x0: T
         missing = _ROOM.missing(name, x.device)
 
         def run(name: str = name, x: Tensor = x) -> Tensor:
-            return pgd_step_(x, grad, x0, step=step, eps=eps, norm=norm, backend=name)
+            return pgd_step_(x, grad, x0, step_size=step, eps=eps, norm=norm, backend=name)
 
         def check(name: str = name) -> str:
-            return checked(name, pgd_step_(x0.clone(), grad, x0, step=step, eps=eps, norm=norm, backend=name))
+            return checked(name, pgd_step_(x0.clone(), grad, x0, step_size=step, eps=eps, norm=norm, backend=name))
 
         case.providers.append(Provider(name, None if missing else run, check, missing or ""))
     for name, function in (("textbook, eager", textbook), ("textbook, torch.compile", torch.compile(textbook))):

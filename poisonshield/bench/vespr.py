@@ -2,7 +2,7 @@
 
 Theirs is re-enacted here from its description, in plain PyTorch: the attack forwards every view through encoder,
 projector and classifier, ascends 0 * L_SSL + 1 * mean CE, and back-propagates it into all parameters at each step, only
-to zero those gradients afterwards. Not re-enacted: their normalised pixel space, their loader over tensors inside the
+to zero those gradients afterwards. Not re-enacted: their normalized pixel space, their loader over tensors inside the
 attack, half precision and communication, so that what is left is the arithmetic that can be avoided. Both share the
 network, the loss code, the batch and the clamp to [0, 1]; before any timing both must reach the same pixels.
 On the CPU: a machine with a visible GPU is refused, since the harness would time that.

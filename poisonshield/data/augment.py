@@ -140,7 +140,7 @@ def color_jitter(x: Tensor, u: Tensor, *, strength: float, hue: float) -> Tensor
 def gaussian_blur(x: Tensor, sigma: Tensor, *, kernel: int | None = None) -> Tensor:
     """Gaussian of standard deviation sigma [B] in pixels. sigma 0 is the identity.
 
-    kernel None: the whole Gaussian, its weights renormalised at the border. An odd number: cut to that many pixels and
+    kernel None: the whole Gaussian, its weights renormalized at the border. An odd number: cut to that many pixels and
     mirrored at the border, which is torchvision's gaussian_blur where kernel // 2 is below the image's sides.
     """
 

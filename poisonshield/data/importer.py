@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from poisonshield.data.images import Encoded, Preparation
@@ -248,16 +248,18 @@ def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
 
 
 class _ForeignShard(BaseModel):
-    sha256: str | None = None
+    """What such a manifest may tell of a tar."""
+
+    sha256: str | None = Field(None, description="Of the file; compared where it is given.")
 
 
 class _ForeignManifest(BaseModel):
     """What a manifest.json beside tars may tell; everything else in it is passed over."""
 
-    classes: list[str] | None = None
-    provenance: str | None = None
-    poison: dict[str, Any] | None = None
-    shards: dict[str, _ForeignShard] = {}
+    classes: list[str] | None = Field(None, description="Names, label 0 first.")
+    provenance: str | None = Field(None, description="Where the images come from.")
+    poison: dict[str, Any] | None = Field(None, description="How the pixels were changed, if they were.")
+    shards: dict[str, _ForeignShard] = Field({}, description="By file name.")
 
 
 def _manifest_beside(folder: Path, paths: list[Path], *, complete: bool) -> _ForeignManifest:

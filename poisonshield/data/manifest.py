@@ -35,27 +35,27 @@ class ShardInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    samples: int = Field(ge=1)
-    bytes: int = Field(ge=1)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    samples: int = Field(ge=1, description="How many it holds.")
+    bytes: int = Field(ge=1, description="The file's size.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the whole file.")
 
 
 class Manifest(BaseModel):
-    """The contents of `manifest.json`.
-
-    classes: names, label 0 first. image_size: [H, W], or null when sizes differ (then images can be read one by one
-    only). poison: null for clean data, otherwise how the pixels were changed, written by whoever forged them.
-    """
+    """The contents of `manifest.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["poisonshield/1"] = "poisonshield/1"
-    classes: tuple[str, ...] = Field(min_length=1)
-    image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
-    samples: int = Field(ge=1)
-    shards: dict[str, ShardInfo] = Field(min_length=1)
-    provenance: str = ""
-    poison: dict[str, Any] | None = None
+    format: Literal["poisonshield/1"] = Field("poisonshield/1", description="Of the folder, with its version.")
+    classes: tuple[str, ...] = Field(min_length=1, description="Names, label 0 first.")
+    image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        description="[H, W], or null where sizes differ; then images can be read one by one only."
+    )
+    samples: int = Field(ge=1, description="How many all shards hold together.")
+    shards: dict[str, ShardInfo] = Field(min_length=1, description="What each has, by file name.")
+    provenance: str = Field("", description="Where the images come from, for people.")
+    poison: dict[str, Any] | None = Field(
+        None, description="null for clean data; else how the pixels were changed, written by whoever changed them."
+    )
 
     @field_validator("classes")
     @classmethod

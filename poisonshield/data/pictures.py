@@ -134,7 +134,7 @@ def read_picture(
 
     data = file_bytes(source)
     called = name or str(source if isinstance(source, Path) else "the picture")
-    with _opened(data, name=called, formats=formats, max_pixels=max_pixels) as file:
+    with _open_file(data, name=called, formats=formats, max_pixels=max_pixels) as file:
         frames = getattr(file, "n_frames", 1)
         turned = ImageOps.exif_transpose(file) if upright and _orientation(file) != 1 else file.copy()
         return Picture(turned, file.format or "", frames)
@@ -142,7 +142,7 @@ def read_picture(
 
 def read_head(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Head:
     """Format and orientation, without decoding. Raises as read_picture does, as far as the head of the file tells."""
-    with _opened(data, name=name, formats=tuple(FORMATS), max_pixels=max_pixels) as file:
+    with _open_file(data, name=name, formats=tuple(FORMATS), max_pixels=max_pixels) as file:
         return Head(file.format or "", _orientation(file))
 
 
@@ -191,7 +191,7 @@ def file_bytes(source: Path | bytes) -> bytes:
 
 
 @contextmanager
-def _opened(data: bytes, *, name: str, formats: Sequence[str], max_pixels: int) -> Iterator["ImageFile"]:
+def _open_file(data: bytes, *, name: str, formats: Sequence[str], max_pixels: int) -> Iterator["ImageFile"]:
     """Pillow's open file, within limits and depth. What its codecs raise inside the block becomes a DataError."""
     from PIL import Image, UnidentifiedImageError
 

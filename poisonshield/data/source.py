@@ -68,7 +68,7 @@ class ResidentSource:
         for indices in torch.arange(len(source)).split(chunk):
             pixels = source.read(indices)
             if stage is not None:
-                pixels = _staged(stage, batch_of(source, indices, pixels))
+                pixels = _apply_stage(stage, batch_of(source, indices, pixels))
             self.pixels[indices[0] : indices[-1] + 1] = pixels
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class ResidentSource:
         return self.pixels[indices]
 
 
-def _staged(stage: Callable[[Batch], Batch], batch: Batch) -> Tensor:
+def _apply_stage(stage: Callable[[Batch], Batch], batch: Batch) -> Tensor:
     out = stage(batch)
     given, made = (None if b.x is None else tuple(b.x.shape) for b in (batch, out))
     if out.x is None or out.keys != batch.keys or made != given:

@@ -22,41 +22,48 @@ _RATIO = (3 / 4, 4 / 3)
 
 
 class ViewsConfig(Settings):
-    """How views are made of an image.
-
-    crop_flip: a random resized crop and mirror, or shift by up to `padding` pixels and mirror. random_resized_crop says
-    which; auto shifts where `size` is the image's and at most 64 px.
-    ssl: random resized crop, jitter (p 0.8), grayscale (p gray_p), blur (p blur_p, sigma 0.1 to 2), mirror.
-    test: shorter side to 256/224 of `size`, then the middle.
-    none: the pixels as they are.
-    """
+    """Which augmentation makes the views, and its numbers."""
 
     name: Literal["auto", "crop_flip", "ssl", "test", "none"] = Field(
-        "auto", description="Which pipeline; auto takes what the method asks for."
+        "auto",
+        description="auto takes what the method asks for. crop_flip: a random resized crop and mirror, or a shift and "
+        "mirror. ssl: random resized crop, jitter (with chance 0.8), grayscale, blur (sigma 0.1 to 2), mirror. test: "
+        "shorter side to 256/224 of size, then the middle. none: the pixels as they are.",
     )
-    size: int | None = Field(None, ge=1, description="Side of a view in pixels; null keeps the image's.")
-    padding: int = Field(4, ge=0, description="Pixels by which crop_flip shifts at most.")
+    size: int | None = Field(None, ge=1, description="Side of a view in px; null keeps the image's.")
+    padding: int = Field(4, ge=0, description="crop_flip without a resized crop: how far images shift, in px.")
     random_resized_crop: Literal["auto"] | bool = Field(
-        "auto", description="Whether crop_flip crops and resizes; auto shifts where size is the image's, up to 64 px."
+        "auto",
+        description="crop_flip: whether it crops and resizes, or shifts; auto shifts where size is the image's and at "
+        "most 64 px.",
     )
     min_area: float | None = Field(
-        None, gt=0, le=1, description="Least share of the image in a crop; null is 0.2 for ssl, 0.08 for crop_flip."
+        None,
+        gt=0,
+        le=1,
+        description="Least share of the image in a random resized crop; null is 0.2 for ssl and 0.08 for crop_flip.",
     )
-    jitter: float = Field(0.4, ge=0, le=1, description="Strength of the jitter of brightness, contrast, saturation.")
-    hue: float = Field(0.1, ge=0, le=0.5, description="Strength of the jitter of hue, as a share of the circle.")
-    gray_p: float = Field(0.2, ge=0, le=1, description="Share of views that become grey.")
-    blur_p: float = Field(0.5, ge=0, le=1, description="Share of views that are blurred.")
+    jitter: float = Field(
+        0.4, ge=0, le=1, description="ssl: strength of the change of brightness, contrast and saturation."
+    )
+    hue: float = Field(
+        0.1, ge=0, le=0.5, description="ssl: largest change of the hue, as a share of the colour circle."
+    )
+    gray_p: float = Field(0.2, ge=0, le=1, description="ssl: chance of a gray view.")
+    blur_p: float = Field(0.5, ge=0, le=1, description="ssl: chance of a blurred view.")
     blur_kernel: int | None = Field(
         None,
         ge=1,
-        description="Pixels of the blur's kernel; null is the whole Gaussian, 9 as the VESPR authors make poisons.",
+        description="ssl: pixels to which the blur's kernel is cut, an odd number, 9 as the VESPR authors generate "
+        "poisons; null blurs with the whole Gaussian.",
     )
-    count: int | None = Field(None, ge=1, description="Large views; null takes what the method asks for.")
-    local: int = Field(0, ge=0, description="Small crops beside the large views (multi-crop).")
-    local_size: int | None = Field(None, ge=1, description="Side of the small crops in pixels.")
+    count: int | None = Field(None, ge=1, description="Large views of an image; null takes what the method asks for.")
+    local: int = Field(0, ge=0, description="Small crops beside the large views (multi-crop), made alike.")
+    local_size: int | None = Field(None, ge=1, description="Side of the small crops in px; needed where there are any.")
     local_area: tuple[float, float] = Field(
         (0.05, 0.2),
-        description="Share of the image in a small crop, least and most; the VESPR authors take the large views'.",
+        description="Least and greatest share of the image in a small crop; the VESPR authors give them the large "
+        "ones' shares.",
     )
 
     @field_validator("blur_kernel")

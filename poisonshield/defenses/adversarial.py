@@ -53,13 +53,15 @@ class AdversarialMethod(Wrapped):
 
     def forward(self, batch: Batch) -> StepOutput:
         """The inner method's loss on attacked views."""
+        y = batch.labels()
 
         def objective(v: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_float32(self.method.logits(v)), batch.y, reduction="none")
+            return F.cross_entropy(at_least_float32(self.method.scores(v)), y, reduction="none")
 
         views = []
+        # Attacks see what an evaluation would: running statistics, which their passes leave as they are.
         with frozen_stats(self.method):
-            for i, view in enumerate(batch.views):
+            for i, view in enumerate(batch.all_views()):
                 rng = batch.random(self.seed, view.device).within(f"view{i}")
                 views.append(self.attack(objective, view, self.budget, rng))
         return self.method(batch.replace(views=tuple(views)))

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch, StepOutput
+from poisonshield.config import Settings
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 
@@ -41,6 +43,9 @@ class Defense:
     name: ClassVar[str]
     purifier: ClassVar[bool] = False
     once: ClassVar[bool] = False
+
+    class Config(Settings):
+        """No settings, unless a defense has its own."""
 
     def __init__(self, config: Any, context: Context | None = None) -> None:
         self.config, self.context = config, context or Context()
@@ -126,11 +131,12 @@ class Wrapped(SSLMethod):
     def __init__(self, method: SSLMethod) -> None:
         super().__init__()
         self.method = method
+        # What a class declares of itself, taken from the inner one: a wrapper has as many views, and is called alike.
         self.num_views, self.default_views = method.num_views, method.default_views
         self.name, self.has_classifier = method.name, method.has_classifier
 
     @property
-    def encoder(self) -> nn.Module:  # type: ignore[override]
+    def encoder(self) -> Encoder:  # type: ignore[override]
         """The inner method's encoder."""
         return self.method.encoder
 

@@ -21,11 +21,13 @@ class Bits(Defense):
     purifier: ClassVar[bool] = True
 
     class Config(Settings):
-        """bits: kept of each channel's 8."""
+        """How much is kept."""
 
-        bits: int = Field(4, ge=2, le=7)
+        bits: int = Field(4, ge=2, le=7, description="Bits that are kept of the 8 of each channel.")
 
     def before(self, batch: Batch) -> Batch:
         """x in 2^bits levels, [B, 3, H, W] in [0, 1]. A bin's middle lies between two levels; it is rounded up."""
         bin_size = 2 ** (8 - self.config.bits)
-        return batch.replace(x=pixels(torch.floor(levels(batch.x) / bin_size) * bin_size + bin_size // 2))
+        bins = torch.floor(levels(batch.pixels()) / bin_size)
+        # The middle of a bin and not its lower end, which would darken the picture by half a bin.
+        return batch.replace(x=pixels(bins * bin_size + bin_size // 2))

@@ -22,10 +22,12 @@ class Gaussian(Defense):
     purifier: ClassVar[bool] = True
 
     class Config(Settings):
-        """sigma: in pixels. kernel: pixels a side, odd; null for all within 3 sigma."""
+        """The width of the blur."""
 
-        sigma: float = Field(2.0, gt=0)
-        kernel: int | None = Field(None, ge=3)
+        sigma: float = Field(2.0, gt=0, description="Standard deviation of the blur, in pixels.")
+        kernel: int | None = Field(
+            None, ge=3, description="Side of the kernel in pixels, an odd number; null for all within 3 sigma."
+        )
 
         @field_validator("kernel")
         @classmethod
@@ -43,9 +45,12 @@ class Gaussian(Defense):
         """x blurred, [B, 3, H, W] in [0, 1]. Raises ShapeError for pictures no larger than half the kernel."""
         from torchvision.transforms.functional import gaussian_blur
 
-        if min(batch.x.shape[2:]) <= self.kernel // 2:
+        given = batch.pixels()
+        if min(given.shape[2:]) <= self.kernel // 2:
             raise ShapeError(
-                f"pictures of shape {tuple(batch.x.shape)} are too small for a kernel of {self.kernel}. Lower sigma or kernel."
+                f"pictures of shape {tuple(given.shape)} are too small for a kernel of {self.kernel}. "
+                "Lower sigma or kernel."
             )
-        x = gaussian_blur(batch.x, [self.kernel, self.kernel], [self.config.sigma, self.config.sigma])
+        # On pixels and not on whole levels: it is rounded once, after the blur.
+        x = gaussian_blur(given, [self.kernel, self.kernel], [self.config.sigma, self.config.sigma])
         return batch.replace(x=pixels(x * 255))

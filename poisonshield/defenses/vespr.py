@@ -14,6 +14,7 @@ the cost. keep_clean adds the clean copies as further views of the same samples,
 samples of them, which fails on the labels and turns unattacked views into false negatives.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,12 +34,12 @@ from poisonshield.models.normalize import IMAGENET_STD
 from poisonshield.ops.precision import at_least_float32
 from poisonshield.random import KeyedRandom
 
-_SCALE = {"fp16": 1024.0}
+_SCALE = {"fp16": 1024.0}  # of the attack's loss: gradients in pixels are small, and fp16 rounds them to 0
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _as_views(value: Any) -> Any:
-    named = {"none": (), "both": (0, 1)}
+    named: dict[Any, tuple[int, ...]] = {"none": (), "both": (0, 1)}
     return named.get(value, (value,)) if isinstance(value, (str, int)) else value
 
 
@@ -164,19 +165,21 @@ class VESPRMethod(Wrapped):
     def forward(self, batch: Batch) -> StepOutput:
         """ssl_weight * L_SSL + ce_weight * L_CE on the attacked batch."""
         c, flagged = self.config, self.config.attack_views
-        attacked = batch.replace(views=self.attacked_views(batch))
+        clean, hard, y = batch.all_views(), self.attacked_views(batch), batch.labels()
         if self.memory is not None:
             for i in flagged:
-                self.memory.remember(i, attacked.views[i] - batch.views[i], batch.y)
+                self.memory.remember(i, hard[i] - clean[i], y)
         if c.keep_clean and flagged:
-            attacked = attacked.replace(views=attacked.views + tuple(batch.views[i] for i in flagged))
+            # As further views of the same samples: as further samples they would be negatives of themselves.
+            hard = hard + tuple(clean[i] for i in flagged)
+        attacked = batch.replace(views=hard)
         seen = {"attacked": attacked, "clean": batch}
         features = self.method.features(seen[c.ssl_sees])
         out = self.method.loss(features, seen[c.ssl_sees])
-        if c.ce_sees != c.ssl_sees:
+        if c.ce_sees != c.ssl_sees:  # else both losses share one pass of the encoder
             features = self.method.features(seen[c.ce_sees])
-        per_view = [self._cross_entropy(h, batch.y) for h in (features if c.ce_all_views else features[:1])]
-        ce = collectives.mean(sum(per_view) / len(per_view), batch.rank_sizes)
+        per_view = [self._cross_entropy(h, y) for h in (features if c.ce_all_views else features[:1])]
+        ce = collectives.mean(_mean(per_view), batch.rank_sizes)
         metrics = {**out.metrics, "ce": ce.detach(), **self._diagnostics(features, per_view, batch)}
         return StepOutput(c.ssl_weight * out.loss + c.ce_weight * ce, metrics)
 
@@ -187,9 +190,9 @@ class VESPRMethod(Wrapped):
 
     @torch.no_grad()
     def _diagnostics(self, features: tuple[Tensor, ...], per_view: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """How much more an attacked view costs the classifier than a plain one, and how alike the encoder finds them."""
+        """How much more an attacked view costs the classifier than a plain one, and how alike their features are."""
         flagged, large = self.config.attack_views, range(self.method.num_views)
-        plain = [i for i in large if i not in flagged] or [len(batch.views)]  # or the first clean copy
+        plain = [i for i in large if i not in flagged] or [len(batch.all_views())]  # or the first clean copy
         if not flagged or self.config.ce_sees == "clean" or max(flagged[0], plain[0]) >= len(per_view):
             return {}
         hard, easy = flagged[0], plain[0]
@@ -200,8 +203,8 @@ class VESPRMethod(Wrapped):
     def attacked_views(self, batch: Batch) -> tuple[Tensor, ...]:
         """All views as the attack leaves them, [B, 3, H, W] each, in [0, 1] (beyond it with legacy_scalar_std)."""
         if self.config.attack_ssl_weight > 0 and self.config.attack_views:
-            return self._attacked_together(batch)
-        return tuple(self.attacked(v, i, batch) for i, v in enumerate(batch.views))
+            return self._attack_together(batch)
+        return tuple(self.attacked(v, i, batch) for i, v in enumerate(batch.all_views()))
 
     def attacked(self, view: Tensor, index: int, batch: Batch) -> Tensor:
         """One view attacked against the classifier if `index` is flagged, else unchanged.
@@ -210,45 +213,48 @@ class VESPRMethod(Wrapped):
         """
         if index not in self.config.attack_views:
             return view
+        labels = batch.labels()
 
         def objective(v: Tensor, rows: Tensor | None = None) -> Tensor:
-            y = batch.y if rows is None else batch.y[rows]
+            y = labels if rows is None else labels[rows]
             with self._precision(v):
                 scores = self.logits(v)
             return F.cross_entropy(at_least_float32(scores), y, reduction="none")
 
-        start = None if self.memory is None else self.memory.start(index, view, batch.y, self.budget)
+        start = None if self.memory is None else self.memory.start(index, view, labels, self.budget)
         with self._still(self.method.encoder, self.head):
             rng = batch.random(self.seed, view.device).within(f"view{index}")
             return self.attack(objective, view, self.budget, rng, start=start)
 
-    def _attacked_together(self, batch: Batch) -> tuple[Tensor, ...]:
-        """All flagged views attacked at once, since the self-supervised loss ties them to each other and to the batch."""
+    def _attack_together(self, batch: Batch) -> tuple[Tensor, ...]:
+        """All flagged views attacked at once: the self-supervised loss ties them to each other and to the batch."""
         c, flagged = self.config, self.config.attack_views
+        views, y = batch.all_views(), batch.labels()
 
-        def composed(x: Tensor) -> tuple[Tensor, ...]:
+        def compose(x: Tensor) -> tuple[Tensor, ...]:
             found = dict(zip(flagged, x.chunk(len(flagged)), strict=True))
-            return tuple(found.get(i, v) for i, v in enumerate(batch.views))
+            return tuple(found.get(i, v) for i, v in enumerate(views))
 
         def objective(x: Tensor) -> Tensor:
-            seen = batch.replace(views=composed(x))
+            seen = batch.replace(views=compose(x))
             with self._precision(x):
                 features = self.method.features(seen)
                 ssl = self.method.loss(features, seen).loss
-            ce = sum(self._cross_entropy(h, batch.y) for h in features) / len(features)
+            ce = _mean([self._cross_entropy(h, y) for h in features])
             joint = c.attack_ssl_weight * ssl + c.attack_ce_weight * collectives.mean(ce, batch.rank_sizes)
             if not torch.is_grad_enabled():  # restarts are compared: all ranks must pick the same one
                 joint = collectives.all_reduce_mean({"joint": joint})["joint"]
             return joint.expand(len(x))
 
-        together = torch.cat([batch.views[i] for i in flagged])  # [views * B, 3, H, W]
+        together = torch.cat([views[i] for i in flagged])  # [views * B, 3, H, W]
         keyed = batch.random(self.seed, together.device)
+        # An id of its own for each view, so that two views of a sample do not start at the same noise.
         rng = KeyedRandom(keyed.seed, torch.cat([keyed.ids + i for i in flagged]), keyed.offset, "views")
         start = None
         if self.memory is not None:
-            start = torch.cat([self.memory.start(i, batch.views[i], batch.y, self.budget) for i in flagged])
+            start = torch.cat([self.memory.start(i, views[i], y, self.budget) for i in flagged])
         with self._still(self):
-            return composed(self.attack(objective, together, self.budget, rng, start=start))
+            return compose(self.attack(objective, together, self.budget, rng, start=start))
 
     def _still(self, *modules: nn.Module) -> AbstractContextManager[None]:
         return (frozen_stats if self.config.attack_mode == "eval" else batch_stats)(*modules)
@@ -258,9 +264,17 @@ class VESPRMethod(Wrapped):
         if name == "run":
             return nullcontext()
         # Not cached: weights cast for the attack must not turn up in the training step.
-        kind = {"dtype": _DTYPES.get(name, torch.bfloat16), "enabled": name in _DTYPES}
-        return torch.autocast(x.device.type, **kind, cache_enabled=False)
+        dtype = _DTYPES.get(name, torch.bfloat16)
+        return torch.autocast(x.device.type, dtype=dtype, enabled=name in _DTYPES, cache_enabled=False)
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, K]."""
         return self.head(self.encoder(x))
+
+
+def _mean(per_view: Sequence[Tensor]) -> Tensor:
+    """The mean over views of a loss of each sample, [B]."""
+    total = per_view[0]
+    for loss in per_view[1:]:
+        total = total + loss
+    return total / len(per_view)

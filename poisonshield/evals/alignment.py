@@ -1,6 +1,6 @@
 """How two views of the same samples lie to each other: a and b [n, D], row i of both from sample i.
 
-Rows are l2-normalised here, on copies: inputs stay as they are. All in float64. Pairs are visited in blocks of rows,
+Rows are l2-normalized here, on copies: inputs stay as they are. All in float64. Pairs are visited in blocks of rows,
 so memory grows with n and not with n squared; time grows with n squared.
 """
 
@@ -87,12 +87,12 @@ def concentration(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def variance(h: Tensor) -> float:
-    """Mean over columns of the variance (over n) of normalised rows: 1/D at most, 0 for a collapsed encoder."""
+    """Mean over columns of the variance (over n) of normalized rows: 1/D at most, 0 for a collapsed encoder."""
     return float(_unit(h).var(0, correction=0).mean())
 
 
 def correlation_strength(h: Tensor) -> float:
-    """Mean absolute off-diagonal element of R^T R / n, R the normalised rows: 0 where columns are uncorrelated."""
+    """Mean absolute off-diagonal element of R^T R / n, R the normalized rows: 0 where columns are uncorrelated."""
     matrix = _correlation(h)
     off = matrix.abs().sum() - matrix.diagonal().abs().sum()
     return float(off / max(1, matrix.numel() - len(matrix)))
@@ -119,7 +119,7 @@ def mutual_information(a: Tensor, b: Tensor) -> float:
 def eigen_alignment(p: Tensor, z: Tensor, *, top: int = 512) -> float:
     """Mean cosine between C_p v and v over the `top` leading eigenvectors v of C_z; 1 if both have the same ones.
 
-    C is R^T R / n of normalised rows. p and z may be a predictor's output and its target, or the two views. Directions
+    C is R^T R / n of normalized rows. p and z may be a predictor's output and its target, or the two views. Directions
     that z does not use (eigenvalue shares up to 1.19e-7) are left out: their eigenvectors are arbitrary.
     Source: Tian et al. 2021, 2102.06810 (eigenspace alignment).
     """

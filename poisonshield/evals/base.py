@@ -15,7 +15,7 @@ import torch
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.evals.parts.features import Features, extract
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 # VESPR's authors compare 20 batches of 512 with 5 of 512.
 LEGACY_BANK, LEGACY_QUERIES = 10_240, 2_560
@@ -110,7 +110,7 @@ class Subject:
     as VESPR's authors do. Features are computed when first asked for, once.
     """
 
-    method: Method
+    method: SSLMethod
     samples: Samples
     num_classes: int
     seed: int = 0

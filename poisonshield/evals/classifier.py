@@ -8,7 +8,7 @@ import torch
 from poisonshield.batch import Batch
 from poisonshield.evals.base import Evaluation, Number, Subject
 from poisonshield.evals.parts.features import pixels_and_labels
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 
 class Classifier(Evaluation[Subject]):
@@ -28,7 +28,7 @@ class Classifier(Evaluation[Subject]):
 
 
 @torch.no_grad()
-def classifier(method: Method, batches: Iterable[Batch]) -> float | None:
+def classifier(method: SSLMethod, batches: Iterable[Batch]) -> float | None:
     """Top-1 accuracy in percent of `method.logits`, evaluation mode; None for a method without a classifier."""
     training = method.training
     method.eval()

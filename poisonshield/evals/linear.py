@@ -57,7 +57,7 @@ def linear(
 
     weight_decay multiplies half the squared weights, per mean loss. Costs `iterations` passes over the features.
     """
-    h, test_h = _standardized(train.h, test.h)
+    h, test_h = _standardize(train.h, test.h)
     weight = h.new_zeros(num_classes, h.shape[1], requires_grad=True)
     bias = h.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
@@ -94,7 +94,7 @@ def linear_sweep(
     weight_decay pulls weights and biases. The schedule is `probe_rate`'s. Choosing a rate by these numbers is choosing
     on the test set: report all, or give held-out features as `test`.
     """
-    h, test_h = (torch.cat([x, x.new_ones(len(x), 1)], 1) for x in _standardized(train.h, test.h))  # bias as a feature
+    h, test_h = (torch.cat([x, x.new_ones(len(x), 1)], 1) for x in _standardize(train.h, test.h))  # bias as a feature
     rates = h.new_tensor(list(learning_rates)).view(-1, 1, 1)  # [L, 1, 1]
     target = F.one_hot(train.y, num_classes).to(h.dtype)  # [N, K]
     weight = h.new_zeros(len(rates), h.shape[1], num_classes)  # [L, D + 1, K]
@@ -121,7 +121,7 @@ def probe_rate(epoch: int, epochs: int) -> float:
     return min(1.0, epoch / (0.1 * epochs)) * 0.2**drops
 
 
-def _standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+def _standardize(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both [N, D] with the training set's mean 0 and standard deviation 1 in each column."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     return (train - mean) / std, (test - mean) / std

@@ -3,8 +3,8 @@
     L(x) = max over |x' - x|_inf <= eps of  |f(x) - f(x')|_1 / |x - x'|_inf
 
 found by sign ascent on the ratio itself (its denominator has a gradient too), so what comes out is a lower bound.
-Pixel units: a model that normalises its input does so inside f. Source: the VESPR authors' evaluation, after
-Yang et al. 2020, 2003.02460; theirs works on normalised pixels and takes the best of the last points only.
+Pixel units: a model that normalizes its input does so inside f. Source: the VESPR authors' evaluation, after
+Yang et al. 2020, 2003.02460; theirs works on normalized pixels and takes the best of the last points only.
 """
 
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ class Lipschitz(Evaluation[Subject]):
         restarts: int = Field(5, ge=1, description="Ascents from different random starts; the best counts.")
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
-        """Of the features as they are, and of l2-normalised ones."""
+        """Of the features as they are, and of l2-normalized ones."""
         settings = self.config.model_dump()
         count = settings.pop("samples")
         found = {
@@ -71,7 +71,7 @@ def local_lipschitz(
     normalize: bool = False,
     seed: int = 0,
 ) -> float:
-    """Mean over samples of the largest ratio seen at any point of any restart. normalize: of l2-normalised features.
+    """Mean over samples of the largest ratio seen at any point of any restart. normalize: of l2-normalized features.
 
     Depends on (seed, epoch, key) of each sample, not on batches; the encoder's weights, statistics and mode stay.
     Costs about 2 * steps * restarts forward passes a sample.

@@ -24,7 +24,7 @@ from poisonshield.errors import DataError
 from poisonshield.evals.base import Evaluation, Number, Subject
 from poisonshield.evals.lipschitz import ratio
 from poisonshield.evals.parts.features import pixels_and_labels
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +85,10 @@ def _say_unpoisoned(what: str, wanted: str) -> None:
 
 
 @torch.no_grad()
-def pairs(method: Method, clean: Iterable[Batch], poisoned: Iterable[Batch]) -> dict[str, float | int | None]:
+def pairs(method: SSLMethod, clean: Iterable[Batch], poisoned: Iterable[Batch]) -> dict[str, float | int | None]:
     """Means over the samples that the poison changed, and `pairs`, how many those are; None where there is nothing.
 
-    psn_local_lip_unit is the first on l2-normalised features, whose scale cannot play a part. The two streams give the
+    psn_local_lip_unit is the first on l2-normalized features, whose scale cannot play a part. The two streams give the
     same samples in the same batches; raises DataError if not. Evaluation mode; the method is not changed.
     """
     sums: dict[str, torch.Tensor | float] = {}
@@ -117,7 +117,7 @@ def _same_samples(
     raise DataError("clean and poisoned batches hold different samples. Read both in the same order and size.")
 
 
-def _of(method: Method, x: torch.Tensor, x_p: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+def _of(method: SSLMethod, x: torch.Tensor, x_p: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     """Each measure for each sample, [B]."""
     x, x_p = (v.contiguous(memory_format=torch.channels_last) for v in (x, x_p))
     h, h_p = method.encoder(x).float(), method.encoder(x_p).float()

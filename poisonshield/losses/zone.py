@@ -85,7 +85,7 @@ def zone_loss(pred: Tensor, target: Tensor, mask: Tensor | None, zone: Zone) -> 
     alone; where the mask is 0 they are exactly 0. With norm "batch" the terms share one denominator: the masks of all
     rows given. Raises ShapeError for a mask of another size.
     """
-    normalise = {"per_image": "per_sample", "batch": "global", "plain": "numel"}[zone.norm]
+    normalize = {"per_image": "per_sample", "batch": "global", "plain": "numel"}[zone.norm]
     weight = None
     if mask is not None:
         if mask.shape != (len(pred), 1, *pred.shape[2:]):
@@ -94,7 +94,7 @@ def zone_loss(pred: Tensor, target: Tensor, mask: Tensor | None, zone: Zone) -> 
                 "Bring it to the latents' size with latent_mask."
             )
         weight = _area_weight(pred, mask, zone)
-    losses = masked_diffusion_loss(pred, target=target, mask=mask, weight=weight, normalise=normalise, reduction="none")
+    losses = masked_diffusion_loss(pred, target=target, mask=mask, weight=weight, normalize=normalize, reduction="none")
     return losses * len(pred) if zone.norm == "batch" else losses
 
 

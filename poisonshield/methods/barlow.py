@@ -4,21 +4,22 @@ The VESPR authors give no recipe; projector and weight are the paper's. `legacy:
 one triangle of the off-diagonal twice.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.barlow import barlow
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 
 
 class Barlow(SSLMethod):
     """Cross-correlation of projections against the identity. Labels are not used."""
 
-    name: ClassVar[str] = "barlow"
+    name = "barlow"
     num_views = 2
     default_views = "ssl"
 
@@ -38,7 +39,7 @@ class Barlow(SSLMethod):
             False, description="Whether all pairs of views count, and not only those of the first view."
         )
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)

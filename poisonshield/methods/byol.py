@@ -3,14 +3,13 @@
 The VESPR authors' documented command keeps the moco projector: `projector: moco`.
 """
 
-from typing import ClassVar
-
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.cosine import negative_cosine
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 from poisonshield.models.target import Momentum, Target, TargetConfig
@@ -19,7 +18,7 @@ from poisonshield.models.target import Momentum, Target, TargetConfig
 class BYOL(SSLMethod):
     """Negative cosine between predictions and a momentum encoder's projections. Labels are not used."""
 
-    name: ClassVar[str] = "byol"
+    name = "byol"
     num_views = 2
     default_views = "ssl"
 
@@ -30,7 +29,7 @@ class BYOL(SSLMethod):
         momentum: Momentum = 0.999
         symmetrized: bool = Field(True, description="Whether every view predicts, and not the first alone.")
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)
@@ -40,9 +39,8 @@ class BYOL(SSLMethod):
     def loss(self, features: tuple[Tensor, ...], batch: Batch) -> StepOutput:
         """Every view predicts what the target makes of the other large views."""
         p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
-        assert batch.views is not None  # the features were made of them
         # Small crops predict and are never predicted.
-        targets = tuple(self.target(v) for v in batch.views[: self.num_views])
+        targets = tuple(self.target(v) for v in batch.all_views()[: self.num_views])
         loss = negative_cosine(p, targets, symmetrized=self.config.symmetrized, rank_sizes=batch.rank_sizes)
         return StepOutput(loss, {"ssl": loss.detach()})
 

@@ -5,15 +5,14 @@ once in a training step and never in an attack. Not built, as in their code: a w
 holding the last layer still at first.
 """
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.dino import dino, move_centre
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.target import Momentum, Target, TargetConfig
 
@@ -21,7 +20,7 @@ from poisonshield.models.target import Momentum, Target, TargetConfig
 class DINO(SSLMethod):
     """Cross-entropy between a student's and a momentum teacher's prototypes. Labels are not used."""
 
-    name: ClassVar[str] = "dino"
+    name = "dino"
     num_views = 2
     default_views = "ssl"
     centre: Tensor
@@ -43,7 +42,7 @@ class DINO(SSLMethod):
         )
         symmetrized: bool = Field(True, description="Whether every view learns, and not the first alone.")
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)
@@ -54,8 +53,7 @@ class DINO(SSLMethod):
         """Every view learns from the other views that teach."""
         c = self.config
         student = tuple(self.projector(h) for h in features)
-        assert batch.views is not None  # the features were made of them
-        teachers = batch.views if c.all_views_teach else batch.views[: self.num_views]
+        teachers = batch.all_views() if c.all_views_teach else batch.all_views()[: self.num_views]
         teacher = tuple(self.target(v) for v in teachers)
         loss = dino(student, teacher, self.centre, student_temperature=c.student_temperature,
                     teacher_temperature=c.teacher_temperature, symmetrized=c.symmetrized,

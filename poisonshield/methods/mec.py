@@ -6,14 +6,13 @@ direction holds more than `distortion` of the batch's energy; at 0.06 a small ba
 power explode, and training stands still, hence 0.5.
 """
 
-from typing import ClassVar
-
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.mec import mec
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 
@@ -21,7 +20,7 @@ from poisonshield.models.predictors import PredictorConfig, build_predictor
 class MEC(SSLMethod):
     """Coding rate of the agreement of predictions and stopped projections. Labels are not used."""
 
-    name: ClassVar[str] = "mec"
+    name = "mec"
     num_views = 2
     default_views = "ssl"
 
@@ -43,7 +42,7 @@ class MEC(SSLMethod):
         stop_gradient: bool = Field(True, description="Whether the loss stops at the targets.")
         symmetrized: bool = Field(True, description="Whether every view predicts, and not the first alone.")
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)

@@ -4,13 +4,12 @@
 Small crops ask and are never keys.
 """
 
-from typing import ClassVar
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.infonce import InfoNCEConfig, SameView, infonce
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 from poisonshield.models.target import Target, TargetConfig
@@ -19,7 +18,7 @@ from poisonshield.models.target import Target, TargetConfig
 class MoCo(SSLMethod):
     """InfoNCE between predictions and a momentum encoder's projections. Labels are not used."""
 
-    name: ClassVar[str] = "moco"
+    name = "moco"
     num_views = 2
     default_views = "ssl"
 
@@ -28,7 +27,7 @@ class MoCo(SSLMethod):
 
         same_view: SameView = "none"
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)
@@ -39,8 +38,7 @@ class MoCo(SSLMethod):
         """InfoNCE of every view's prediction against the large views' keys."""
         c = self.config
         p = self.predictor(tuple(self.projector(h) for h in features), batch.rank_sizes)
-        assert batch.views is not None  # the features were made of them
-        keys = tuple(self.target(v) for v in batch.views[: self.num_views])
+        keys = tuple(self.target(v) for v in batch.all_views()[: self.num_views])
         loss = infonce(p, keys, temperature=c.temperature, same_view=c.same_view,
                        negative_weight=c.negative_weight, margin=c.margin,
                        symmetrized=c.symmetrized, rank_sizes=batch.rank_sizes)  # fmt: skip

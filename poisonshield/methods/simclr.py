@@ -3,27 +3,26 @@
 Projector and temperature are those of the VESPR authors' default (a three-layer head, 0.2).
 """
 
-from typing import ClassVar
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.infonce import InfoNCEConfig, infonce
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, build_projector
 
 
 class SimCLR(SSLMethod):
     """InfoNCE on a projector's output. Labels are not used."""
 
-    name: ClassVar[str] = "simclr"
+    name = "simclr"
     num_views = 2
     default_views = "ssl"
 
     class Config(InfoNCEConfig, ProjectorConfig):
         """The projector and InfoNCE's settings."""
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)

@@ -2,14 +2,13 @@
 Source: Chen and He 2021.
 """
 
-from typing import ClassVar
-
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.cosine import negative_cosine
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 from poisonshield.models.predictors import PredictorConfig, build_predictor
 
@@ -17,7 +16,7 @@ from poisonshield.models.predictors import PredictorConfig, build_predictor
 class SimSiam(SSLMethod):
     """Negative cosine between predictions and stopped projections. Labels are not used."""
 
-    name: ClassVar[str] = "simsiam"
+    name = "simsiam"
     num_views = 2
     default_views = "ssl"
 
@@ -30,7 +29,7 @@ class SimSiam(SSLMethod):
         )
         symmetrized: bool = Field(True, description="Whether every view predicts, and not the first alone.")
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)

@@ -3,8 +3,6 @@
 From a finished run's encoder it is fine-tuning, and with that encoder frozen a linear probe.
 """
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
 from poisonshield.errors import DataError
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.weights import Branch, load_encoder
 from poisonshield.ops.precision import at_least_float32
 
@@ -21,7 +20,7 @@ from poisonshield.ops.precision import at_least_float32
 class Supervised(SSLMethod):
     """Encoder and linear classifier, one augmented view per sample."""
 
-    name: ClassVar[str] = "supervised"
+    name = "supervised"
 
     has_classifier = True
 
@@ -50,7 +49,7 @@ class Supervised(SSLMethod):
                 raise ValueError(f"{setting} needs a trained encoder: set init_from to a finished run's folder.")
             return self
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.head = nn.Linear(encoder.feature_dim, num_classes)

@@ -3,21 +3,20 @@
 `legacy: true` takes the VESPR authors' loss, whose variance terms weigh double.
 """
 
-from typing import ClassVar
-
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.losses.vicreg import vicreg
 from poisonshield.method import SSLMethod
+from poisonshield.models.backbones import Encoder
 from poisonshield.models.heads import ProjectorConfig, ProjectorName, build_projector
 
 
 class VICReg(SSLMethod):
     """Variance, invariance and covariance of projections. Labels are not used."""
 
-    name: ClassVar[str] = "vicreg"
+    name = "vicreg"
     num_views = 2
     default_views = "ssl"
 
@@ -33,7 +32,7 @@ class VICReg(SSLMethod):
             False, description="Whether all pairs of views count, and not only those of the first view."
         )
 
-    def __init__(self, config: Config, *, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = build_projector(config, encoder.feature_dim)

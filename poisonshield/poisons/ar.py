@@ -49,7 +49,7 @@ def autoregress(rows: Tensor, columns: Tensor, taps: Tensor) -> Tensor:
     """
     (b, c, _, w), h = rows.shape, columns.shape[2] + 2
     sheared = rows.new_empty(h + w - 1, h, c, b)
-    field = _unsheared(sheared, w)
+    field = _unshear(sheared, w)
     field[:2] = rows.permute(2, 3, 1, 0)
     field[2:, :2] = columns.permute(2, 3, 1, 0)
     taps = taps.permute(2, 1, 0).contiguous()  # [8, 3, B]
@@ -65,7 +65,7 @@ def autoregress(rows: Tensor, columns: Tensor, taps: Tensor) -> Tensor:
     return field.permute(3, 2, 0, 1)
 
 
-def _unsheared(sheared: Tensor, w: int) -> Tensor:
+def _unshear(sheared: Tensor, w: int) -> Tensor:
     """The same memory [H + W - 1, H, 3, B] seen as a field [H, W, 3, B], with field[i, j] = sheared[i + j, i]."""
     _, h, c, b = sheared.shape
     diagonal, row = h * c * b, c * b  # how far apart neighbours lie in memory
@@ -174,7 +174,7 @@ class AR(KeyedPoison):
         A trial of 12 x 12 pixels goes first: it costs a tenth and spares the others nine in ten candidates.
         """
         taps = philox_normal(24, seed=self.seed, ids=ids, stream=stream_of("ar taps")).view(-1, 3, 8)
-        taps = taps / taps.sum(dim=2, keepdim=True)
+        taps = taps / taps.sum(dim=2, keepdim=True)  # so that a constant field would go on as it is
         signals: list[Tensor] = []
         for trial, size in enumerate((TRIAL // 3, TRIAL, TRIAL, TRIAL)):
             stream = stream_of("ar trial")
@@ -200,6 +200,7 @@ class AR(KeyedPoison):
 
 def responses(signals: Tensor, taps: Tensor) -> Tensor:
     """Sum of the positive part of each process's matched filter on each signal: [N, 3, H, W], [K, 3, 8] -> [N, K]."""
+    # The pixel itself, last of nine, counts -1: a process's own filter predicts it and is left with nothing.
     filters = F.pad(taps, (0, 1), value=-1.0).view(-1, 3, 3, 3)
     return F.conv2d(signals, filters).relu_().sum(dim=(2, 3))
 

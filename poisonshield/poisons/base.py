@@ -137,7 +137,7 @@ class KeyedPoison(nn.Module, Poison):
         super().__init__()
         self.config, self.num_classes, self.seed = config, num_classes, seed
         self.image_size = (image_size[0], image_size[1])
-        self.register_buffer("last_drawn", torch.tensor(EVERYONE))
+        self.register_buffer("last_drawn", torch.tensor(EVERYONE))  # a buffer, so that recipes keep it
 
     @abstractmethod
     def draw(self, batch: Labelled) -> Tensor:
@@ -176,7 +176,7 @@ class KeyedPoison(nn.Module, Poison):
         Every id draws a number; those with the smallest are chosen, so one number is all that a recipe has to keep.
         """
         lots = self._lots(ids).sort().values
-        count = math.floor(ratio * len(ids) + 1e-9)
+        count = math.floor(ratio * len(ids) + 1e-9)  # 0.29 * 100 is 28.999... in binary
         self.last_drawn.fill_(int(lots[count - 1]) if count else -1)
 
     def chosen(self, ids: Tensor) -> Tensor:

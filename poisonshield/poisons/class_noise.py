@@ -37,6 +37,7 @@ class ClassNoise(KeyedPoison):
         super().__init__(config, num_classes=num_classes, image_size=image_size, seed=seed)
         h, w = image_size
         stream = stream_of("class noise")
+        # Class by class, so that a class's noise does not depend on how many there are.
         rows = [
             philox_uniform((1, 3 * h * w), seed, sample_ids=torch.tensor([k]), stream=stream)
             for k in range(num_classes)

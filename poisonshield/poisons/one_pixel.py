@@ -75,13 +75,13 @@ class OnePixel(KeyedPoison):
             levels = (batch.x * 255).round().to("cpu", torch.float64)  # whole numbers, exact up to 2^53
             member = torch.nn.functional.one_hot(batch.y.to("cpu"), self.num_classes).T.double()  # [K, B]
             counts += member.sum(1).long()
-            sums += member @ self._pooled(levels)
-            squares += member @ self._pooled(levels.square())
+            sums += member @ self._pool(levels)
+            squares += member @ self._pool(levels.square())
         sums, squares = (t.long().view(self.num_classes, 3, cells) for t in (sums, squares))
         taken = torch.zeros(cells, 8, dtype=torch.bool)
         for k in range(self.num_classes):
             scores = self._scores(int(counts[k]) * self.patch**2, sums[k], squares[k])
-            scores[taken] = -1.0
+            scores[taken] = -1.0  # below every score, so that two classes never share a mark
             for i in range(self.config.num_pixels):
                 cell, corner = divmod(int(scores.argmax()), 8)
                 self.cells[k, i], self.corners[k, i] = cell, CORNERS[corner]
@@ -104,7 +104,7 @@ class OnePixel(KeyedPoison):
             delta = torch.where(chosen, colour[:, i, :, None, None] - batch.x, delta)
         return delta
 
-    def _pooled(self, levels: Tensor) -> Tensor:
+    def _pool(self, levels: Tensor) -> Tensor:
         """Sums over the pixels of each cell: [B, 3, H, W] -> [B, 3 * cells]."""
         gh, gw = self.grid
         levels = levels[:, :, : gh * self.patch, : gw * self.patch]
@@ -116,6 +116,7 @@ class OnePixel(KeyedPoison):
         """float64 [cells, 8] of one class from its sums over `count` values a channel, int64 [3, cells]."""
         if count == 0:
             return torch.zeros(sums.shape[1], 8, dtype=torch.float64)
+        # |corner - x| is x where the corner is 0 and 255 - x where it is 1, so two moments serve all eight corners.
         flipped = 255 * count - sums, 255**2 * count - 2 * 255 * sums + squares  # of 255 - x
         first, second = (torch.stack(pair) for pair in zip((sums, squares), flipped, strict=True))  # [2, 3, cells]
         channel = torch.arange(3)

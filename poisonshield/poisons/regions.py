@@ -53,6 +53,7 @@ class Regions(KeyedPoison):
     def draw(self, batch: Labelled) -> Tensor:
         """The class's pattern, stretched to [B, 3, H, W]."""
         side = self.signs.shape[-1]
+        # By index, so that sides need not be multiples of the grid.
         rows, columns = (torch.arange(n, device=batch.x.device) * side // n for n in self.image_size)
         pattern = self.signs[:, :, rows][..., columns] * self.config.eps  # [K, 3, H, W]
         return pattern[batch.y]

@@ -4,8 +4,6 @@ Without perceptual or adversarial terms, so its pictures are soft; that is enoug
 Source: Rombach et al. 2022, section 3.1.
 """
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,7 +17,7 @@ from poisonshield.models.diffusion.pipeline import Part
 class Autoencoder(Method):
     """Trains a diffusers AutoencoderKL on batch.x [B, 3, H, W] in [0, 1]."""
 
-    name: ClassVar[str] = "autoencoder"
+    name = "autoencoder"
 
     class Config(Settings):
         """The weight of the posterior's divergence beside the reconstruction."""
@@ -36,8 +34,7 @@ class Autoencoder(Method):
 
     def forward(self, batch: Batch) -> StepOutput:
         """L1 + L2 in the VAE's [-1, 1], plus the divergence."""
-        assert batch.x is not None  # CaptionedStream always gives pixels
-        x = batch.x * 2 - 1
+        x = batch.pixels() * 2 - 1
         posterior = self.vae.encode(x).latent_dist
         error = self.vae.decode(posterior.sample()).sample - x
         # diffusers sums over latents; per value, the weight holds for pictures of any size.

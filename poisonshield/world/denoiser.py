@@ -5,7 +5,6 @@ Sources: Ho et al. 2020; Ho and Salimans 2022; Rombach et al. 2022.
 """
 
 import copy
-from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -22,7 +21,7 @@ from poisonshield.ops.diffusion import masked_diffusion_loss
 class Denoiser(Method):
     """Trains the U-Net and text encoder of `model` on batch.x with batch.captions."""
 
-    name: ClassVar[str] = "denoiser"
+    name = "denoiser"
     steps: Tensor
 
     class Config(Settings):
@@ -52,12 +51,11 @@ class Denoiser(Method):
     def forward(self, batch: Batch) -> StepOutput:
         """The mean squared error of the prediction."""
         model, cache = self._frozen
-        assert batch.x is not None and batch.captions is not None  # CaptionedStream gives both
-        z, rng = cache(batch), batch.random(self.seed, batch.x.device)
+        z, rng = cache(batch), batch.random(self.seed, batch.pixels().device)
         t = (rng.uniform("t", 1)[:, 0] * model.num_timesteps).long()
         noise = rng.normal("noise", z[0].numel()).view_as(z)
         kept = rng.uniform("caption", 1)[:, 0] >= self.config.caption_dropout
-        captions = [c if k else "" for c, k in zip(batch.captions, kept.tolist(), strict=True)]
+        captions = [c if k else "" for c, k in zip(batch.all_captions(), kept.tolist(), strict=True)]
         context = self.text_encoder(model.tokens(captions)).last_hidden_state
         pred = self.unet(model.noised(z, t, noise), t, encoder_hidden_states=context).sample
         return StepOutput(masked_diffusion_loss(pred.float(), target=model.target(z, t, noise)))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from poisonshield import world
 from poisonshield.api.survival import STANDARD, WITH_MODEL, choose_purifiers, describe, survival
 from poisonshield.cli import app
-from poisonshield.defenses.purify.named import purifier_block, spelled
+from poisonshield.defenses.purify.named import parse_purifier, purifier_block
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.parts.survival import FORMAT, Report
 
@@ -121,8 +121,9 @@ def test_models_purify_clean_and_poisoned_pictures_with_one_noise(made, tmp_path
 
 
 def test_a_text_is_a_name_a_value_or_settings():
-    assert spelled("median") == {"name": "median"} and spelled("jpeg:75") == {"name": "jpeg", "quality": 75}
-    assert spelled("sdedit:0.3,steps=50") == {"name": "sdedit", "strength": 0.3, "steps": 50}
+    assert parse_purifier("median") == {"name": "median"}
+    assert parse_purifier("jpeg:75") == {"name": "jpeg", "quality": 75}
+    assert parse_purifier("sdedit:0.3,steps=50") == {"name": "sdedit", "strength": 0.3, "steps": 50}
     assert purifier_block("jpeg:50,subsampling=444") == {"name": "jpeg", "quality": 50, "subsampling": "444"}
     assert purifier_block("vae_roundtrip:/models/x")["pipeline"] == "/models/x"
     assert list(choose_purifiers([], None)) == list(STANDARD) and list(choose_purifiers([], "tiny")) == [

@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_batch
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.adverse_cleaner import AdverseCleaner, bilateral, guided
+from poisonshield.defenses.adverse_cleaner import AdverseCleaner, filter_bilateral, filter_guided
 from poisonshield.defenses.base import Context
 from poisonshield.defenses.bits import Bits
 from poisonshield.defenses.gaussian import Gaussian
@@ -126,7 +126,7 @@ def test_bilateral_equals_opencv_over_many_passes():
     x = picture(batch=1) * 255 + 4 * torch.randn(1, 3, 51, 70, generator=torch.Generator().manual_seed(1))
     theirs = hwc(x[0])
     for _ in range(64):
-        x, theirs = bilateral(x, sigma_color=8.0, sigma_space=8.0), cv2.bilateralFilter(theirs, 5, 8, 8)
+        x, theirs = filter_bilateral(x, sigma_color=8.0, sigma_space=8.0), cv2.bilateralFilter(theirs, 5, 8, 8)
     assert np.abs(hwc(x[0]) - theirs).max() < 0.1  # OpenCV reads exp from a table
 
 
@@ -161,21 +161,21 @@ def test_guided_filter_equals_sums_over_squares(channels):
     draw = torch.Generator().manual_seed(0)
     guide, x = (torch.rand(1, c, 8, 8, generator=draw, dtype=torch.float64) * 255 for c in (channels, 3))
     wanted = slow_guided(guide[0].numpy(), x[0].numpy(), 2, 16.0)
-    assert np.abs(guided(guide, x, radius=2, eps=16.0)[0].numpy() - wanted).max() < 1e-9
-    single = guided(guide.float(), x.float(), radius=2, eps=16.0)[0].numpy()
+    assert np.abs(filter_guided(guide, x, radius=2, eps=16.0)[0].numpy() - wanted).max() < 1e-9
+    single = filter_guided(guide.float(), x.float(), radius=2, eps=16.0)[0].numpy()
     assert np.abs(single - wanted).max() < 1e-2  # of 255 levels
 
 
 def test_guide_that_is_the_picture_returns_it_as_eps_vanishes():
     x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 255
-    torch.testing.assert_close(guided(x, x, radius=2, eps=1e-6), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(filter_guided(x, x, radius=2, eps=1e-6), x, rtol=0, atol=1e-5)
 
 
 def test_guided_passes_are_calls_in_a_row():
     draw = torch.Generator().manual_seed(0)
     guide, x = (torch.rand(2, 3, 9, 8, generator=draw, dtype=torch.float64) for _ in range(2))
-    once = guided(guide, guided(guide, x, radius=2, eps=0.1), radius=2, eps=0.1)
-    torch.testing.assert_close(guided(guide, x, radius=2, eps=0.1, passes=2), once, rtol=1e-12, atol=1e-12)
+    once = filter_guided(guide, filter_guided(guide, x, radius=2, eps=0.1), radius=2, eps=0.1)
+    torch.testing.assert_close(filter_guided(guide, x, radius=2, eps=0.1, passes=2), once, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 8])

@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 from poisonshield.batch import Batch
 from poisonshield.defenses.base import Context
-from poisonshield.defenses.diffusion.purify.regeneration import padded
+from poisonshield.defenses.diffusion.purify.regeneration import pad_to_multiple
 from poisonshield.defenses.diffusion.sdedit import SDEdit
 from poisonshield.defenses.diffusion.vae_roundtrip import VAERoundtrip
 from poisonshield.errors import ConfigError
@@ -67,10 +67,10 @@ def test_roundtrip_is_decoding_the_mean(model):
 
 def test_padding_mirrors_and_is_cropped_off():
     x = torch.arange(15.0).view(1, 1, 3, 5)
-    grown = padded(x, 4)
+    grown = pad_to_multiple(x, 4)
     assert grown.shape == (1, 1, 4, 8) and torch.equal(grown[..., :3, :5], x)
     assert torch.equal(grown[..., 3, :5], x[..., 1, :]) and torch.equal(grown[..., :3, 5], x[..., 3])
-    assert padded(torch.rand(1, 3, 1, 2), 8).shape == (1, 3, 8, 8) and padded(x, 1) is x
+    assert pad_to_multiple(torch.rand(1, 3, 1, 2), 8).shape == (1, 3, 8, 8) and pad_to_multiple(x, 1) is x
 
 
 def diffusers_way(model, defense, batch):

@@ -11,7 +11,7 @@ from poisonshield import world
 from poisonshield.batch import Batch
 from poisonshield.defenses.base import Context
 from poisonshield.defenses.diffusion.masks import attention, ssm
-from poisonshield.defenses.diffusion.masks.attention import Attention, spoken, word_attention
+from poisonshield.defenses.diffusion.masks.attention import Attention, embed_prompts, word_attention
 from poisonshield.defenses.diffusion.masks.box import Box, rectangle
 from poisonshield.defenses.diffusion.masks.grabcut import GrabCut
 from poisonshield.defenses.diffusion.masks.parts.otsu import cut, otsu
@@ -98,7 +98,7 @@ def test_grabcut_without_opencv_says_what_to_install(monkeypatch):
 
 
 def test_word_marks_its_own_tokens(model):
-    context, marked = spoken(model, ["circle", "blue circle", "circle"])
+    context, marked = embed_prompts(model, ["circle", "blue circle", "circle"])
     ids = model.tokens(["a photo of a circle", "a photo of a blue circle"])
     word = lambda text: model.tokenizer(text, add_special_tokens=False).input_ids
     assert ids[0][marked[0]].tolist() == word("circle") and ids[1][marked[1]].tolist() == word("blue circle")
@@ -121,7 +121,7 @@ def slow_attention(layer, hidden, text):
 def test_attention_to_a_word_equals_a_loop_over_heads(model, side):
     draw = torch.Generator().manual_seed(0)
     z, t = torch.randn(1, 4, *side, generator=draw), torch.tensor([500])
-    context, marked = spoken(model, ["blue circle"])
+    context, marked = embed_prompts(model, ["blue circle"])
     calls = []
     layers = [m for m in model.unet.modules() if getattr(m, "is_cross_attention", False)]
     hooks = [
@@ -243,3 +243,11 @@ def test_grabcut_on_rendered_pictures_beats_the_box():
         return (torch.minimum(mask, truth).sum((1, 2, 3)) / torch.maximum(mask, truth).sum((1, 2, 3))).median().item()
 
     assert iou(GrabCut(GrabCut.Config(side=0.95))(batch)) > iou(Box(Box.Config(side=0.7))(batch))
+
+
+@pytest.mark.parametrize("kind", [Attention, SSM])
+def test_word_masks_ask_for_the_pipeline_and_for_words(model, kind):
+    with pytest.raises(ConfigError, match="Give it a pipeline"):
+        kind()(photos(), None, ["circle", "circle"])
+    with pytest.raises(ConfigError, match="Give it a word for each picture"):
+        kind()(photos(), model, None)

@@ -56,7 +56,7 @@ def test_pixel_units_scaling_the_input_inside_the_model_scales_the_constant():
     assert scaled == pytest.approx(4 * plain, rel=1e-3)
 
 
-def test_normalised_features_ignore_length():
+def test_normalized_features_ignore_length():
     # One feature has no direction but its sign; a feature vector that only grows has a constant direction.
     encoder = Linear(1)
     encoder.weight.data.abs_()

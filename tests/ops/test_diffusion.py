@@ -47,7 +47,7 @@ def test_v_loss_equals_the_eager_one_with_diffusers_velocity(scheduler, dtype, r
     torch.testing.assert_close(ours, F.mse_loss(pred.float(), velocity), rtol=rtol, atol=0)
 
 
-def slow(pred, target, mask, weight, loss, delta, normalise, reduction):
+def slow(pred, target, mask, weight, loss, delta, normalize, reduction):
     """The definition, an element at a time."""
     b = len(pred)
     sums, areas = [], []
@@ -70,10 +70,10 @@ def slow(pred, target, mask, weight, loss, delta, normalise, reduction):
         sums.append(s * (1.0 if weight is None else float(weight[i])))
         areas.append(a)
     each = pred[0].numel()
-    if normalise == "per_sample":
+    if normalize == "per_sample":
         terms = [s / max(a, 1.0) for s, a in zip(sums, areas, strict=True)]
         return {"none": terms, "sum": sum(terms), "mean": sum(terms) / b}[reduction]
-    if normalise == "global":
+    if normalize == "global":
         terms = [s / max(sum(areas), 1.0) for s in sums]
         return {"none": terms, "sum": sum(terms), "mean": sum(terms)}[reduction]
     terms = [s / each for s in sums]
@@ -81,9 +81,9 @@ def slow(pred, target, mask, weight, loss, delta, normalise, reduction):
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
-@pytest.mark.parametrize("normalise", ["per_sample", "global", "numel"])
+@pytest.mark.parametrize("normalize", ["per_sample", "global", "numel"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_equals_a_slow_loop(loss, normalise, reduction):
+def test_equals_a_slow_loop(loss, normalize, reduction):
     pred, target = made(3, 2, 4, 5), made(3, 2, 4, 5, seed=1)
     masks = [
         None,
@@ -94,7 +94,7 @@ def test_equals_a_slow_loop(loss, normalise, reduction):
     ]
     for mask in masks:
         for weight in (None, torch.tensor([0.5, 2.0, 0.0])):
-            settings = {"loss": loss, "delta": 0.7, "normalise": normalise, "reduction": reduction}
+            settings = {"loss": loss, "delta": 0.7, "normalize": normalize, "reduction": reduction}
             out = masked_diffusion_loss(pred, target=target, mask=mask, weight=weight, **settings)
             expected = torch.tensor(slow(pred, target, mask, weight, **settings), dtype=torch.float64)
             torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-14)
@@ -136,12 +136,12 @@ def test_gradcheck_of_everything(prediction_type, loss):
         assert gradcheck(lambda *a, reduction=reduction: f(*a, reduction) * 3, (pred, x0, noise))
 
 
-@pytest.mark.parametrize("normalise", ["per_sample", "global", "numel"])
-def test_gradcheck_of_pred_and_target(normalise):
+@pytest.mark.parametrize("normalize", ["per_sample", "global", "numel"])
+def test_gradcheck_of_pred_and_target(normalize):
     pred, target = (made(2, 2, 3, 3, seed=s).requires_grad_() for s in range(2))
     mask = made(2, 2, 3, 3, seed=5) > 0
     assert gradcheck(
-        lambda p, q: masked_diffusion_loss(p, target=q, mask=mask, normalise=normalise, grad_target=True),
+        lambda p, q: masked_diffusion_loss(p, target=q, mask=mask, normalize=normalize, grad_target=True),
         (pred, target),
     )
     masked_diffusion_loss(pred, target=target).backward()
@@ -224,8 +224,8 @@ def test_an_empty_mask_is_exactly_zero():
 
 def test_an_empty_batch_is_zero_with_a_gradient():
     pred = torch.empty(0, 4, 3, 3, requires_grad=True)
-    for normalise in ("per_sample", "global", "numel"):
-        out = masked_diffusion_loss(pred, target=torch.empty(0, 4, 3, 3), normalise=normalise)
+    for normalize in ("per_sample", "global", "numel"):
+        out = masked_diffusion_loss(pred, target=torch.empty(0, 4, 3, 3), normalize=normalize)
         assert out.item() == 0 and out.grad_fn is not None
         out.backward()
     t = torch.empty(0, dtype=torch.int64)
@@ -321,7 +321,7 @@ TS = torch.tensor([0, 1])
         (lambda: masked_diffusion_loss(X, target=X[:1]), ShapeError, "target has shape"),
         (lambda: masked_diffusion_loss(X, target=X, prediction_type="eps"), ValueError, "Known: epsilon, v, sample"),
         (lambda: masked_diffusion_loss(X, target=X, loss="l2"), ValueError, "Known: mse"),
-        (lambda: masked_diffusion_loss(X, target=X, normalise="batch"), ValueError, "Known: per_sample"),
+        (lambda: masked_diffusion_loss(X, target=X, normalize="batch"), ValueError, "Known: per_sample"),
         (lambda: masked_diffusion_loss(X, target=X, reduction="max"), ValueError, "Known: mean"),
         (lambda: masked_diffusion_loss(X, target=X, weight="snr"), ValueError, "Give 'min_snr'"),
         (lambda: masked_diffusion_loss(X, target=X, weight="min_snr"), ValueError, "needs t"),

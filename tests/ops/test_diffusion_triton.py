@@ -49,11 +49,11 @@ def test_loss_and_gradient_equal_the_reference(mask, loss, kind):
         settings |= {"seed": 4, "x0": x0, "prediction_type": "v"}
     else:
         settings |= {"x0": x0, "noise": noise, "prediction_type": kind}
-    for normalise, reduction in (("per_sample", "mean"), ("global", "none"), ("numel", "sum")):
+    for normalize, reduction in (("per_sample", "mean"), ("global", "none"), ("numel", "sum")):
         results = []
         for backend in ("triton", "reference"):
             pred = made(*SHAPE).requires_grad_()
-            out = masked_diffusion_loss(pred, normalise=normalise, reduction=reduction, backend=backend, **settings)
+            out = masked_diffusion_loss(pred, normalize=normalize, reduction=reduction, backend=backend, **settings)
             (out * torch.tensor([1.0, 2.0, 3.0]) if reduction == "none" else out * 2).sum().backward()
             results.append((out.detach(), pred.grad))
         torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-7)

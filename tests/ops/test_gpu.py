@@ -25,7 +25,7 @@ def on(backend, function):
 @pytest.mark.parametrize("norm", ["linf", "l2", "sign_l2"])
 def test_pgd(backend, norm):
     x0, grad = made(8, 3, 224, 224), made(8, 3, 224, 224, seed=1) - 0.5
-    settings = {"norm": norm, "step": 0.01 if norm == "linf" else 1.0, "eps": 0.03 if norm == "linf" else 2.0}
+    settings = {"norm": norm, "step_size": 0.01 if norm == "linf" else 1.0, "eps": 0.03 if norm == "linf" else 2.0}
     outs = [on(b, lambda b: pgd_step_(x0.clone(), grad, x0, backend=b, **settings)) for b in (backend, "reference")]
     assert torch.equal(*outs) if norm == "linf" else (outs[0] - outs[1]).abs().max() < 2e-6
     starts = [
@@ -72,16 +72,16 @@ def test_graphs_replay_with_new_contents(backend):
     x0, x, grad = made(4, 3, 32, 32), made(4, 3, 32, 32), made(4, 3, 32, 32, seed=1) - 0.5
     eps = torch.full((4,), 0.1, device="cuda")
     step = torch.full((4,), 0.05, device="cuda")
-    on(backend, lambda b: pgd_step_(x, grad, x0, step=step, eps=eps, backend=b))
+    on(backend, lambda b: pgd_step_(x, grad, x0, step_size=step, eps=eps, backend=b))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        pgd_step_(x, grad, x0, step=step, eps=eps, backend=backend)
+        pgd_step_(x, grad, x0, step_size=step, eps=eps, backend=backend)
     x.copy_(x0)
     grad.neg_()
     eps.fill_(0.02)
     graph.replay()
-    assert torch.equal(x, pgd_step_(x0.clone(), grad, x0, step=0.05, eps=0.02, backend="reference"))
+    assert torch.equal(x, pgd_step_(x0.clone(), grad, x0, step_size=0.05, eps=0.02, backend="reference"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,6 +90,6 @@ def test_another_stream(backend):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        out = on(backend, lambda b: pgd_step_(x0.clone(), grad, x0, step=0.1, eps=0.1, backend=b))
+        out = on(backend, lambda b: pgd_step_(x0.clone(), grad, x0, step_size=0.1, eps=0.1, backend=b))
     torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(out, pgd_step_(x0.clone(), grad, x0, step=0.1, eps=0.1, backend="reference"))
+    assert torch.equal(out, pgd_step_(x0.clone(), grad, x0, step_size=0.1, eps=0.1, backend="reference"))

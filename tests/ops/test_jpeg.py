@@ -186,8 +186,8 @@ def test_mean_and_std_and_value_range_change_the_space_only():
     x = pixels(2, 3, 17, 16)
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
     shape = (1, 3, 1, 1)
-    normalised = (x - mean.view(shape)) / std.view(shape)
-    back = jpeg(normalised, 50, mean=mean, std=std) * std.view(shape) + mean.view(shape)
+    normalized = (x - mean.view(shape)) / std.view(shape)
+    back = jpeg(normalized, 50, mean=mean, std=std) * std.view(shape) + mean.view(shape)
     assert torch.allclose(back, jpeg(x, 50), atol=1e-6)
     assert torch.allclose((jpeg(2 * x - 1, 50, value_range=(-1, 1)) + 1) / 2, jpeg(x, 50), atol=1e-12)
 

@@ -67,7 +67,7 @@ CASES = [
     {},
     {"targeted": True},
     {"targeted": torch.tensor([True, False, True])},
-    {"eps": torch.tensor([0.02, 0.1, 0.5]), "step": torch.tensor([0.01, 0.05, 0.3])},
+    {"eps": torch.tensor([0.02, 0.1, 0.5]), "step_size": torch.tensor([0.01, 0.05, 0.3])},
     {"mean": torch.tensor([0.5, 0.4, 0.3]), "std": torch.tensor([0.2, 0.25, 0.3])},
     {"mask": (made(3, 1, 4, 5, seed=9) > 0.4)},
     {"mask": (made(1, 3, 4, 5, seed=8) > 0.4).float()},
@@ -90,13 +90,13 @@ def test_equals_a_naive_loop(norm, case, dtype, tolerance):
     space = space.to(dtype)
     x0 = pixels if case.pop("uint8", False) else space
     x = space.clone()
-    eps, step = case.pop("eps", torch.full((3,), 0.1)), case.pop("step", torch.full((3,), 0.04))
+    eps, step = case.pop("eps", torch.full((3,), 0.1)), case.pop("step_size", torch.full((3,), 0.04))
     targeted = case.get("targeted", False)
     signs = -2.0 * (targeted if isinstance(targeted, torch.Tensor) else torch.full((3,), bool(targeted))).double() + 1
     expected = x.double().clone()
     for i in range(4):
         grad = made(3, 3, 4, 5, seed=i + 1, dtype=dtype, normal=True)
-        pgd_step_(x, grad, x0, step=step, eps=eps, norm=norm, **case)
+        pgd_step_(x, grad, x0, step_size=step, eps=eps, norm=norm, **case)
         expected = naive(
             expected, grad, x0, step.double() * signs, eps, norm, mean, std, case.get("mask"), case.get("active")
         )
@@ -110,7 +110,7 @@ def test_ten_linf_steps_equal_a_naive_float32_loop_to_the_bit():
     step, eps = np.float32(2 / 255), np.float32(8 / 255)
     for i in range(10):
         grad = made(2, 3, 9, 7, seed=i, normal=True)
-        pgd_step_(x, grad, x0, step=2 / 255, eps=8 / 255)
+        pgd_step_(x, grad, x0, step_size=2 / 255, eps=8 / 255)
         y = y + step * np.sign(grad.numpy())
         y = np.minimum(np.maximum(y, np.maximum(x0.numpy() - eps, np.float32(0))), np.minimum(x0.numpy() + eps, 1))
         assert np.array_equal(x.numpy(), y)
@@ -141,10 +141,10 @@ def test_ten_steps_equal_torchattacks(norm):
     model, x0, y = Tiny().eval(), made(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     if norm == "linf":
         theirs = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)(x0, y)
-        ours = trajectory(model, x0, y, 10, step=2 / 255, eps=8 / 255)
+        ours = trajectory(model, x0, y, 10, step_size=2 / 255, eps=8 / 255)
     else:
         theirs = torchattacks.PGDL2(model, eps=0.5, alpha=0.1, steps=10, random_start=False)(x0, y)
-        ours = trajectory(model, x0, y, 10, step=0.1, eps=0.5, norm="l2")
+        ours = trajectory(model, x0, y, 10, step_size=0.1, eps=0.5, norm="l2")
     assert (ours - x0).abs().max() > 1e-3
     assert (ours - theirs).abs().max() <= 1e-6
 
@@ -161,7 +161,7 @@ def test_ten_steps_equal_foolbox(norm):
     attack = cls(abs_stepsize=step, steps=10, random_start=False)
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     theirs = attack.run(wrapped, x0, foolbox.criteria.Misclassification(y), epsilon=eps)
-    ours = trajectory(model, x0, y, 10, step=step, eps=eps, norm=norm)
+    ours = trajectory(model, x0, y, 10, step_size=step, eps=eps, norm=norm)
     assert (ours - theirs).abs().max() <= 1e-6
 
 
@@ -171,27 +171,27 @@ def test_ten_steps_equal_foolbox(norm):
     step=st.floats(0, 2, width=32),
     norm=st.sampled_from(["linf", "l2", "sign_l2"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    normalised=st.booleans(),
+    normalized=st.booleans(),
     start=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_ball_and_the_range_always_hold(seed, eps, step, norm, dtype, normalised, start):
-    mean, std = (torch.tensor([0.5, 0.25, 0.75]), torch.tensor([0.25, 0.5, 0.125])) if normalised else (None, None)
+def test_the_ball_and_the_range_always_hold(seed, eps, step, norm, dtype, normalized, start):
+    mean, std = (torch.tensor([0.5, 0.25, 0.75]), torch.tensor([0.25, 0.5, 0.125])) if normalized else (None, None)
     pixels = made(2, 3, 5, 4, seed=seed)
-    x0 = ((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1) if normalised else pixels).to(dtype)
+    x0 = ((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1) if normalized else pixels).to(dtype)
     x = x0.clone()
     if start:
         pgd_random_start_(x, x0, eps=eps, norm=norm, seed=seed, mean=mean, std=std)
     for i in range(3):
-        pgd_step_(x, made(2, 3, 5, 4, seed=i, normal=True), x0, step=step, eps=eps, norm=norm, mean=mean, std=std)
-    scale = std.view(3, 1, 1).double() if normalised else 1.0
+        pgd_step_(x, made(2, 3, 5, 4, seed=i, normal=True), x0, step_size=step, eps=eps, norm=norm, mean=mean, std=std)
+    scale = std.view(3, 1, 1).double() if normalized else 1.0
     delta = ((x.double() - x0.double()) * scale).flatten(1)
     length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
     # One rounding of x in float32 is 6e-8 (1.2e-7 where it is over 1), eight times smaller than a level of 16 bits.
     slack = 5e-7
     assert (length <= eps * (1 + 1e-6) + slack).all()
     if dtype == torch.float32:
-        pixel = x.double() * scale + (mean.view(3, 1, 1).double() if normalised else 0.0)
+        pixel = x.double() * scale + (mean.view(3, 1, 1).double() if normalized else 0.0)
         assert pixel.min() >= -1e-6 and pixel.max() <= 1 + 1e-6
 
 
@@ -204,7 +204,7 @@ def test_the_ball_holds_after_saving_as_png(norm):
     pgd_random_start_(x, x0, eps=eps, norm=norm, seed=1, levels=255)
     for i in range(3):
         grad = made(2, 3, 16, 16, seed=i, normal=True)
-        pgd_step_(x, grad, x0, step=3 / 255, eps=eps, norm=norm, levels=255)
+        pgd_step_(x, grad, x0, step_size=3 / 255, eps=eps, norm=norm, levels=255)
         for row in range(2):
             buffer = io.BytesIO()
             Image.fromarray((x[row] * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG")
@@ -219,20 +219,20 @@ def test_changes_in_place_and_says_so():
     x0 = made(2, 3, 4, 4)
     x = x0.clone()
     address, version = x.data_ptr(), x._version
-    assert pgd_step_(x, made(2, 3, 4, 4, seed=1, normal=True), x0, step=0.1, eps=0.2) is x
+    assert pgd_step_(x, made(2, 3, 4, 4, seed=1, normal=True), x0, step_size=0.1, eps=0.2) is x
     assert x.data_ptr() == address and x._version > version
     assert pgd_random_start_(x, x0, eps=0.1, seed=0) is x
     kept = (made(2, 3, 4, 4).requires_grad_() * x).sum()  # x is saved for this backward, and then changed
-    pgd_step_(x, x0.clone(), x0, step=0.1, eps=0.2)
+    pgd_step_(x, x0.clone(), x0, step_size=0.1, eps=0.2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
 
 
 def test_channels_last_gives_the_same():
     x0, grad = made(2, 3, 6, 5), made(2, 3, 6, 5, seed=1, normal=True)
-    plain = pgd_step_(x0.clone(), grad, x0, step=0.1, eps=0.2)
+    plain = pgd_step_(x0.clone(), grad, x0, step_size=0.1, eps=0.2)
     last = x0.clone(memory_format=torch.channels_last)
-    assert torch.equal(pgd_step_(last, grad, x0, step=0.1, eps=0.2), plain)
+    assert torch.equal(pgd_step_(last, grad, x0, step_size=0.1, eps=0.2), plain)
     assert torch.equal(
         pgd_random_start_(last, x0, eps=0.1, seed=3), pgd_random_start_(plain.clone(), x0, eps=0.1, seed=3)
     )
@@ -242,7 +242,7 @@ def test_channels_last_gives_the_same():
 def test_a_radius_of_zero_gives_the_clipped_original(norm):
     x0 = made(2, 3, 4, 4) * 1.4 - 0.2
     x = x0 + 0.1
-    pgd_step_(x, made(2, 3, 4, 4, seed=1, normal=True), x0, step=0.1, eps=0, norm=norm)
+    pgd_step_(x, made(2, 3, 4, 4, seed=1, normal=True), x0, step_size=0.1, eps=0, norm=norm)
     assert torch.equal(x, x0.clamp(0, 1))
 
 
@@ -251,7 +251,7 @@ def test_useless_gradients_give_no_step(norm):
     x0 = made(3, 3, 4, 4)
     x, grad = x0.clone(), torch.zeros(3, 3, 4, 4)
     grad[1, 0, 0, 0], grad[2, 0, 0, 0], grad[2, 0, 0, 1] = torch.nan, torch.inf, 1.0
-    pgd_step_(x, grad, x0, step=0.1, eps=0.2, norm=norm)
+    pgd_step_(x, grad, x0, step_size=0.1, eps=0.2, norm=norm)
     assert torch.equal(x[:2], x0[:2])
     assert torch.equal(x[2], x0[2]) == (norm == "l2")
 
@@ -260,7 +260,7 @@ def test_useless_gradients_give_no_step(norm):
 def test_l2_steps_do_not_depend_on_the_size_of_the_gradient(scale):
     """Squares of these leave the range of float32; a sure model's gradients are that small."""
     x0, grad = torch.full((2, 3, 8, 8), 0.5), made(2, 3, 8, 8, seed=1, normal=True)
-    moved = pgd_step_(x0.clone(), grad * scale, x0, step=0.1, eps=1.0, norm="l2") - x0
+    moved = pgd_step_(x0.clone(), grad * scale, x0, step_size=0.1, eps=1.0, norm="l2") - x0
     expected = 0.1 * grad / grad.flatten(1).norm(dim=1).view(2, 1, 1, 1)
     torch.testing.assert_close(moved, expected, atol=1e-7, rtol=1e-5)
 
@@ -269,15 +269,15 @@ def test_nan_pixels_stay_nan():
     x0 = made(1, 3, 4, 4)
     x = x0.clone()
     x0[0, 0, 0, 0], x[0, 1, 1, 1] = torch.nan, torch.nan
-    pgd_step_(x, torch.ones_like(x), x0, step=0.1, eps=0.2)
+    pgd_step_(x, torch.ones_like(x), x0, step_size=0.1, eps=0.2)
     assert x.isnan().nonzero().tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]]
 
 
 def test_one_element_and_empty_batches():
     x = torch.tensor([[0.5]])
-    assert pgd_step_(x, torch.tensor([[-1.0]]), x.clone(), step=0.25, eps=1).item() == 0.25
+    assert pgd_step_(x, torch.tensor([[-1.0]]), x.clone(), step_size=0.25, eps=1).item() == 0.25
     empty = torch.empty(0, 3, 4, 4)
-    assert pgd_step_(empty, empty.clone(), empty.clone(), step=0.1, eps=0.1).shape == empty.shape
+    assert pgd_step_(empty, empty.clone(), empty.clone(), step_size=0.1, eps=0.1).shape == empty.shape
 
 
 def test_linf_start_is_the_shared_generator_to_the_bit():
@@ -327,12 +327,12 @@ def test_numbers_may_be_tensors_that_change_without_recompiling():
 
     @torch.compile(fullgraph=True, backend=count)
     def f(x, grad, x0, step, eps):
-        return pgd_step_(x, grad, x0, step=step, eps=eps)
+        return pgd_step_(x, grad, x0, step_size=step, eps=eps)
 
     x0, grad = made(2, 3, 4, 4), made(2, 3, 4, 4, seed=1, normal=True)
     for eps in (0.1, 0.2, 0.3):
         out = f(x0.clone(), grad, x0, torch.tensor(0.5), torch.tensor(eps))
-        assert torch.equal(out, pgd_step_(x0.clone(), grad, x0, step=0.5, eps=eps))
+        assert torch.equal(out, pgd_step_(x0.clone(), grad, x0, step_size=0.5, eps=eps))
     assert count.frame_count == 1
 
 
@@ -340,27 +340,27 @@ X = torch.zeros(2, 3, 4, 4)
 G = torch.ones(2, 3, 4, 4)
 
 
-def step(x=None, grad=G, x0=None, **settings):
+def step(x=None, grad=G, clean=None, **settings):
     x = X.clone() if x is None else x
-    return pgd_step_(x, grad, X if x0 is None else x0, **{"step": 0.1, "eps": 0.1, **settings})
+    return pgd_step_(x, grad, X if clean is None else clean, **{"step_size": 0.1, "eps": 0.1, **settings})
 
 
 @pytest.mark.parametrize(
     "call, error, message",
     [
         (lambda: step(grad=G[:1]), ShapeError, r"grad has shape \(1, 3, 4, 4\)"),
-        (lambda: step(x0=X[..., :2]), ShapeError, "x0 has shape"),
+        (lambda: step(clean=X[..., :2]), ShapeError, "clean has shape"),
         (lambda: step(grad=G.to("meta")), ValueError, "grad is on meta and x_adv on cpu"),
         (lambda: step(X[:1].expand(2, -1, -1, -1)), ShapeError, "expanded view"),
         (lambda: step(torch.zeros(4), G[0, 0, 0], X[0, 0, 0]), ShapeError, "Give a batch"),
         (lambda: step(X.clone().requires_grad_()), GradientError, "no_grad"),
-        (lambda: step(X, x0=X), ValueError, "x0 shares memory"),
+        (lambda: step(X, clean=X), ValueError, "clean shares memory"),
         (lambda: step(G), ValueError, "grad shares memory"),
         (lambda: step(X.int()), TypeError, "Give a float tensor"),
         (lambda: step(grad=G.int()), TypeError, "grad is torch.int32"),
-        (lambda: step(x0=X.int()), TypeError, "uint8 pixels"),
+        (lambda: step(clean=X.int()), TypeError, "uint8 pixels"),
         (lambda: step(eps=-0.1), BudgetError, "eps -0.1 is negative"),
-        (lambda: step(step=float("nan")), BudgetError, "step nan"),
+        (lambda: step(step_size=float("nan")), BudgetError, "step_size nan"),
         (lambda: step(eps=torch.tensor([0.1, -0.1])), BudgetError, "negative or NaN entry"),
         (lambda: step(eps=torch.ones(3)), ShapeError, "for 2 samples"),
         (lambda: step(eps="8/255"), TypeError, "eps is a str"),

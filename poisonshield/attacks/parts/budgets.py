@@ -43,7 +43,7 @@ class Budget(ABC):
 
     def step_(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float | Tensor) -> Tensor:
         """Move x_adv up the gradient, then back into the ball around x and into [0, 1]. step_size: a number or [B]."""
-        return pgd_step_(x_adv, grad, x, step=step_size, eps=self.eps, norm=self.norm)
+        return pgd_step_(x_adv, grad, x, step_size=step_size, eps=self.eps, norm=self.norm)
 
     def project_(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """x_adv back into the ball around x and into [0, 1]."""
@@ -65,7 +65,7 @@ class Linf(Budget):
 
 
 class L2(Budget):
-    """The Euclidean length over all pixels is at most eps. Steps are normalised gradients."""
+    """The Euclidean length over all pixels is at most eps. Steps are normalized gradients."""
 
     norm = "l2"
 
@@ -131,9 +131,9 @@ class L1(Budget):
 
 @dataclass(frozen=True)
 class ChannelLinf(Budget):
-    """linf with a radius for each channel, eps * scale[c], and steps scaled alike: a box in some normalised space.
+    """linf with a radius for each channel, eps * scale[c], and steps scaled alike: a box in some normalized space.
 
-    For comparison with code that attacks normalised pixels. clip: keep pixels in [0, 1], which such code does not.
+    For comparison with code that attacks normalized pixels. clip: keep pixels in [0, 1], which such code does not.
     """
 
     scale: tuple[float, ...] = (1.0, 1.0, 1.0)

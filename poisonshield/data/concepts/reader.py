@@ -60,11 +60,11 @@ def load_concepts(
         [root] if root.is_file() else sorted(p for p in root.iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
     )
     found = in_tars(tars) if tars else in_folders(root)
-    chosen = _chosen(root, found, names, group)
+    chosen = _choose(root, found, names, group)
     return tuple(_concept(name, found[name], size=size, crop=crop, masks=masks) for name in chosen)
 
 
-def _chosen(
+def _choose(
     root: Path, found: Mapping[str, list[Sample]], names: Sequence[str] | None, group: Literal["all", "id", "od"]
 ) -> list[str]:
     """The names of the concepts to read, in order."""

@@ -86,7 +86,7 @@ class StagedConcepts:
         concept = self.concepts[number]
         given = _batch_of(concept, number, run)
         batch = given if self.stage is None else self.stage(given)
-        x, captions = _checked(concept.name, given, batch)
+        x, captions = _check_result(concept.name, given, batch)
         if self.captions and (mute := [i.key for i, c in zip(concept.images, captions, strict=True) if not c]):
             raise DataError(
                 f"{mute[0]} has no caption: its file's name holds no letter.\n"
@@ -112,7 +112,7 @@ def _batch_of(concept: Concept, number: int, run: int) -> Batch:
     )
 
 
-def _checked(name: str, given: Batch, batch: Batch) -> tuple[Tensor, tuple[str, ...]]:
+def _check_result(name: str, given: Batch, batch: Batch) -> tuple[Tensor, tuple[str, ...]]:
     """x and captions of what a stage gave back: it changes pixels, masks and captions of what it got, and no more."""
     n, wanted = len(given), None if given.x is None else tuple(given.x.shape)
     if batch.x is None or tuple(batch.x.shape) != wanted or batch.captions is None or len(batch.captions) != n:

@@ -1,7 +1,7 @@
 """SDEdit: noise a picture part of the way, and let the diffusion model bring it back. Source: Meng et al. 2022.
 
-The more noise, the less is left of a poison, and of the picture. The way back is DDIM without noise or guidance (Song et
-al. 2021), on the timesteps of diffusers' image-to-image pipeline. The picture passes the VAE on both ways.
+The more noise, the less is left of a poison, and of the picture. The way back is DDIM without noise or guidance (Song
+et al. 2021), on the timesteps of diffusers' image-to-image pipeline. The picture passes the VAE on both ways.
 """
 
 from collections.abc import Sequence
@@ -25,21 +25,26 @@ class SDEdit(Regeneration):
     name: ClassVar[str] = "sdedit"
 
     class Config(Settings):
-        """strength: how far towards pure noise. steps: of a whole way, of which strength x steps are gone. pipeline: a
-        diffusers Stable Diffusion folder, or `tiny`, which ships with the package.
-        """
+        """How far the picture goes towards noise, and who brings it back."""
 
-        strength: Number = Field(0.1, gt=0, le=1)
-        steps: int = Field(100, ge=1)
-        prompt: str = ""
-        pipeline: str = "tiny"
+        strength: Number = Field(
+            0.1, gt=0, le=1, description="How far towards pure noise; may be written as a fraction."
+        )
+        steps: int = Field(
+            100, ge=1, description="Steps of the whole way back from noise; strength * steps of them are taken."
+        )
+        prompt: str = Field("", description="What the model is told to see; empty tells it nothing.")
+        pipeline: str = Field(
+            "tiny", description="A diffusers Stable Diffusion folder, or tiny, which ships with the package."
+        )
 
         @model_validator(mode="after")
         def _moves(self) -> "SDEdit.Config":
             if int(self.steps * self.strength) < 1:
+                enough = round(1 / self.strength)
                 raise ValueError(
-                    f"strength {self.strength:g} of {self.steps} steps is less than one step. Give {round(1 / self.strength)} "
-                    "steps or more"
+                    f"strength {self.strength:g} of {self.steps} steps is less than one step. "
+                    f"Give {enough} steps or more"
                 )
             return self
 
@@ -51,6 +56,7 @@ class SDEdit(Regeneration):
                 f"sdedit.steps: {c.steps}; the pipeline {model.name} has {model.num_timesteps} timesteps."
             )
         scheduler = ddim(model, c.steps)
+        # As diffusers cuts off: the last int(steps * strength) of the whole way, from noisy to clean.
         times = scheduler.timesteps[c.steps - int(c.steps * c.strength) :].tolist()
         rng = KeyedRandom(self.seed, sample_ids(pictures), scope="sdedit").to(z.device)
         noise = rng.normal("noise", z[0].numel()).view_as(z).to(z)

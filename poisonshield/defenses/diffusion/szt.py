@@ -1,14 +1,15 @@
 """Safe-Zone Training: purified pixels, high timesteps, and a loss on the concept alone. Source: Styborski et al. 2025.
 
-A poison's signal lies at high spatial frequencies, acts at low timesteps, and draws learning away from the concept. JPEG
-takes the first, the other two are left out of training. Generation is not touched, and what is learned is an ordinary
-embedding. The paper's abstract names these three parts; quality 25, t from 500 and the loss's form are choices of ours.
+A poison's signal lies at high spatial frequencies, acts at low timesteps, and draws learning away from the concept.
+JPEG takes the first, the other two are left out of training. Generation is not touched, and what is learned is an
+ordinary embedding. The paper's abstract names these three parts; quality 25, t from 500 and the loss's form are choices
+of ours.
 The price: at high timesteps a concept's fine details teach little, so learning is slower and coarser.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -37,13 +38,14 @@ GIVEN: tuple[Literal["file", "alpha"], ...] = ("file", "alpha")
 class SZT(Defense):
     """`before` purifies x, settles the mask and sets t_range; `wrap` tells the method where its loss counts.
 
-    Masks that need the pipeline, and timesteps counted from its end, take it from the context. Random backgrounds apart, a picture's result depends on its pixels and key alone, so that it may be kept.
+    Masks that need the pipeline, and timesteps counted from its end, take it from the context. Random backgrounds
+    apart, a picture's result depends on its pixels and key alone, so that it may be kept.
     areas, ious: of each picture seen, the mask's share of it, and its overlap with the given mask if there is one.
     """
 
     name: ClassVar[str] = "szt"
 
-    once: ClassVar[bool] = True
+    once: ClassVar[bool] = True  # a method has one zone and one sampler
 
     class Config(Settings):
         """Three parts: purified pixels (purifier), high timesteps (t_*), and the concept alone (mask*, loss_norm)."""
@@ -119,8 +121,8 @@ class SZT(Defense):
     def __init__(self, config: Config, context: Context | None = None) -> None:
         super().__init__(config, context)
         self._purifier = build_purifier(config.purifier, seed=self.seed)
-        made = isinstance(config.mask, Choice)
-        self._masks: MaskProvider | None = config.mask.cls(config.mask.config, seed=self.seed) if made else None
+        mask = config.mask
+        self._masks: MaskProvider | None = mask.cls(mask.config, seed=self.seed) if isinstance(mask, Choice) else None
         self.resolved: int | None = None
         self.areas: dict[str, float] = {}
         self.ious: dict[str, float] = {}
@@ -134,10 +136,10 @@ class SZT(Defense):
 
     @property
     def label(self) -> str:
-        """'szt' with the usual settings; else its parts and what else is not usual, as in 'szt(jpeg50, t500, mask,
-        mask_dilate 2)', so that what differs is called differently."""
+        """'szt' with the usual settings; else its parts and what else is not usual, so that what differs is called
+        differently, as in 'szt(jpeg50, t500, mask, mask_dilate 2)'."""
         c, usual = self.config, type(self.config)()
-        parts = [] if c.purifier is None else [_shown(c.purifier)]
+        parts = [] if c.purifier is None else [_name_purifier(c.purifier)]
         if c.t_min != 0 or c.t_max is not None:
             parts.append(f"t{c.t_min}" + ("" if c.t_max is None else f"-{c.t_max}"))
         if c.mask is not None:
@@ -149,7 +151,7 @@ class SZT(Defense):
         idle |= set() if c.t_min == "auto" else {"t_reference"}
         for name in type(c).model_fields:
             if name not in idle and (value := getattr(c, name)) != getattr(usual, name):
-                parts.append(f"{name} {_shown(value) if isinstance(value, dict) else value}")
+                parts.append(f"{name} {_name_purifier(value) if isinstance(value, dict) else value}")
         return self.name if parts == ["jpeg25", "t500", "mask"] else f"{self.name}({', '.join(parts) or 'off'})"
 
     @property
@@ -179,7 +181,7 @@ class SZT(Defense):
 
     @property
     def t_range(self) -> tuple[int, int]:
-        """[first, end) of the timesteps trained on. Raises ConfigError where it does not fit the pipeline, or is not known yet."""
+        """[first, end) of the timesteps trained on. Raises ConfigError unless it is known and fits the pipeline."""
         c, total = self.config, self.model.num_timesteps
         first = c.t_min
         if first == "auto":
@@ -197,7 +199,7 @@ class SZT(Defense):
         return first, end
 
     def wrap(self, method: DiffusionMethod) -> DiffusionMethod:
-        """The method itself, told of zone and t_sampler. Raises ConfigError for one that trains no diffusion model."""
+        """The method itself, with zone and t_sampler set. Raises ConfigError for one that learns no words."""
         if not method.trains_words:
             raise ConfigError(
                 f"szt guards the training of words of a diffusion model, and {method.name} is none. "
@@ -209,17 +211,18 @@ class SZT(Defense):
                 f"szt.mask {c.mask.name} looks for a word. Set szt.mask.word, or let method.init be a word."
             )
         if c.t_min != "auto" or self.resolved is not None:
-            _ = self.t_range
+            _ = self.t_range  # an error about it should come before training, not in its first step
         method.zone = Zone(norm=c.loss_norm, resize=c.mask_resize, floor=c.mask_floor, dilate=c.mask_dilate)
         method.t_sampler = c.t_sampler
         return method
 
     def before(self, batch: Batch) -> Batch:
-        """x purified and composited, mask [B, 1, H, W] or None, t_range. Raises ConfigError and DataError naming the key."""
+        """x purified and composited, mask [B, 1, H, W] or None, t_range. Raises ConfigError and DataError."""
         t_range = self.t_range
         if self._purifier is not None:
             batch = self._purifier.before(batch)
-        batch = batch.replace(mask=self._mask(batch), t_range=t_range)
+        # Masks are made from purified pictures, so that a poison has less of a say in where learning looks.
+        batch = batch.replace(mask=self._find_mask(batch), t_range=t_range)
         return with_background(batch, self.config.background, seed=self.seed)
 
     def survey(self, batch: Batch, rows: Tensor, prompts: Sequence[str]) -> int:
@@ -227,8 +230,8 @@ class SZT(Defense):
 
         A poison does not survive two purifiers alike, so from where on their gradients agree, it no longer matters.
         A hint at most: on `tiny`, five pictures under AdvDM (16 levels) gave 700, 700 and 800 from three starts of the
-        words (48 draws; with 16: 700 to 800, or the fallback), clean ones 750 and 700 from the first two (16 draws), and
-        after 50 steps of training all gave the fallback. It tells of purifiers and start more than of the poison.
+        words (48 draws; with 16: 700 to 800, or the fallback), clean ones 750 and 700 from the first two (16 draws),
+        and after 50 steps of training all gave the fallback. It tells of purifiers and start more than of the poison.
         batch: pictures as they come, before `before`. rows [R, d]: where training starts; prompts: one per picture.
         """
         if not self.surveys:
@@ -237,14 +240,15 @@ class SZT(Defense):
 
         device = self.model.alphas_cumprod.device
         reference = build_purifier(self.config.t_reference, seed=self.seed)
+        assert reference is not None  # the Config refuses auto without it
         purified = batch if self._purifier is None else self._purifier.before(batch)
-        mask = self._mask(purified)
+        mask = self._find_mask(purified)
         profile = timestep_profile(
             self.model,
-            purified.x.to(device),
+            purified.pixels().to(device),
             rows=rows,
             prompts=list(prompts),
-            ref=reference.before(batch).x.to(device),
+            ref=reference.before(batch).pixels().to(device),
             mask=None if mask is None else mask.to(device),
             end=self.config.t_max,
             seed=self.seed,
@@ -261,7 +265,7 @@ class SZT(Defense):
     def _asks_for_words(self) -> bool:
         return self._masks is not None and self._masks.needs_word
 
-    def _mask(self, batch: Batch) -> Tensor | None:
+    def _find_mask(self, batch: Batch) -> Tensor | None:
         """The mask of purified pictures, checked."""
         kind, given = self.config.mask, batch.mask
         if given is not None:
@@ -281,6 +285,7 @@ class SZT(Defense):
                 )
             mask = given
         else:
+            assert self._masks is not None  # what does not come with the data is made
             mask = self._masks(batch, self.model, self._words_of(batch))
         self._note(batch, mask, None if kind in GIVEN else given)
         return mask
@@ -289,8 +294,9 @@ class SZT(Defense):
         """What each picture's concept is called, where the mask asks."""
         if not self._asks_for_words():
             return None
-        word = self.config.mask.config.word
-        return [word or self.context.words[0 if batch.y is None else int(batch.y[i])] for i in range(len(batch))]
+        concepts = [0] * len(batch) if batch.y is None else batch.y.tolist()
+        words = [self.config.mask.config.word or self.context.words[concept] for concept in concepts]
+        return cast(list[str], words)  # `wrap` has refused a concept without a word
 
     def note(self, given: Batch, made: Batch) -> None:
         """Areas and overlaps of masks that were kept."""
@@ -302,7 +308,7 @@ class SZT(Defense):
         return {"mask_area": self.areas, "mask_iou": self.ious}
 
     def _note(self, batch: Batch, mask: Tensor, given: Tensor | None) -> None:
-        """Keeps areas and ious of these pictures; refuses empty masks and warns, once for each, of tiny and of huge ones.
+        """Keeps areas and ious of these pictures; refuses empty masks and warns, once for each, of tiny and huge ones.
 
         mask, given [B, 1, H, W]: the one that counts, and one to compare it with.
         """
@@ -317,26 +323,28 @@ class SZT(Defense):
                 log.warning("The mask of %s covers %.1f %% of the picture. Is it the concept's?", picture, 100 * area)
             self.areas[picture] = area
             if given is not None:
+                # Least and greatest value stand for "and" and "or", since masks may be soft.
                 both, either = torch.minimum(mask[i], given[i]).sum(), torch.maximum(mask[i], given[i]).sum()
                 self.ious[picture] = float(both / either)
 
 
 def _check_given(batch: Batch) -> None:
     """Raises DataError for a mask of another size than its picture's, or outside [0, 1]."""
-    wanted = (len(batch), 1, *batch.x.shape[2:])
-    if tuple(batch.mask.shape) != wanted:
+    mask = batch.masks()
+    wanted = (len(batch), 1, *batch.pixels().shape[2:])
+    if tuple(mask.shape) != wanted:
         raise DataError(
-            f"the mask of {batch.keys[0]} has shape {tuple(batch.mask.shape)}, and its picture asks for {wanted}.\n"
+            f"the mask of {batch.keys[0]} has shape {tuple(mask.shape)}, and its picture asks for {wanted}.\n"
             "  Mask and picture must be of one size, and be cut and resized together."
         )
-    inside = ((batch.mask >= 0) & (batch.mask <= 1)).flatten(1).all(1)
+    inside = ((mask >= 0) & (mask <= 1)).flatten(1).all(1)
     if not bool(inside.all()):
         raise DataError(f"the mask of {batch.keys[int(inside.int().argmin())]} has values outside [0, 1].")
 
 
-def _shown(purifier: dict[str, Any]) -> str:
-    """A purifier's block in a word: its name and quality, and settings that are not its usual ones."""
-    usual = purifier_block(purifier["name"])
+def _name_purifier(purifier: dict[str, Any]) -> str:
+    """A purifier in a word: its name and quality, and settings that are not its usual ones."""
+    usual = purifier_block(purifier["name"]) or {}
     others = (f"{k} {v}" for k, v in purifier.items() if k not in ("name", "quality") and v != usual[k])
     return " ".join((f"{purifier['name']}{purifier.get('quality', '')}", *others))
 

@@ -6,6 +6,7 @@ A poison made against this very autoencoder survives it well, so give the folder
 from collections.abc import Sequence
 from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from poisonshield.config import Settings
@@ -19,9 +20,11 @@ class VAERoundtrip(Regeneration):
     name: ClassVar[str] = "vae_roundtrip"
 
     class Config(Settings):
-        """pipeline: a diffusers Stable Diffusion folder, or `tiny`, which ships with the package."""
+        """Whose autoencoder."""
 
-        pipeline: str = "tiny"
+        pipeline: str = Field(
+            "tiny", description="A diffusers Stable Diffusion folder, or tiny, which ships with the package."
+        )
 
     def regenerate(self, model: LatentDiffusion, z: Tensor, pictures: Sequence[str]) -> Tensor:
         """z as it is."""

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def levels(x: Tensor) -> Tensor:
-    """x in [0, 1] as whole levels 0..255, rounded to the nearest and not cut off, which would darken by half a level."""
+    """x in [0, 1] as whole levels 0..255, rounded to the nearest: cutting off would darken by half a level."""
     return (x.clamp(0, 1) * 255).round()
 
 

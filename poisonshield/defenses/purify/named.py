@@ -15,13 +15,13 @@ _FOLDERS = (
 
 
 def purifier_block(value: Any) -> dict[str, Any] | None:
-    """null, a text (see spelled), or a block with `name:` as a block with all settings. Raises ConfigError with what is wrong."""
+    """null, a text (see parse_purifier) or a block with `name:`, as a block with all settings. Raises ConfigError."""
     if value is None:
         return None
-    block = spelled(value) if isinstance(value, str) else value
+    block = parse_purifier(value) if isinstance(value, str) else value
     if not isinstance(block, dict) or not isinstance(block.get("name"), str):
         raise ConfigError("a name such as jpeg, a block with `name:`, or null is wanted")
-    cls, name = _class(block["name"]), block["name"]
+    cls, name = _find_class(block["name"]), block["name"]
     checker = Checker(Tree())
     config = checker.settings(cls.Config, (), {k: v for k, v in block.items() if k != "name"}, owner=name)
     if config is None:
@@ -29,22 +29,28 @@ def purifier_block(value: Any) -> dict[str, Any] | None:
     return {"name": name, **config.model_dump(mode="json")}
 
 
-def spelled(text: str) -> dict[str, Any]:
+def parse_purifier(text: str) -> dict[str, Any]:
     """The block of a text such as jpeg:75, see read_spelled. Raises ConfigError for an unknown name, too."""
-    return read_spelled(text, lambda name: _class(name).Config, kind="purifier")
+    return read_spelled(text, lambda name: _find_class(name).Config, kind="purifier")
 
 
 def build_purifier(block: dict[str, Any] | None, *, seed: int) -> Defense | None:
     """The purifier of a checked block."""
     if block is None:
         return None
-    cls = _class(block["name"])
+    cls = _find_class(block["name"])
     return cls(cls.Config(**{k: v for k, v in block.items() if k != "name"}), Context(seed))
 
 
-def _class(name: str) -> type[Defense]:
+def _find_class(name: str) -> type[Defense]:
     for folder in _FOLDERS:
-        if name in folder.names() and folder.get(name).purifier:
-            return folder.get(name)
-    known = sorted(n for folder in _FOLDERS for n in folder.names() if folder.get(n).purifier)
+        # Names first: to ask a class whether it purifies is to import its file.
+        if name in folder.names() and (cls := _purifier_class(folder, name)):
+            return cls
+    known = sorted(n for folder in _FOLDERS for n in folder.names() if _purifier_class(folder, n))
     raise ConfigError(f"{name!r} is not a purifier.{suggest(name, known)}  Known: {', '.join(known)}")
+
+
+def _purifier_class(folder: Registry, name: str) -> type[Defense] | None:
+    cls: Any = folder.get(name)
+    return cls if cls.purifier else None

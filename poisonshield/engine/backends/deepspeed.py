@@ -1,7 +1,7 @@
 """DeepSpeed, ZeRO 0 to 3; the only door to it. Its JSON is derived from ours and nothing of it is compiled.
 
 What ours differs in, and why: bf16 is autocast (DeepSpeed's `torch_autocast`), not bf16 weights, because the latter
-also turn buffers into bf16: batch statistics that stop moving and pixels normalised with eight bits. The learning rate
+also turn buffers into bf16: batch statistics that stop moving and pixels normalized with eight bits. The learning rate
 is set by the trainer. A method's whole step is one call of the engine; its inner loops run through submodules, since a
 second call of the engine per backward fails at stages 0 to 2 and is silently wrong at stage 3.
 """

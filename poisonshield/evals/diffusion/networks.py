@@ -76,7 +76,7 @@ def network_scores(
         values: dict[str, float | str] = {f"{name}_i": cosine(h, network.images(references))}
         if network.reads_text:
             values |= _text_scores(name, network, h, prompts)
-        out |= {score: _told(value, str(folder)) for score, value in values.items()}
+        out |= {score: _state(value, str(folder)) for score, value in values.items()}
     return out
 
 
@@ -94,7 +94,7 @@ def _text_scores(
     return values
 
 
-def _told(value: float | str, network: str) -> dict[str, Any]:
+def _state(value: float | str, network: str) -> dict[str, Any]:
     if isinstance(value, str):
         return {"status": "unavailable", "needs": value}
     return {"status": "ok", "value": value, "network": network}

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from poisonshield.batch import Batch
-from poisonshield.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,4 @@ def extract(encoder: nn.Module, batches: Iterable[Batch]) -> Features:
 
 def pixels_and_labels(batch: Batch) -> tuple[Tensor, Tensor]:
     """x [B, 3, H, W] and y [B] of a batch. Raises DataError for a batch without them."""
-    if batch.x is None or batch.y is None:
-        raise DataError("a batch without pixels or labels came to an evaluation. Give batches that have x and y.")
-    return batch.x, batch.y
+    return batch.pixels(), batch.labels()

@@ -8,7 +8,7 @@ Adam each word goes the way that it would go alone.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,7 +36,7 @@ class TextualInversion(DiffusionMethod):
     masks is refused, as nothing would use them.
     """
 
-    name: ClassVar[str] = "textual_inversion"
+    name = "textual_inversion"
 
     class Config(Settings):
         """How many vectors a word has, where they start, and how their loss is weighed."""
@@ -85,8 +85,8 @@ class TextualInversion(DiffusionMethod):
         """keep_norm moves the vectors themselves, and sharded optimisers move copies that it never sees."""
         if config.keep_norm and zero_stage > 0:
             raise ConfigError(
-                f"method.keep_norm moves the vectors after each step, and engine.zero_stage {zero_stage} would put them "
-                "back. Set zero_stage: 0, or backend: plain; vectors are too few to be worth sharding."
+                f"method.keep_norm moves the vectors after each step, and engine.zero_stage {zero_stage} would put "
+                "them back. Set zero_stage: 0, or backend: plain; vectors are too few to be worth sharding."
             )
 
     @classmethod
@@ -107,25 +107,25 @@ class TextualInversion(DiffusionMethod):
 
     def forward(self, batch: Batch) -> StepOutput:
         """The sum over concepts of the mean loss of each one's samples."""
-        assert batch.x is not None and batch.y is not None and batch.captions is not None  # a concept stream has all
         model, cache = self._frozen
-        rng = batch.random(self.seed, batch.x.device)
+        x, y = batch.pixels(), batch.labels()
+        rng = batch.random(self.seed, x.device)
 
         def normal(purpose: str, like: Tensor) -> Tensor:
             return rng.normal(purpose, like[0].numel()).view_as(like).to(like.dtype)
 
         posterior = None
         if self.config.vae == "sample":
-            side = [s // model.factor for s in batch.x.shape[2:]]
-            posterior = normal("posterior", batch.x.new_empty(len(batch), model.latent_channels, *side))
+            side = [s // model.factor for s in x.shape[2:]]
+            posterior = normal("posterior", x.new_empty(len(batch), model.latent_channels, *side))
         z = cache(batch, noise=posterior)
         t, noise = self.timesteps(batch), normal("noise", z)
-        context = model.text(self._tokens(batch.captions), self.vectors)
+        context = model.text(self._tokens(batch.all_captions()), self.vectors)
         pred = model.predict(model.noised(z, t, noise), t, context)
-        losses = self._losses(pred, model.target(z, t, noise), t, batch, batch.y)  # [B]
+        losses = self._losses(pred, model.target(z, t, noise), t, batch, y)  # [B]
         # Each concept has weight 1, so that its step does not depend on how many samples it has in the batch.
-        counts = torch.bincount(batch.y, minlength=len(self.placeholders)).to(losses.dtype)
-        return StepOutput((losses / counts[batch.y]).sum(), {"per_concept": losses.detach().mean()})
+        counts = torch.bincount(y, minlength=len(self.placeholders)).to(losses.dtype)
+        return StepOutput((losses / counts[y]).sum(), {"per_concept": losses.detach().mean()})
 
     def timesteps(self, batch: Batch) -> Tensor:
         """int64 [B], from batch.t_range or all of them."""

@@ -24,13 +24,12 @@ class LatentCache:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, *, noise: Tensor | None = None) -> Tensor:
-        assert batch.x is not None  # streams of concepts and captioned pictures always give pixels
         if not self.enabled:
-            return self.model.encode(batch.x, noise=noise)
+            return self.model.encode(batch.pixels(), noise=noise)
         pictures = [picture_of(key) for key in batch.keys]
         for i, picture in enumerate(pictures):
             if picture not in self.known:  # one by one: rounding must not depend on which are new together
-                mean, std = self.model.posterior(batch.x[i : i + 1])
+                mean, std = self.model.posterior(batch.pixels()[i : i + 1])
                 self.known[picture] = mean[0], std[0]
         mean = torch.stack([self.known[p][0] for p in pictures])
         if noise is None:

@@ -1,6 +1,6 @@
 """Diffusion training on a part of the picture: `q_sample` (noising) and `masked_diffusion_loss`.
 
-The loss forms its target, masks, weights and normalises, and computes the gradient for the prediction in the same pass.
+The loss forms its target, masks, weights and normalizes, and computes the gradient for the prediction in the same pass.
 Gradients also reach x0, noise and target where asked for, which poisons need.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["masked_diffusion_loss", "q_sample"]
 
 PREDICTIONS = ("epsilon", "v", "sample")
 LOSSES = ("mse", "huber", "l1")
-NORMALISERS = ("per_sample", "global", "numel")
+NORMALIZERS = ("per_sample", "global", "numel")
 REDUCTIONS = ("mean", "sum", "none")
 _STREAM = 0x64696666  # "diff": where noise regenerated from a seed lies
 
@@ -90,7 +90,7 @@ def masked_diffusion_loss(
     gamma: float = 5.0,
     loss: str = "mse",
     delta: float = 1.0,
-    normalise: str = "per_sample",
+    normalize: str = "per_sample",
     reduction: str = "mean",
     grad_target: bool = False,
     backend: str = "auto",
@@ -115,7 +115,7 @@ def masked_diffusion_loss(
     for name, value, known in (
         ("prediction_type", prediction_type, PREDICTIONS),
         ("loss", loss, LOSSES),
-        ("normalise", normalise, NORMALISERS),
+        ("normalize", normalize, NORMALIZERS),
         ("reduction", reduction, REDUCTIONS),
     ):
         if value not in known:
@@ -146,12 +146,12 @@ def masked_diffusion_loss(
         gamma=float(gamma) if isinstance(weight, str) else 0.0,
         loss=loss,
         delta=float(delta),
-        normalise=normalise,
+        normalize=normalize,
         pred_grad=torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (pred, target, x0, noise)),
     )
     losses, _ = _diffusion_loss(arguments, dispatch.requested(backend))
     # The op's losses sum to the mean.
-    if reduction != "mean" and normalise != "global":
+    if reduction != "mean" and normalize != "global":
         losses = losses * len(pred)
     return losses if reduction == "none" else losses.sum()
 

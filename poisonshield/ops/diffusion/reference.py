@@ -55,7 +55,7 @@ class LossArguments(NamedTuple):
     gamma: float  # of min-SNR weights; 0: none of them
     loss: str  # "mse", "huber" or "l1"
     delta: float  # where huber turns linear
-    normalise: str  # "per_sample", "global" or "numel": what sums are divided by
+    normalize: str  # "per_sample", "global" or "numel": what sums are divided by
     pred_grad: bool  # whether the second output is the gradient or empty
 
 
@@ -78,9 +78,9 @@ def q_sample_backward(args: NoisingGradientArguments) -> tuple[Tensor, Tensor]:
 
 
 def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
-    """Losses [B], weighted and normalised so that their sum is the mean; and d(sum)/d pred, empty unless asked for."""
+    """Losses [B], weighted and normalized so that their sum is the mean; and d(sum)/d pred, empty unless asked for."""
     pred, mask, dtype = args.pred, args.mask, torch.promote_types(args.pred.dtype, torch.float32)
-    target = formed(args) if args.target is None else args.target
+    target = form_target(args) if args.target is None else args.target
     residual = pred.to(dtype) - target.to(dtype)
     scale = row_scale(args, dtype)
     value, slope = _penalty(residual, args.loss, args.delta)
@@ -94,7 +94,7 @@ def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     return losses, torch.empty_like(pred).copy_(slope * rows)
 
 
-def formed(args: LossArguments) -> Tensor:
+def form_target(args: LossArguments) -> Tensor:
     """What the network should have said, in at least float32: the noise, v = sqrt(a) noise - sqrt(1 - a) x0, or x0."""
     pred, dtype = args.pred, torch.promote_types(args.pred.dtype, torch.float32)
     if args.prediction_type == "sample":
@@ -107,8 +107,8 @@ def formed(args: LossArguments) -> Tensor:
 
 
 def row_scale(args: LossArguments, dtype: torch.dtype) -> Tensor:
-    """[B]: weight over normaliser, as if the reduction were a sum over rows."""
-    scale = 1 / _normaliser(args, dtype)
+    """[B]: weight over normalizer, as if the reduction were a sum over rows."""
+    scale = 1 / _normalizer(args, dtype)
     if args.weight is not None:
         scale = scale * args.weight.to(dtype)
     if args.gamma > 0:
@@ -117,17 +117,17 @@ def row_scale(args: LossArguments, dtype: torch.dtype) -> Tensor:
     return scale
 
 
-def _normaliser(args: LossArguments, dtype: torch.dtype) -> Tensor:
+def _normalizer(args: LossArguments, dtype: torch.dtype) -> Tensor:
     """[B]: what a row's sum is divided by."""
     pred = args.pred
     b, each = len(pred), max(1, pred[:1].numel())
-    if args.normalise == "numel":
+    if args.normalize == "numel":
         return pred.new_full((b,), each * max(1, b), dtype=dtype)
     if args.mask is None:
         area = pred.new_full((b,), each, dtype=dtype)
     else:
         area = args.mask.to(dtype).expand(pred.shape).flatten(1).sum(1)  # [B]
-    if args.normalise == "per_sample":
+    if args.normalize == "per_sample":
         return area.clamp(min=1) * max(1, b)
     return area.sum().clamp(min=1).expand(b)
 
@@ -190,12 +190,12 @@ def examples() -> dict[str, list[Any]]:
     )  # fmt: skip
     given = LossArguments(
         pred=a, target=b, x0=None, noise=None, t=None, alphas_cumprod=None, prediction_type="epsilon", seed=seed,
-        offset=offset, stream=stream, mask=None, weight=None, gamma=0.0, loss="mse", delta=1.0, normalise="numel",
+        offset=offset, stream=stream, mask=None, weight=None, gamma=0.0, loss="mse", delta=1.0, normalize="numel",
         pred_grad=False,
     )  # fmt: skip
     formed_from_v = given._replace(
         pred=a.clone().requires_grad_(), target=None, x0=b, noise=c, t=t, alphas_cumprod=alphas, prediction_type="v",
-        mask=mask, weight=torch.tensor([0.1, 0.2]), gamma=5.0, loss="huber", delta=0.3, normalise="global",
+        mask=mask, weight=torch.tensor([0.1, 0.2]), gamma=5.0, loss="huber", delta=0.3, normalize="global",
         pred_grad=True,
     )  # fmt: skip
     return {

@@ -40,7 +40,7 @@ def jpeg(
 ) -> Tensor:
     """x after JPEG compression and decompression: same shape, memory layout and (unless out_dtype) dtype.
 
-    x [B, 3, H, W], any H and W >= 1, in value_range, or normalised by mean and std [3]; float16, bfloat16, float32 or
+    x [B, 3, H, W], any H and W >= 1, in value_range, or normalized by mean and std [3]; float16, bfloat16, float32 or
     float64 (computed in at least float32, rounded once), uint8 only in exact mode (value_range is then 0..255).
     quality: number or [B], 1..100, 0 counts as 1; whole numbers in exact mode. May require gradients (floors pass them
     through), and so may qtables [2, 8, 8] or [B, 2, 8, 8], which replace the standard's base tables.

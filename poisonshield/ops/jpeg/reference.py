@@ -111,7 +111,7 @@ class Pipeline:
         self.dct = dct_matrix(self.dtype, x.device)
         tables = tables.to(self.dtype)
 
-        luma, chroma = self._padded(self._stored(self._to_ycc(x.to(self.dtype).contiguous())))
+        luma, chroma = self._pad(self._store(self._to_ycc(x.to(self.dtype).contiguous())))
         self.q = _tile(tables[:, :1], luma), _tile(tables[:, 1:], chroma)
         self.u = tuple(
             self._forward_dct(p).mul_(_tile(1 / tables[:, i : i + 1], p)) for i, p in enumerate((luma, chroma))
@@ -119,21 +119,21 @@ class Pipeline:
 
     def output(self) -> Tensor:
         """[B, 3, H, W] in the space of x."""
-        rgb = self._stored(self.colours(*self.decoded()).clamp_(0, 255))
+        rgb = self._store(self.colours(*self.decoded()).clamp_(0, 255))
         return rgb.sub_(self.shift[:, None, None]).div_(self.scale[:, None, None])
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Luminance and chrominance after the inverse transform, before they are clamped to [-128, 127]."""
-        luma, chroma = (self._inverse_dct(self._rounded(u).mul_(q)) for u, q in zip(self.u, self.q, strict=True))
+        luma, chroma = (self._inverse_dct(self._round(u).mul_(q)) for u, q in zip(self.u, self.q, strict=True))
         return luma, chroma  # [B, 1, H', W'], [B, 2, H'', W'']
 
     def colours(self, luma: Tensor, chroma: Tensor) -> Tensor:
         """RGB in 0..255 before it is clamped, [B, 3, H, W]."""
-        luma = self._stored(luma.clamp(-128, 127))[..., : self.h, : self.w]  # [B, 1, H, W]
-        chroma = self._stored(chroma.clamp(-128, 127))
+        luma = self._store(luma.clamp(-128, 127))[..., : self.h, : self.w]  # [B, 1, H, W]
+        chroma = self._store(chroma.clamp(-128, 127))
         if self.half_chroma:
             chroma = chroma[..., : self.chroma_size[0], : self.chroma_size[1]]
-            chroma = self._stored(self._upsampled(chroma))
+            chroma = self._store(self._upsample(chroma))
         chroma = chroma[..., : self.h, : self.w]  # [B, 2, H, W]
         cb, cr = chroma[:, 0], chroma[:, 1]
         y = luma[:, 0] + 128
@@ -146,12 +146,12 @@ class Pipeline:
         """d loss/d x [B, 3, H, W] from d loss/d output, and d loss/d tables [B, 2, 8, 8]: the stages in reverse."""
         luma, chroma = self.decoded()
         g = grad.to(self.dtype) / self.scale[:, None, None]
-        g = self._clamped(g, self.colours(luma, chroma), 0, 255)
+        g = self._clamp(g, self.colours(luma, chroma), 0, 255)
         g = self._apply_transposed(_TO_RGB, g)  # d loss/d (Y, Cb, Cr), [B, 3, H, W]
-        g_chroma = self._upsampled_adjoint(g[:, 1:]) if self.half_chroma else g[:, 1:]
+        g_chroma = self._upsample_adjoint(g[:, 1:]) if self.half_chroma else g[:, 1:]
         g_luma, luma_table = self._through_blocks(g[:, :1], luma, self.u[0], table_grad)
         g_chroma, chroma_table = self._through_blocks(g_chroma, chroma, self.u[1], table_grad)
-        g = self._apply_transposed(_TO_YCC, self._padded_adjoint(g_luma, g_chroma)) * self.scale[:, None, None]
+        g = self._apply_transposed(_TO_YCC, self._pad_adjoint(g_luma, g_chroma)) * self.scale[:, None, None]
         if luma_table is None or chroma_table is None:
             return g, None
         return g, torch.stack((luma_table, chroma_table), 1)
@@ -162,33 +162,33 @@ class Pipeline:
         bias = matrix @ self.shift - torch.tensor((128.0, 0.0, 0.0), dtype=self.dtype, device=x.device)
         return _mix(matrix * self.scale, x, bias)
 
-    def _stored(self, planes: Tensor) -> Tensor:
+    def _store(self, planes: Tensor) -> Tensor:
         """Rounded half up where planes are whole numbers; the gradient passes straight through."""
         return (planes + 0.5).floor() if self.settings.integer_planes else planes
 
-    def _padded(self, planes: Tensor) -> tuple[Tensor, Tensor]:
+    def _pad(self, planes: Tensor) -> tuple[Tensor, Tensor]:
         """Luminance [B, 1, H', W'] and, averaged for 4:2:0, chrominance [B, 2, H'', W''], in whole blocks."""
         luma, chroma = planes[:, :1], planes[:, 1:]
         if not self.half_chroma:
             return pad_to(luma, 8), pad_to(chroma, 8)
-        averaged = self._stored(F.avg_pool2d(pad_before_averaging(chroma), 2))
+        averaged = self._store(F.avg_pool2d(pad_before_averaging(chroma), 2))
         self.averaged_size = averaged.shape[-2:]
         return pad_to(luma, 16), pad_chroma_rows(averaged)
 
-    def _padded_adjoint(self, g_luma: Tensor, g_chroma: Tensor) -> Tensor:
-        """The adjoint of `_padded`: [B, 3, H, W]."""
+    def _pad_adjoint(self, g_luma: Tensor, g_chroma: Tensor) -> Tensor:
+        """The adjoint of `_pad`: [B, 3, H, W]."""
         if self.half_chroma:
             g_chroma = fold(g_chroma, *self.averaged_size)
             g_chroma = F.interpolate(g_chroma * 0.25, scale_factor=2, mode="nearest")
         return torch.cat((fold(g_luma, self.h, self.w), fold(g_chroma, self.h, self.w)), 1)
 
-    def _upsampled(self, chroma: Tensor) -> Tensor:
+    def _upsample(self, chroma: Tensor) -> Tensor:
         """[B, 2, h, w] -> [B, 2, 2h, 2w]."""
         if self.smooth:
             return F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
         return F.interpolate(chroma, scale_factor=2, mode="nearest")
 
-    def _upsampled_adjoint(self, g: Tensor) -> Tensor:
+    def _upsample_adjoint(self, g: Tensor) -> Tensor:
         """[B, 2, H, W] -> [B, 2, h, w]."""
         g = F.pad(g, (0, self.w % 2, 0, self.h % 2))
         return _triangle_adjoint(g) if self.smooth else 4 * F.avg_pool2d(g, 2)
@@ -196,15 +196,15 @@ class Pipeline:
     def _through_blocks(self, g: Tensor, decoded: Tensor, u: Tensor, table_grad: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient before the transform, from that after it; and that of the table [B, 8, 8]."""
         g = F.pad(g, (0, decoded.shape[-1] - g.shape[-1], 0, decoded.shape[-2] - g.shape[-2]))
-        g = self._forward_dct(self._clamped(g, decoded, -128, 127))
+        g = self._forward_dct(self._clamp(g, decoded, -128, 127))
         slope = slope_(u, self.settings.rounding, self.settings.fourier_terms)
-        by_table = _sum_blocks(g * (self._rounded(u) - u * slope)) if table_grad else None
+        by_table = _sum_blocks(g * (self._round(u) - u * slope)) if table_grad else None
         return self._inverse_dct(g * slope), by_table
 
-    def _rounded(self, u: Tensor) -> Tensor:
+    def _round(self, u: Tensor) -> Tensor:
         return round_(u, self.settings.rounding, self.settings.fourier_terms)
 
-    def _clamped(self, g: Tensor, value: Tensor, low: float, high: float) -> Tensor:
+    def _clamp(self, g: Tensor, value: Tensor, low: float, high: float) -> Tensor:
         """g where value is inside [low, high], clamp_grad * g outside (and where value is NaN)."""
         inside, slope = (value >= low) & (value <= high), self.settings.clamp_grad
         return g * inside if slope == 0 else torch.where(inside, g, slope * g)

@@ -24,9 +24,9 @@ _STREAM = 0x70676473  # "pgds": where this op's random numbers lie unless the ca
 def pgd_step_(
     x_adv: Tensor,
     grad: Tensor,
-    x0: Tensor,
+    clean: Tensor,
     *,
-    step: float | Tensor,
+    step_size: float | Tensor,
     eps: float | Tensor,
     norm: str = "linf",
     targeted: bool | Tensor = False,
@@ -38,31 +38,31 @@ def pgd_step_(
     levels: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """x_adv, moved in place: up the gradient by `step`, back into the eps-ball around x0, and into `clip`.
+    """x_adv, moved in place: up the gradient by `step_size`, back into the eps-ball around `clean`, and into `clip`.
 
-    x_adv, grad, x0 [B, ...] of one shape, floats; x0 may be uint8 pixels. step, eps: number or [B], in pixel units
-    (4/255, not 4), also where x_adv is normalised by mean and std [C]. targeted (bool or [B]) moves down instead.
-    norm: "linf" (sign step, box), "l2" (normalised step, Euclidean ball, in pixel space), "sign_l2" (sign step, ball).
-    mask, broadcastable to x_adv: where 0, x_adv becomes x0. active [B] bool: other rows stay untouched.
-    levels: 255 snaps to the lattice of 8-bit images, towards x0, so that eps survives saving. Half precision is rounded
-    so that the ball still holds.
+    x_adv, grad, clean [B, ...] of one shape, floats; clean may be uint8 pixels. step_size, eps: number or [B], in pixel
+    units (4/255, not 4), also where x_adv is normalized by mean and std [C]. targeted (bool or [B]) moves down instead.
+    norm: "linf" (sign step, box), "l2" (normalized step, Euclidean ball, in pixel space), "sign_l2" (sign step, ball).
+    mask, broadcastable to x_adv: where 0, x_adv becomes clean. active [B] bool: other rows stay untouched.
+    levels: 255 snaps to the lattice of 8-bit images, towards clean, so that eps survives saving. Half precision is
+    rounded so that the ball still holds.
 
     A zero gradient, or an l2 gradient of non-finite length, gives no step; a NaN element none in linf. NaN in x_adv or
-    x0 stays NaN. Numbers on a CUDA device are not checked, since that would wait for it. Raises TypeError, ShapeError,
-    BudgetError (radii), ValueError, GradientError (x_adv requires gradients: use torch.no_grad()).
+    clean stays NaN. Numbers on a CUDA device are not checked, since that would wait for it. Raises TypeError,
+    ShapeError, BudgetError (radii), ValueError, GradientError (x_adv requires gradients: use torch.no_grad()).
     """
-    _check(x_adv, x0, norm, mask, levels, clip)
+    _check(x_adv, clean, norm, mask, levels, clip)
     if not isinstance(grad, Tensor) or not grad.is_floating_point():
         raise TypeError(f"grad is {_kind(grad)}. Give a float tensor of the shape of x_adv.")
     _check_same(x_adv, grad, "grad")
     _check_separate(x_adv, grad, "grad")
-    step = _per_sample(x_adv, step, "step")
+    step_size = _per_sample(x_adv, step_size, "step_size")
     if isinstance(targeted, Tensor):
         if targeted.dtype != torch.bool or targeted.shape != (len(x_adv),):
             raise ShapeError(f"targeted is {_kind(targeted)}. Give a bool, or a bool tensor [{len(x_adv)}].")
-        step = torch.where(targeted, -step, step)
+        step_size = torch.where(targeted, -step_size, step_size)
     elif targeted:
-        step = -step
+        step_size = -step_size
     if active is not None and (active.dtype != torch.bool or active.shape != (len(x_adv),)):
         raise ShapeError(f"active is {_kind(active)}. Give a bool tensor [{len(x_adv)}].")
     _check_device(x_adv, active, "active")
@@ -70,8 +70,8 @@ def pgd_step_(
     arguments = StepArguments(
         x_adv=x_adv,
         grad=grad,
-        x0=x0,
-        step=step,
+        clean=clean,
+        step_size=step_size,
         eps=_per_sample(x_adv, eps, "eps"),
         norm=norm,
         mean=mean,
@@ -88,7 +88,7 @@ def pgd_step_(
 
 def pgd_random_start_(
     x_adv: Tensor,
-    x0: Tensor,
+    clean: Tensor,
     *,
     eps: float | Tensor,
     norm: str = "linf",
@@ -103,14 +103,14 @@ def pgd_random_start_(
     levels: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """x_adv, overwritten by a uniform draw from the eps-ball around x0, clipped.
+    """x_adv, overwritten by a uniform draw from the eps-ball around `clean`, clipped.
 
     linf: each element uniform in [-eps, eps); l2 and sign_l2: uniform in the Euclidean ball. A sample's draw depends on
     (seed, offset, stream, its id, the element's index in row-major order) alone, on every backend: linf to the bit, l2
     to rounding. sample_ids int64 [B], by default 0 .. B-1. seed, offset: integers, or int64 tensors of one element on
     the device, which a captured CUDA graph reads anew. Other arguments and errors as in `pgd_step_`.
     """
-    _check(x_adv, x0, norm, mask, levels, clip)
+    _check(x_adv, clean, norm, mask, levels, clip)
     if sample_ids is None:
         sample_ids = torch.arange(len(x_adv), device=x_adv.device)
     elif sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x_adv),):
@@ -119,7 +119,7 @@ def pgd_random_start_(
     mean, std = _statistics(x_adv, mean, std)
     arguments = StartArguments(
         x_adv=x_adv,
-        x0=x0,
+        clean=clean,
         eps=_per_sample(x_adv, eps, "eps"),
         norm=norm,
         seed=_whole(x_adv, seed, "seed"),
@@ -141,19 +141,21 @@ def _kind(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _check(x_adv: Tensor, x0: Tensor, norm: str, mask: Tensor | None, levels: int, clip: tuple[float, float]) -> None:
+def _check(
+    x_adv: Tensor, clean: Tensor, norm: str, mask: Tensor | None, levels: int, clip: tuple[float, float]
+) -> None:
     if not isinstance(x_adv, Tensor) or not x_adv.is_floating_point():
         raise TypeError(f"x_adv is {_kind(x_adv)}. Give a float tensor [B, ...].")
-    if not isinstance(x0, Tensor) or not (x0.is_floating_point() or x0.dtype == torch.uint8):
-        raise TypeError(f"x0 is {_kind(x0)}. Give floats in the space of x_adv, or uint8 pixels.")
+    if not isinstance(clean, Tensor) or not (clean.is_floating_point() or clean.dtype == torch.uint8):
+        raise TypeError(f"clean is {_kind(clean)}. Give floats in the space of x_adv, or uint8 pixels.")
     if x_adv.dim() < 2:
         raise ShapeError(f"x_adv has shape {tuple(x_adv.shape)}. Give a batch [B, ...].")
     if any(s == 0 and n > 1 for s, n in zip(x_adv.stride(), x_adv.shape, strict=True)):
         raise ShapeError("x_adv is an expanded view: several elements share memory. Call .contiguous() first.")
     if x_adv.requires_grad and torch.is_grad_enabled():
         raise GradientError("x_adv requires gradients, and the step has none. Call it under torch.no_grad().")
-    _check_same(x_adv, x0, "x0")
-    _check_separate(x_adv, x0, "x0")
+    _check_same(x_adv, clean, "clean")
+    _check_separate(x_adv, clean, "clean")
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown. Known: {', '.join(NORMS)}")
     if not clip[1] >= clip[0]:

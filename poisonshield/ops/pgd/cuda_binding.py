@@ -20,12 +20,12 @@ def pgd_step_(args: StepArguments) -> None:
     if not x_adv.numel():
         return
     channels = x_adv.shape[1] if args.std is not None else 1  # a sample is one row where channels are alike
-    operators, is_bytes = torch.ops.poisonshield_cuda, args.x0.dtype == torch.uint8
+    operators, is_bytes = torch.ops.poisonshield_cuda, args.clean.dtype == torch.uint8
     tensors = (
         x_adv,
         args.grad.float().contiguous(),
-        _pixels(args.x0),
-        args.step,
+        _pixels(args.clean),
+        args.step_size,
         args.eps,
         args.mean,
         args.std,
@@ -48,7 +48,7 @@ def pgd_random_start_(args: StartArguments) -> None:
         return
     torch.ops.poisonshield_cuda.linf_start_(
         x_adv,
-        _pixels(args.x0),
+        _pixels(args.clean),
         args.eps,
         args.seed,
         args.offset,
@@ -60,10 +60,10 @@ def pgd_random_start_(args: StartArguments) -> None:
         args.clip_low,
         args.clip_high,
         x_adv.shape[1],
-        args.x0.dtype == torch.uint8,
+        args.clean.dtype == torch.uint8,
     )
 
 
-def _pixels(x0: Tensor) -> Tensor:
-    """x0 as the kernels read it: uint8 or float32, contiguous."""
-    return (x0 if x0.dtype == torch.uint8 else x0.float()).contiguous()
+def _pixels(clean: Tensor) -> Tensor:
+    """clean as the kernels read it: uint8 or float32, contiguous."""
+    return (clean if clean.dtype == torch.uint8 else clean.float()).contiguous()

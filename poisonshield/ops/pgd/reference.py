@@ -1,6 +1,6 @@
 """Projected gradient descent in plain PyTorch: step, project, clip, in place. Source: Madry et al. 2018.
 
-Radii are in pixel units; x_adv may live in a normalised space, x = (pixel - mean) / std. Sums of squares run in
+Radii are in pixel units; x_adv may live in a normalized space, x = (pixel - mean) / std. Sums of squares run in
 float64, so that a sample's result does not depend on its batch. The linf step has no product whose rounding a fused
 multiply-add would skip; the random start has one, (2u - 1) * eps, which kernels must round to be equal to the bit.
 """
@@ -14,19 +14,19 @@ from poisonshield.random import philox_normal, philox_uniform
 
 
 class StepArguments(NamedTuple):
-    """What `pgd_step_` takes. x_adv, grad and x0 have one shape [B, ...]; with mean and std it is [B, C, ...]."""
+    """What `pgd_step_` takes. x_adv, grad and clean have one shape [B, ...]; with mean and std it is [B, C, ...]."""
 
     x_adv: Tensor  # [B, ...], moved in place
     grad: Tensor  # [B, ...], d loss/d x_adv
-    x0: Tensor  # [B, ...], the original: in the space of x_adv, or uint8 pixels
-    step: Tensor  # [B], how far to go, in pixel units; negative goes down
-    eps: Tensor  # [B], radius of the ball around x0, in pixel units
+    clean: Tensor  # [B, ...], the original: in the space of x_adv, or uint8 pixels
+    step_size: Tensor  # [B], how far to go, in pixel units; negative goes down
+    eps: Tensor  # [B], radius of the ball around clean, in pixel units
     norm: str  # "linf" (sign step, box), "l2" (step of that length, ball), "sign_l2" (sign step, ball)
-    mean: Tensor | None  # [C], of the normalised space; None where x_adv holds pixels
+    mean: Tensor | None  # [C], of the normalized space; None where x_adv holds pixels
     std: Tensor | None  # [C], given if mean is
     clip_low: float  # least pixel
     clip_high: float  # greatest pixel
-    mask: Tensor | None  # broadcastable to x_adv; where 0, x_adv becomes x0
+    mask: Tensor | None  # broadcastable to x_adv; where 0, x_adv becomes clean
     active: Tensor | None  # bool [B]; other rows stay untouched
     levels: int  # 255 snaps to the lattice of 8-bit images, 0 snaps to none
 
@@ -35,7 +35,7 @@ class StartArguments(NamedTuple):
     """What `pgd_random_start_` takes; fields that are not explained here are those of `StepArguments`."""
 
     x_adv: Tensor  # [B, ...], overwritten
-    x0: Tensor  # [B, ...]
+    clean: Tensor  # [B, ...]
     eps: Tensor  # [B]
     norm: str  # "linf": uniform in a box; else uniform in a Euclidean ball
     seed: Tensor  # int64 [], and the next four: where in Philox's numbers the draw lies
@@ -51,7 +51,7 @@ class StartArguments(NamedTuple):
 
 
 def pgd_step_(args: StepArguments) -> None:
-    """x_adv moves by step along grad, then into the ball of radius eps around x0, then into the clip."""
+    """x_adv moves by step_size along grad, then into the ball of radius eps around clean, then into the clip."""
     space = Space(args)
     if args.norm == "linf":
         low, high = space.box(space.per_sample(args.eps))
@@ -63,7 +63,7 @@ def pgd_step_(args: StepArguments) -> None:
 
 
 def pgd_random_start_(args: StartArguments) -> None:
-    """x_adv becomes a uniform draw from the ball around x0, clipped."""
+    """x_adv becomes a uniform draw from the ball around clean, clipped."""
     space = Space(args)
     if args.norm == "linf":
         low, high = space.box(space.per_sample(args.eps))
@@ -75,9 +75,9 @@ def pgd_random_start_(args: StartArguments) -> None:
 
 
 def _along_signs(args: StepArguments, space: "Space") -> Tensor:
-    """x_adv + step * sign(grad), a NaN giving no step: [B, ...], not projected."""
+    """x_adv + step_size * sign(grad), a NaN giving no step: [B, ...], not projected."""
     signs = args.grad.to(space.dtype).nan_to_num(nan=0.0).sign()
-    return args.x_adv.to(space.dtype) + signs * (space.per_sample(args.step) / space.std)
+    return args.x_adv.to(space.dtype) + signs * (space.per_sample(args.step_size) / space.std)
 
 
 def _within_ball(args: StepArguments, space: "Space") -> Tensor:
@@ -88,20 +88,20 @@ def _within_ball(args: StepArguments, space: "Space") -> Tensor:
         direction = direction.where(args.mask != 0, 0.0)
     if args.norm == "l2":
         direction = _unit(direction)
-    delta = (args.x_adv.to(space.dtype) - space.x0) * space.std  # in pixel units
-    return space.into_ball(delta + space.per_sample(args.step) * direction, space.per_sample(args.eps))
+    delta = (args.x_adv.to(space.dtype) - space.clean) * space.std  # in pixel units
+    return space.into_ball(delta + space.per_sample(args.step_size) * direction, space.per_sample(args.eps))
 
 
 def _drawn_from_box(args: StartArguments, space: "Space") -> Tensor:
-    """x0 + (2u - 1) * eps with u uniform in [0, 1): [B, ...]."""
+    """clean + (2u - 1) * eps with u uniform in [0, 1): [B, ...]."""
     u = philox_uniform(
         args.x_adv.shape, seed=args.seed, offset=args.offset, sample_ids=args.sample_ids, stream=args.stream
     ).to(space.dtype)
-    return space.x0 + (u * 2 - 1) * (space.per_sample(args.eps) / space.std)
+    return space.clean + (u * 2 - 1) * (space.per_sample(args.eps) / space.std)
 
 
 def _drawn_from_ball(args: StartArguments, space: "Space") -> Tensor:
-    """x0 plus a Gaussian direction at the radius eps * u^(1/n), n the number of free elements: [B, ...]."""
+    """clean plus a Gaussian direction at the radius eps * u^(1/n), n the number of free elements: [B, ...]."""
     x_adv, eps = args.x_adv, space.per_sample(args.eps)
     count = x_adv[:1].numel()
     noise = philox_normal(count, seed=args.seed, ids=args.sample_ids, offset=args.offset, stream=args.stream)
@@ -115,7 +115,7 @@ def _drawn_from_ball(args: StartArguments, space: "Space") -> Tensor:
     )
     radius = eps * space.per_sample(u[:, 0]) ** (1 / free)  # [B, 1, ...]
     length = space.per_sample(_length(noise).clamp_min(1e-12))
-    return space.x0 + noise * (radius / length) / space.std
+    return space.clean + noise * (radius / length) / space.std
 
 
 class Space:
@@ -127,9 +127,9 @@ class Space:
         self.mean = self._per_channel(args.mean, 0.0)
         self.std = self._per_channel(args.std, 1.0)
         self.low, self.high = (args.clip_low - self.mean) / self.std, (args.clip_high - self.mean) / self.std
-        self.x0 = args.x0.to(self.dtype)
-        if args.x0.dtype == torch.uint8:
-            self.x0 = (self.x0 / 255 - self.mean) / self.std
+        self.clean = args.clean.to(self.dtype)
+        if args.clean.dtype == torch.uint8:
+            self.clean = (self.clean / 255 - self.mean) / self.std
 
     def per_sample(self, values: Tensor) -> Tensor:
         """[B] -> [B, 1, ...]."""
@@ -142,37 +142,39 @@ class Space:
         return values.to(self.dtype).view(-1, *[1] * (self.x_adv.dim() - 2))
 
     def box(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Limits of each element: the box around x0, clipped. If x0 is out of range, its nearest valid pixel stays."""
+        """The box around clean, clipped, as limits of each element; where clean is out of range, the nearest pixel."""
         reach = eps / self.std
-        low, high = (torch.minimum(torch.maximum(v, self.low), self.high) for v in (self.x0 - reach, self.x0 + reach))
+        low, high = (
+            torch.minimum(torch.maximum(v, self.low), self.high) for v in (self.clean - reach, self.clean + reach)
+        )
         return low, high
 
     def into_ball(self, delta: Tensor, eps: Tensor) -> Tensor:
-        """x0 plus delta (pixel units), shortened to length eps where it is longer."""
+        """clean plus delta (pixel units), shortened to length eps where it is longer."""
         if self.mask is not None:
             delta = delta.where(self.mask != 0, 0.0)
         length = self.per_sample(_length(delta))
-        return self.x0 + delta * torch.where(length > eps, eps / length, 1.0) / self.std
+        return self.clean + delta * torch.where(length > eps, eps / length, 1.0) / self.std
 
     def store(self, new: Tensor, bounds: tuple[Tensor, Tensor] | None, active: Tensor | None) -> None:
         """Write new to x_adv: snapped to the lattice, never rounded out of bounds; masked pixels and idle rows kept."""
         x_adv = self.x_adv
         if self.levels:
-            new = self._snapped(new, self.levels)
+            new = self._snap(new, self.levels)
         if self.mask is not None:
-            new = new.where(self.mask != 0, self.x0)
+            new = new.where(self.mask != 0, self.clean)
         stored = new.to(x_adv.dtype)
         if x_adv.dtype != self.dtype:
-            low, high = bounds if bounds else (torch.minimum(new, self.x0), torch.maximum(new, self.x0))
+            low, high = bounds if bounds else (torch.minimum(new, self.clean), torch.maximum(new, self.clean))
             stored = _neighbour(stored, stored.to(self.dtype) > high, up=False)
             stored = _neighbour(stored, stored.to(self.dtype) < low, up=True)
         if active is not None:
             stored = stored.where(active.view(-1, *[1] * (x_adv.dim() - 1)), x_adv)
         x_adv.copy_(stored)
 
-    def _snapped(self, new: Tensor, levels: int) -> Tensor:
-        """The nearest k / levels (pixels), or the next one towards x0 where that one is further away than `new`."""
-        pixel, origin = new * self.std + self.mean, self.x0 * self.std + self.mean
+    def _snap(self, new: Tensor, levels: int) -> Tensor:
+        """The nearest k / levels (pixels), or the next one towards clean where that one is further away than `new`."""
+        pixel, origin = new * self.std + self.mean, self.clean * self.std + self.mean
         k = (pixel * levels).round()
         beyond = (k / levels - origin).abs() > (pixel - origin).abs() + 2.0**-23  # one rounding of a pixel is no step
         return ((k - (pixel - origin).sign() * beyond) / levels - self.mean) / self.std
@@ -206,14 +208,14 @@ def _neighbour(x: Tensor, where: Tensor, *, up: bool) -> Tensor:
 def examples() -> dict[str, list[Any]]:
     """Calls that the contract tests make of each op on every backend."""
     shape = (2, 3, 17, 9)
-    x_adv, grad, x0 = (philox_uniform(shape, seed) * 0.8 + 0.1 for seed in range(3))
+    x_adv, grad, clean = (philox_uniform(shape, seed) * 0.8 + 0.1 for seed in range(3))
     radius = torch.tensor([0.1, 0.2])
     step = StepArguments(
-        x_adv=x_adv, grad=grad - 0.5, x0=x0, step=radius, eps=radius, norm="linf", mean=None, std=None,
+        x_adv=x_adv, grad=grad - 0.5, clean=clean, step_size=radius, eps=radius, norm="linf", mean=None, std=None,
         clip_low=0.0, clip_high=1.0, mask=None, active=None, levels=0,
     )  # fmt: skip
     start = StartArguments(
-        x_adv=x_adv, x0=x0, eps=radius, norm="linf", seed=torch.tensor(5), offset=torch.tensor(0),
+        x_adv=x_adv, clean=clean, eps=radius, norm="linf", seed=torch.tensor(5), offset=torch.tensor(0),
         sample_ids=torch.arange(2), stream=torch.tensor(1), mean=None, std=None, clip_low=0.0, clip_high=1.0,
         mask=None, levels=0,
     )  # fmt: skip

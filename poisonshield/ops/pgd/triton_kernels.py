@@ -1,7 +1,7 @@
 """Triton kernels of the PGD step and random start.
 
 linf: one pass, a program for each chunk of a channel, so that radii, mean and std are scalars of a program: 16 bytes an
-element in float32. l2 and sign_l2: a first pass leaves sums of v^2, d v and d^2 (v the direction, d = x - x0) per
+element in float32. l2 and sign_l2: a first pass leaves sums of v^2, d v and d^2 (v the direction, d = x - clean) per
 chunk, from which the second knows the length after the step, |d|^2 + 2 a <d, v> + a^2 |v|^2, without reading twice
 more; each program adds the partial sums in the same order. Sums are float64, since squares of small gradients vanish in
 float32.
@@ -34,14 +34,14 @@ def pixel_scale(std_ptr, c, HAS_STD: tl.constexpr):
 
 
 @triton.jit
-def original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD: tl.constexpr, BYTES: tl.constexpr):
-    """x0 in the space of x_adv, float32, at the offsets `at` of channel c."""
-    x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
+def original(clean_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD: tl.constexpr, BYTES: tl.constexpr):
+    """clean in the space of x_adv, float32, at the offsets `at` of channel c."""
+    clean = tl.load(clean_ptr + at, mask=inside, other=0).to(tl.float32)
     if BYTES:
-        x0 = tl.div_rn(x0, tl.full(x0.shape, 255.0, tl.float32))
+        clean = tl.div_rn(clean, tl.full(clean.shape, 255.0, tl.float32))
         if HAS_STD:
-            x0 = tl.div_rn(x0 - tl.load(mean_ptr + c), x0 * 0 + tl.load(std_ptr + c))
-    return x0
+            clean = tl.div_rn(clean - tl.load(mean_ptr + c), clean * 0 + tl.load(std_ptr + c))
+    return clean
 
 
 @triton.jit
@@ -71,22 +71,22 @@ def sign(g):
 def linf_step(
     x_ptr,  # [B, C, inner] x_adv, changed in place
     g_ptr,  # [B, C, inner] d loss/d x_adv
-    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    clean_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
     step_ptr,  # [B] how far to go, in pixel units; negative goes down
     eps_ptr,  # [B] radius of the ball, in pixel units
-    mean_ptr,  # [C] of the normalised space, read if HAS_STD
-    std_ptr,  # [C] of the normalised space, read if HAS_STD
-    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    mean_ptr,  # [C] of the normalized space, read if HAS_STD
+    std_ptr,  # [C] of the normalized space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes clean
     active_ptr,  # [B] uint8, read if HAS_ACTIVE; where 0, the sample stays as it is
     clip_low,  # least pixel
     clip_high,  # greatest pixel
     channels,  # C; 1 where all channels are alike
     inner,  # elements of a channel
     chunks,  # programs of a channel
-    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_STD: tl.constexpr,  # whether x_adv is normalized
     HAS_MASK: tl.constexpr,  # whether there is a mask
     HAS_ACTIVE: tl.constexpr,  # whether some samples may be idle
-    BYTES: tl.constexpr,  # whether x0 is uint8
+    BYTES: tl.constexpr,  # whether clean is uint8
     BLOCK: tl.constexpr,  # elements of a program
 ):
     """x_adv after a linf step, in place; a program takes BLOCK elements of one channel of one sample."""
@@ -103,40 +103,40 @@ def linf_step(
     low, high = limits(mean_ptr, std_ptr, c, clip_low, clip_high, HAS_STD)
     x = tl.load(x_ptr + at, mask=inside, other=0)
     g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
-    x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
-    # new = clip(x + step * sign(g), x0 - eps, x0 + eps), both ends clipped to valid pixels first. Reads 12 bytes an
-    # element (and a mask), writes 4.
-    new = clip(x + step * sign(g), clip(x0 - eps, low, high), clip(x0 + eps, low, high))
+    clean = original(clean_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
+    # new = clip(x + step * sign(g), clean - eps, clean + eps), both ends clipped to valid pixels first. Reads 12 bytes
+    # an element (and a mask), writes 4.
+    new = clip(x + step * sign(g), clip(clean - eps, low, high), clip(clean + eps, low, high))
     if HAS_MASK:
-        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
+        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, clean)
     tl.store(x_ptr + at, new, mask=inside)
 
 
 @triton.jit
 def linf_start(
     x_ptr,  # [B, C, inner] x_adv, overwritten
-    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    clean_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
     eps_ptr,  # [B] radius of the ball, in pixel units
     seed_ptr,  # [] int64, and the next three: where in Philox's numbers the draw lies
     offset_ptr,  # [] int64
     ids_ptr,  # [B] int64, the sample's id
     stream_ptr,  # [] int64
-    mean_ptr,  # [C] of the normalised space, read if HAS_STD
-    std_ptr,  # [C] of the normalised space, read if HAS_STD
-    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    mean_ptr,  # [C] of the normalized space, read if HAS_STD
+    std_ptr,  # [C] of the normalized space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes clean
     clip_low,  # least pixel
     clip_high,  # greatest pixel
     count,  # elements of a sample, C * inner
     inner,  # elements of a channel
     chunks,  # programs of a sample
-    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_STD: tl.constexpr,  # whether x_adv is normalized
     HAS_MASK: tl.constexpr,  # whether there is a mask
-    BYTES: tl.constexpr,  # whether x0 is uint8
+    BYTES: tl.constexpr,  # whether clean is uint8
     BLOCK: tl.constexpr,  # elements of a program
 ):
-    """x0 plus noise uniform in the box, clipped, to x_adv; a program takes BLOCK elements of one sample."""
+    """clean plus noise uniform in the box, clipped, to x_adv; a program takes BLOCK elements of one sample."""
     b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    # Philox gives four words for each counter, so BLOCK / 4 of them serve a program. Nothing but x0 is read.
+    # Philox gives four words for each counter, so BLOCK / 4 of them serve a program. Nothing but clean is read.
     block = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     sample = tl.load(ids_ptr + b).to(tl.uint64, bitcast=True)
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True) ^ (sample >> 32)
@@ -159,15 +159,15 @@ def linf_start(
     if HAS_STD:
         std, mean = tl.load(std_ptr + c), tl.load(mean_ptr + c)
         eps, low, high = tl.div_rn(eps, std), tl.div_rn(low - mean, std), tl.div_rn(high - mean, std)
-    x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
+    clean = tl.load(clean_ptr + at, mask=inside, other=0).to(tl.float32)
     if BYTES:
-        x0 = tl.div_rn(x0, u * 0 + 255.0)
+        clean = tl.div_rn(clean, u * 0 + 255.0)
         if HAS_STD:
-            x0 = tl.div_rn(x0 - mean, std)
-    # new = clip(x0 + (2u - 1) * eps), u uniform in [0, 1)
-    new = clip(x0 + (u * 2 - 1) * eps, low, high)
+            clean = tl.div_rn(clean - mean, std)
+    # new = clip(clean + (2u - 1) * eps), u uniform in [0, 1)
+    new = clip(clean + (u * 2 - 1) * eps, low, high)
     if HAS_MASK:
-        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
+        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, clean)
     tl.store(x_ptr + at, new, mask=inside)
 
 
@@ -185,17 +185,17 @@ def direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK: tl.constexpr, SIGN: tl.c
 def ball_sums(
     x_ptr,  # [B, C, inner] x_adv, read
     g_ptr,  # [B, C, inner] d loss/d x_adv
-    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
-    mean_ptr,  # [C] of the normalised space, read if HAS_STD
-    std_ptr,  # [C] of the normalised space, read if HAS_STD
-    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    clean_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    mean_ptr,  # [C] of the normalized space, read if HAS_STD
+    std_ptr,  # [C] of the normalized space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes clean
     sums_ptr,  # [B, C, chunks, 3] float64: sums of v^2, d v and d^2
     channels,  # C; 1 where all channels are alike
     inner,  # elements of a channel
     chunks,  # programs of a channel
-    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_STD: tl.constexpr,  # whether x_adv is normalized
     HAS_MASK: tl.constexpr,  # whether there is a mask
-    BYTES: tl.constexpr,  # whether x0 is uint8
+    BYTES: tl.constexpr,  # whether clean is uint8
     SIGN: tl.constexpr,  # whether v is the gradient's sign, else the gradient in pixel units
     BLOCK: tl.constexpr,  # elements of a program
 ):
@@ -207,8 +207,8 @@ def ball_sums(
     at = row.to(tl.int64) * inner + offsets
     s = pixel_scale(std_ptr, c, HAS_STD)
     v = direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK, SIGN)
-    x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
-    d = (tl.load(x_ptr + at, mask=inside, other=0) - x0) * s
+    clean = original(clean_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
+    d = (tl.load(x_ptr + at, mask=inside, other=0) - clean) * s
     d = tl.where(inside, d, 0.0)
     if HAS_MASK:
         d = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, d, 0.0)
@@ -224,12 +224,12 @@ def ball_sums(
 def ball_step(
     x_ptr,  # [B, C, inner] x_adv, changed in place
     g_ptr,  # [B, C, inner] d loss/d x_adv
-    x0_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
+    clean_ptr,  # [B, C, inner] the original: float32 in the space of x_adv, or uint8 pixels
     step_ptr,  # [B] how far to go, in pixel units; negative goes down
     eps_ptr,  # [B] radius of the ball, in pixel units
-    mean_ptr,  # [C] of the normalised space, read if HAS_STD
-    std_ptr,  # [C] of the normalised space, read if HAS_STD
-    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes x0
+    mean_ptr,  # [C] of the normalized space, read if HAS_STD
+    std_ptr,  # [C] of the normalized space, read if HAS_STD
+    mask_ptr,  # [B, C, inner] uint8, read if HAS_MASK; where 0, x becomes clean
     active_ptr,  # [B] uint8, read if HAS_ACTIVE; where 0, the sample stays as it is
     sums_ptr,  # [B, C, chunks, 3] float64, left by `ball_sums`
     clip_low,  # least pixel
@@ -237,10 +237,10 @@ def ball_step(
     channels,  # C; 1 where all channels are alike
     inner,  # elements of a channel
     chunks,  # programs of a channel
-    HAS_STD: tl.constexpr,  # whether x_adv is normalised
+    HAS_STD: tl.constexpr,  # whether x_adv is normalized
     HAS_MASK: tl.constexpr,  # whether there is a mask
     HAS_ACTIVE: tl.constexpr,  # whether some samples may be idle
-    BYTES: tl.constexpr,  # whether x0 is uint8
+    BYTES: tl.constexpr,  # whether clean is uint8
     SIGN: tl.constexpr,  # whether v is the gradient's sign, else the gradient in pixel units
     PARTS: tl.constexpr,  # partial sums that are added at a time
     BLOCK: tl.constexpr,  # elements of a program
@@ -276,13 +276,13 @@ def ball_step(
     s = pixel_scale(std_ptr, c, HAS_STD)
     low, high = limits(mean_ptr, std_ptr, c, clip_low, clip_high, HAS_STD)
     x = tl.load(x_ptr + at, mask=inside, other=0)
-    x0 = original(x0_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
+    clean = original(clean_ptr, at, inside, mean_ptr, std_ptr, c, HAS_STD, BYTES)
     v = direction(g_ptr, mask_ptr, at, inside, s, HAS_MASK, SIGN)
-    # new = x0 + (d + a v) * min(1, eps / |d + a v|)
-    d = (x - x0) * s + tl.where(scale != 0, v.to(tl.float64) * scale, 0.0).to(tl.float32)
-    new = clip(x0 + tl.div_rn(d * shrink, d * 0 + s), low, high)
+    # new = clean + (d + a v) * min(1, eps / |d + a v|)
+    d = (x - clean) * s + tl.where(scale != 0, v.to(tl.float64) * scale, 0.0).to(tl.float32)
+    new = clip(clean + tl.div_rn(d * shrink, d * 0 + s), low, high)
     if HAS_MASK:
-        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, x0)
+        new = tl.where(tl.load(mask_ptr + at, mask=inside, other=1) != 0, new, clean)
     tl.store(x_ptr + at, new, mask=inside)
 
 
@@ -298,29 +298,29 @@ def pgd_step_(args: StepArguments) -> None:
     x_adv = args.x_adv
     if not x_adv.numel():
         return
-    grad, x0, mask = args.grad.contiguous(), args.x0.contiguous(), expanded_mask(args.mask, x_adv)
+    grad, clean, mask = args.grad.contiguous(), args.clean.contiguous(), expanded_mask(args.mask, x_adv)
     channels, inner = _rows(x_adv, args.std)
     chunks = triton.cdiv(inner, _BLOCK)
     rows = len(x_adv) * channels
     grid = (rows * chunks,)
-    absent = args.step  # a pointer must point somewhere, also where nothing is read
+    absent = args.step_size  # a pointer must point somewhere, also where nothing is read
     space = [absent if v is None else v for v in (args.mean, args.std, mask)]
     active = absent if args.active is None else args.active.to(torch.uint8)
     flags: dict[str, Any] = {"HAS_STD": args.std is not None, "HAS_MASK": mask is not None, "BLOCK": _BLOCK}
-    flags |= {"BYTES": x0.dtype == torch.uint8, **_OPTIONS}
+    flags |= {"BYTES": clean.dtype == torch.uint8, **_OPTIONS}
     has_active = args.active is not None
     clip, sizes = (args.clip_low, args.clip_high), (channels, inner, chunks)
     if args.norm == "linf":
         linf_step[grid](
-            x_adv, grad, x0, args.step, args.eps, *space, active, *clip, *sizes, HAS_ACTIVE=has_active, **flags
+            x_adv, grad, clean, args.step_size, args.eps, *space, active, *clip, *sizes, HAS_ACTIVE=has_active, **flags
         )
         return
     sums = torch.empty((rows * chunks, 3), dtype=torch.float64, device=x_adv.device)
     flags["SIGN"] = args.norm == "sign_l2"
-    ball_sums[grid](x_adv, grad, x0, *space, sums, *sizes, **flags)
+    ball_sums[grid](x_adv, grad, clean, *space, sums, *sizes, **flags)
     ball_step[grid](
-        x_adv, grad, x0, args.step, args.eps, *space, active, sums, *clip, *sizes, HAS_ACTIVE=has_active, PARTS=_PARTS,
-        **flags,
+        x_adv, grad, clean, args.step_size, args.eps, *space, active, sums, *clip, *sizes, HAS_ACTIVE=has_active,
+        PARTS=_PARTS, **flags,
     )  # fmt: skip
 
 
@@ -329,15 +329,15 @@ def pgd_random_start_(args: StartArguments) -> None:
     x_adv = args.x_adv
     if not x_adv.numel():
         return
-    x0, mask = args.x0.contiguous(), expanded_mask(args.mask, x_adv)
+    clean, mask = args.clean.contiguous(), expanded_mask(args.mask, x_adv)
     count = x_adv[0].numel()
     chunks = triton.cdiv(count, _BLOCK)
     absent = args.eps  # a pointer must point somewhere, also where nothing is read
     space = [absent if v is None else v for v in (args.mean, args.std, mask)]
     linf_start[(len(x_adv) * chunks,)](
-        x_adv, x0, args.eps, args.seed, args.offset, args.sample_ids.contiguous(), args.stream, *space,
+        x_adv, clean, args.eps, args.seed, args.offset, args.sample_ids.contiguous(), args.stream, *space,
         args.clip_low, args.clip_high, count, count // x_adv.shape[1], chunks,
-        HAS_STD=args.std is not None, HAS_MASK=mask is not None, BYTES=x0.dtype == torch.uint8, BLOCK=_BLOCK,
+        HAS_STD=args.std is not None, HAS_MASK=mask is not None, BYTES=clean.dtype == torch.uint8, BLOCK=_BLOCK,
         **_OPTIONS,
     )  # fmt: skip
 
@@ -352,7 +352,7 @@ def _rows(x: Tensor, std: Tensor | None) -> tuple[int, int]:
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:
     """(name, kernel, signature, constants, options, arguments divisible by 16): what is compiled ahead of time."""
     floats = ("x_ptr", "g_ptr", "eps_ptr", "step_ptr", "mean_ptr", "std_ptr")
-    kinds = dict.fromkeys(floats, "*fp32") | {"x0_ptr": "*fp32", "mask_ptr": "*u8", "active_ptr": "*u8"}
+    kinds = dict.fromkeys(floats, "*fp32") | {"clean_ptr": "*fp32", "mask_ptr": "*u8", "active_ptr": "*u8"}
     kinds |= dict.fromkeys(("seed_ptr", "offset_ptr", "ids_ptr", "stream_ptr"), "*i64")
     kinds["sums_ptr"] = "*fp64"
     kinds |= dict.fromkeys(("clip_low", "clip_high"), "fp32") | dict.fromkeys(
@@ -376,7 +376,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
         ),
     ):
         constants = flags | {"BLOCK": _BLOCK}
-        own = kinds | ({"x0_ptr": "*u8"} if flags["BYTES"] else {})
+        own = kinds | ({"clean_ptr": "*u8"} if flags["BYTES"] else {})
         signature = {n: "constexpr" if n in constants else own[n] for n in kernel.arg_names}
         even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("inner", "count"))
         name = f"{kernel.__name__}{'_all' if flags['BYTES'] else ''}"

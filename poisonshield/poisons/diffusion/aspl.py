@@ -24,7 +24,7 @@ from poisonshield.poisons.diffusion.attack.engine import Counter, enter, record
 from poisonshield.poisons.diffusion.attack.work import Work
 from poisonshield.poisons.diffusion.fsmg import FSMG
 
-_STATE = "\0alternating"
+_STATE = "\0alternating"  # no picture's key begins so
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class ASPL(FSMG):
     ) -> None:
         """One round: learn clean pictures, attack what was learned, put it back, learn the poisoned ones."""
         count, first = self.config.inner_steps, turn.surrogate_step
+        # What is learned from clean pictures tells the attack where a victim will be; the surrogate itself goes on with
+        # poisoned ones alone, as the victim does.
         kept = self.surrogate.state()
         self.surrogate.train(clean, count, first=first, phase="clean", clean=True, prior=prior)
         for canvas in canvases:

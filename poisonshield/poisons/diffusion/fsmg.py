@@ -20,7 +20,7 @@ from poisonshield.poisons.diffusion.attack.engine import attack, groups
 from poisonshield.poisons.diffusion.attack.surrogate import Surrogate, SurrogateConfig
 from poisonshield.poisons.diffusion.attack.work import Work, check_images
 
-_STATE = "\0surrogate"
+_STATE = "\0surrogate"  # no picture's key begins so
 
 
 class FSMG(AdvDM):
@@ -106,7 +106,7 @@ class FSMG(AdvDM):
 
     def forget(self) -> None:
         """Put the caller's own model in the surrogate's place."""
-        self.__dict__.pop("surrogate", None)
+        self.__dict__.pop("surrogate", None)  # where cached_property keeps it
         self._trained_on = None
 
     def _learn(self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> None:

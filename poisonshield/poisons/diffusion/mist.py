@@ -54,7 +54,7 @@ class Mist(DiffusionPoison):
         """(mean squared distance to the target, denoising loss), each [B]; 0 where its weight is."""
         zero, (texture, semantic) = z.new_zeros(len(z)), self.weights
         distance = (z - view.memo["z_target"]).square().flatten(1).mean(1) if texture else zero
-        return distance, self.diffusion_loss(z, view) if semantic else zero
+        return distance, self.diffusion_loss(z, view) if semantic else zero  # no U-Net pass for a part without weight
 
     def _gain(self, z: Tensor, view: View) -> Tensor:
         distance, loss = self.terms(z, view)

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,17 +25,17 @@ FORMAT = "poisonshield-recipe/1"
 
 
 class Header(BaseModel):
-    """The text of a recipe. classes: names, label 0 first; data: digest of the set that it was made for."""
+    """The text of a recipe."""
 
     model_config = ConfigDict(extra="forbid")
 
-    format: str
-    name: str
-    config: dict
-    seed: int
-    classes: list[str]
-    image_size: tuple[int, int]
-    data: str
+    format: str = Field(description="Of the file, with its version.")
+    name: str = Field(description="The poison's.")
+    config: dict = Field(description="Its settings.")
+    seed: int = Field(description="Of everything that it draws.")
+    classes: list[str] = Field(description="Names, label 0 first.")
+    image_size: tuple[int, int] = Field(description="(H, W) of the pictures that it fits.")
+    data: str = Field(description="Digest of the set that it was made for.")
 
 
 def save_recipe(poison: KeyedPoison, path: str | Path, *, classes: tuple[str, ...], data: str) -> Path:

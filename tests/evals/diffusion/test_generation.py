@@ -188,7 +188,7 @@ def test_clip_scores_are_those_of_transformers_with_its_own_preprocessing(no_soc
     assert told["clip_i"]["network"] == str(clip_folder)
 
 
-def test_preprocessing_crops_scales_and_normalises_as_the_folder_says(clip_folder):
+def test_preprocessing_crops_scales_and_normalizes_as_the_folder_says(clip_folder):
     network, seen = FeatureNetwork.load(clip_folder), []
     network.model.vision_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("pixel_values", args[0] if args else None)),

@@ -136,11 +136,11 @@ def test_photoguard_to_zero_goes_as_far_as_the_budget_lets_it(model, steps, step
 
 
 def test_a_given_target_is_covered_not_squeezed(model):
-    from poisonshield.poisons.diffusion.attack.target import covering, pattern
+    from poisonshield.poisons.diffusion.attack.target import cover, pattern
 
     wide = torch.zeros(3, 20, 60, dtype=torch.uint8)
     wide[:, :, 20:40] = 255  # a white square in the middle
-    assert covering(wide, (40, 40)).min() > 0.5
+    assert cover(wide, (40, 40)).min() > 0.5
     ours = pattern((20, 27), 0, torch.device("cpu"))
     assert set(ours.unique().tolist()) == {0.0, 1.0} and torch.equal(ours[:, :8, :8], ours[:, 8:16, 16:24])
     assert ours[:, :8, :8].mean() == 0.5

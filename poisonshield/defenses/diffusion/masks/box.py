@@ -30,14 +30,15 @@ class Box(MaskProvider):
         self, batch: Batch, model: LatentDiffusion | None = None, words: Sequence[str] | None = None
     ) -> Tensor:
         """Masks [B, 1, H, W], the same for every picture."""
-        height, width = batch.x.shape[2:]
-        x0, y0, w, h = rectangle(height, width, self.config.side)
-        mask = batch.x.new_zeros(len(batch), 1, height, width)
-        mask[:, :, y0 : y0 + h, x0 : x0 + w] = 1
+        x = batch.pixels()
+        height, width = x.shape[2:]
+        left, top, w, h = rectangle(height, width, self.config.side)
+        mask = x.new_zeros(len(batch), 1, height, width)
+        mask[:, :, top : top + h, left : left + w] = 1
         return mask
 
 
 def rectangle(height: int, width: int, side: float) -> tuple[int, int, int, int]:
-    """(x, y, width, height) in pixels of the centred rectangle whose sides are the share `side` of the picture's."""
+    """(left, top, width, height) in pixels of a centred rectangle; side: its share of the picture's sides."""
     w, h = (max(1, round(side * s)) for s in (width, height))
     return (width - w) // 2, (height - h) // 2, w, h

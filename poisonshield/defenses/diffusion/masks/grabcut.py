@@ -1,4 +1,4 @@
-"""GrabCut from a centred rectangle: colours inside against colours outside, cut along edges. Source: Rother et al. 2004.
+"""GrabCut from a centred rectangle: colours inside against colours outside, cut along edges (Rother et al. 2004).
 
 Right for one object on a ground of other colours that stays within the rectangle; what lies outside never counts.
 """
@@ -12,10 +12,11 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.defenses.diffusion.masks.base import MaskProvider
 from poisonshield.defenses.diffusion.masks.box import RectangleSettings, rectangle
+from poisonshield.defenses.purify.levels import levels
 from poisonshield.errors import ConfigError
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
-_ROUNDS = 5
+_ROUNDS = 5  # of the cut; what OpenCV's own example takes
 
 
 class GrabCut(MaskProvider):
@@ -29,19 +30,21 @@ class GrabCut(MaskProvider):
     def __call__(
         self, batch: Batch, model: LatentDiffusion | None = None, words: Sequence[str] | None = None
     ) -> Tensor:
-        """Masks [B, 1, H, W]. Raises ConfigError without OpenCV, and for a rectangle that leaves no ground around it."""
+        """Masks [B, 1, H, W]. Raises ConfigError without OpenCV, and for a rectangle that fills the picture."""
         cv2 = _opencv()
-        height, width = batch.x.shape[2:]
+        x = batch.pixels()
+        height, width = x.shape[2:]
         around = rectangle(height, width, self.config.side)
         if around[2] >= width or around[3] >= height:
             raise ConfigError(
                 f"side {self.config.side:g} leaves grabcut no ground around the rectangle. Give less, such as 0.75."
             )
-        levels = (batch.x * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        masks = [self._cut(cv2, picture, around) for picture in levels]
-        return torch.stack(masks)[:, None].to(batch.x)
+        pictures = levels(x).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        masks = [self._cut(cv2, picture, around) for picture in pictures]
+        return torch.stack(masks)[:, None].to(x)
 
     def _cut(self, cv2: Any, picture: Any, around: tuple[int, int, int, int]) -> Tensor:
+        """The mask [H, W] of one picture, uint8 [H, W, 3], from a rectangle (left, top, width, height)."""
         cv2.setRNGSeed(self.seed)  # its colour clusters start from OpenCV's own random state
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         found, _, _ = cv2.grabCut(bgr, None, around, None, None, _ROUNDS, cv2.GC_INIT_WITH_RECT)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.diffusion.masks.base import MaskProvider, WordSettings
+from poisonshield.defenses.diffusion.masks.base import WordMask
 from poisonshield.defenses.diffusion.masks.parts.otsu import cut
-from poisonshield.defenses.diffusion.purify.regeneration import padded
+from poisonshield.defenses.diffusion.purify.regeneration import pad_to_multiple
 from poisonshield.errors import ConfigError
 from poisonshield.keys import picture_of
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
@@ -23,26 +23,23 @@ TIMES = (0.3, 0.5, 0.7)
 _PROBES, _NOISES = 16, 2
 
 
-class SSM(MaskProvider):
+class SSM(WordMask):
     """Binary masks; the placeholder's vectors are its word's."""
 
     name: ClassVar[str] = "ssm"
-    needs_word: ClassVar[bool] = True
-
-    class Config(WordSettings):
-        """The word to look for."""
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, model: LatentDiffusion, words: Sequence[str]) -> Tensor:
+    def find(self, batch: Batch, model: LatentDiffusion, words: Sequence[str]) -> Tensor:
         """Masks [B, 1, H, W]. Each timestep's map counts alike. Raises ConfigError for a model without placeholder."""
         from poisonshield.models.diffusion.sensitivity import semantic_sensitivity
 
         if not model.placeholders:
             raise ConfigError(f"mask ssm needs a learned word, and {model.name} has none yet. Wrap the method first.")
         token, count = next(iter(model.placeholders)), sum(p.count for p in model.placeholders.values())
-        masks = []
+        x, masks = batch.pixels(), []
+        height, width = x.shape[2:]
         for i, word in enumerate(words):
-            picture = padded(batch.x[i : i + 1], model.factor)
+            picture = pad_to_multiple(x[i : i + 1], model.factor)
             maps = semantic_sensitivity(
                 model,
                 picture,
@@ -55,7 +52,7 @@ class SSM(MaskProvider):
                 seed=self.seed,
                 keys=[picture_of(batch.keys[i])],
             ).maps  # [1, T, h, w]
+            # So that each timestep counts alike, however large its gradients are.
             maps = maps / maps.sum((2, 3), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
-            height, width = batch.x.shape[2:]
-            masks.append(cut(maps.mean(1, keepdim=True), tuple(picture.shape[2:]))[..., :height, :width])
-        return torch.cat(masks).to(batch.x)
+            masks.append(cut(maps.mean(1, keepdim=True), picture.shape[2:])[..., :height, :width])
+        return torch.cat(masks).to(x)

@@ -26,9 +26,9 @@ def with_background(batch: Batch, kind: str, *, seed: int) -> Batch:
     """
     if kind == "keep":
         return batch
-    x, mask = batch.x, batch.mask
+    x, mask = batch.pixels(), batch.masks()
     outside = 1 - mask
-    area = outside.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    area = outside.sum((2, 3), keepdim=True).clamp(min=1e-6)  # a mask may cover all
     mean = (x * outside).sum((2, 3), keepdim=True) / area  # [B, 3, 1, 1]
     pictures = [picture_of(key) for key in batch.keys]
     redrawn: Sequence[Key | str] = batch.keys
@@ -44,11 +44,12 @@ def with_background(batch: Batch, kind: str, *, seed: int) -> Batch:
         ground = (x * outside + mean * mask)[others]
         grounds = [Key.parse(pictures[i]) for i in others.tolist()]
         redrawn = [replace(Key.parse(key), background=g) for key, g in zip(batch.keys, grounds, strict=True)]
+    # Rounded, as a file would be: the purifier before it left 8-bit levels too.
     return batch.replace(x=pixels((x * mask + ground * outside) * 255), keys=tuple(map(str, redrawn)))
 
 
 def _partners(pictures: list[str], seed: int, draw: int) -> Tensor:
-    """For each picture the place of another one in the batch, whatever the batch's order."""
+    """For each picture the place of another one in the batch, the same whatever the batch's order."""
     first = {p: i for i, p in reversed(list(enumerate(pictures)))}
     if len(first) < 2:
         raise DataError(

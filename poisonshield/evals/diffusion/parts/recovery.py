@@ -21,7 +21,7 @@ Values = Mapping[str, float]
 
 def mean_with_interval(values: Values, *, level: float = 0.95, draws: int = 4000, seed: int = 0) -> dict[str, Any]:
     """{"value": mean, "low", "high": bootstrap interval over concepts, None for a single one, "concepts": how many}."""
-    names, (v,) = _paired(values)
+    names, (v,) = _pair(values)
     interval = _interval(lambda rows: v[rows].mean(1), len(names), level=level, draws=draws, seed=seed)
     return {"value": float(v.mean()), "low": interval[0], "high": interval[1], "concepts": len(names)}
 
@@ -34,7 +34,7 @@ def recovery(
     Only where the poison did something, i.e. the interval of the damage leaves out 0; otherwise {"status": "undefined",
     "why", "damage"}. A single concept has no interval and is undefined too. Raises DataError if concepts differ.
     """
-    names, (c, p, d) = _paired(clean, poisoned, defended)
+    names, (c, p, d) = _pair(clean, poisoned, defended)
     damage = mean_with_interval(dict(zip(names, (c - p).tolist(), strict=True)), level=level, draws=draws, seed=seed)
     if damage["low"] is None:
         return {"status": "undefined", "why": "one concept has no interval; at least 2 are needed", "damage": damage}
@@ -63,7 +63,7 @@ def clean_cost(
     seed: int = 0,
 ) -> dict[str, Any]:
     """mean_with_interval of what the defense takes away where there is no poison; positive is a loss."""
-    names, (c, d) = _paired(clean, defended_clean)
+    names, (c, d) = _pair(clean, defended_clean)
     lost = (c - d) if higher_is_better else (d - c)
     return mean_with_interval(dict(zip(names, lost.tolist(), strict=True)), level=level, draws=draws, seed=seed)
 
@@ -76,7 +76,7 @@ def by_group(values: Values, groups: Mapping[str, str | None]) -> dict[str, Valu
     return out
 
 
-def _paired(*tables: Values) -> tuple[list[str], tuple[Tensor, ...]]:
+def _pair(*tables: Values) -> tuple[list[str], tuple[Tensor, ...]]:
     """The concepts, and each table's values float64 in their order."""
     names = sorted(tables[0])
     if not names or any(sorted(t) != names for t in tables):

@@ -27,43 +27,39 @@ class Record(BaseModel):
 
 
 class Band(Record):
-    """Frequencies [low, high) in cycles a pixel. energy: share of delta's in it; share: what survives, None of 0."""
+    """A ring of frequencies."""
 
-    low: float = Field(ge=0)
-    high: float = Field(gt=0)
-    energy: float = Field(ge=0, le=1 + 1e-9)
-    share: float | None
+    low: float = Field(ge=0, description="Where it begins, in cycles a pixel.")
+    high: float = Field(gt=0, description="Where it ends, itself outside.")
+    energy: float = Field(ge=0, le=1 + 1e-9, description="Its share of the poison's energy.")
+    share: float | None = Field(description="What survives of the poison there; None where there is none of it.")
 
 
 class Picture(Record):
-    """One picture's numbers. PSNR in dB, None for equal pictures; max_levels: the poison's largest change.
+    """One picture's numbers. PSNR in dB, None for equal pictures."""
 
-    psnr_poisoned, psnr_purified: to the clean picture; psnr_cost: of the purified clean picture to the clean one.
-    sha256: of the files "clean" and "poisoned".
-    """
-
-    key: str
-    size: tuple[int, int]
-    max_levels: int = Field(ge=0, le=255)
-    psnr_poisoned: float | None
-    psnr_purified: float | None
-    psnr_cost: float | None
-    survival: float | None
-    bands: tuple[Band, ...]
-    sha256: dict[str, str] = {}
+    key: str = Field(description="Its name.")
+    size: tuple[int, int] = Field(description="(H, W) in px.")
+    max_levels: int = Field(ge=0, le=255, description="The poison's largest change of a pixel, in levels.")
+    psnr_poisoned: float | None = Field(description="Of the poisoned picture to the clean one.")
+    psnr_purified: float | None = Field(description="Of the purified poisoned picture to the clean one.")
+    psnr_cost: float | None = Field(description="Of the purified clean picture to the clean one.")
+    survival: float | None = Field(description="Share of the poison that is left; None where there was none.")
+    bands: tuple[Band, ...] = Field(description="The same by frequency.")
+    sha256: dict[str, str] = Field({}, description='Of the files "clean" and "poisoned".')
 
 
 class Purified(Record):
-    """A purifier as it was written, all its settings, its pictures and their means."""
+    """A purifier, its pictures and their means; numbers are called as a Picture's."""
 
-    purifier: str
-    settings: dict[str, Any]
-    pictures: tuple[Picture, ...]
-    psnr_poisoned: float | None
-    psnr_purified: float | None
-    psnr_cost: float | None
-    survival: float | None
-    survival_by_band: tuple[float | None, ...]
+    purifier: str = Field(description="As it was written.")
+    settings: dict[str, Any] = Field(description="All of its settings.")
+    pictures: tuple[Picture, ...] = Field(description="One by one.")
+    psnr_poisoned: float | None = Field(description="Mean over pictures.")
+    psnr_purified: float | None = Field(description="Mean over pictures.")
+    psnr_cost: float | None = Field(description="Mean over pictures.")
+    survival: float | None = Field(description="Mean over pictures.")
+    survival_by_band: tuple[float | None, ...] = Field(description="Mean over pictures, for each band.")
 
     @classmethod
     def of(cls, purifier: str, settings: dict[str, Any], pictures: Sequence[Picture]) -> "Purified":
@@ -83,19 +79,19 @@ class Purified(Record):
 class Poisoned(Record):
     """A folder of poisoned pictures under each purifier."""
 
-    folder: str
-    purifiers: tuple[Purified, ...]
+    folder: str = Field(description="Where the poisoned pictures lie.")
+    purifiers: tuple[Purified, ...] = Field(description="What each leaves of them.")
 
 
 class Report(Record):
-    """Poisons under the same purifiers. edges: where bands begin, in cycles a pixel; model: of purifiers with one."""
+    """Poisons under the same purifiers."""
 
-    format: str = FORMAT
-    clean: str
-    model: str | None
-    seed: int
-    edges: tuple[float, ...]
-    poisons: tuple[Poisoned, ...]
+    format: str = Field(FORMAT, description="Of the file, with its version.")
+    clean: str = Field(description="Folder of the clean pictures.")
+    model: str | None = Field(description="Pipeline of the purifiers that have one; None where none has.")
+    seed: int = Field(description="Of everything that purifiers draw.")
+    edges: tuple[float, ...] = Field(description="Where bands begin, in cycles a pixel.")
+    poisons: tuple[Poisoned, ...] = Field(description="A folder each.")
 
 
 def edges_of(bands: int) -> tuple[float, ...]:

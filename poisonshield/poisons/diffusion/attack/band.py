@@ -38,6 +38,7 @@ def shorten_blocks(delta: Tensor, eps: float) -> Tensor:
     """delta [B, C, H, W] with each 8 x 8 block of a channel scaled to at most eps: unlike clipping it keeps bins."""
     blocks = _blocks(delta)
     size = blocks.abs().amax((-2, -1), keepdim=True)
+    # A block of zeros gives infinity, which the clamp makes 1.
     return _picture(blocks * (eps / size).clamp(max=1.0), delta.shape[2:])
 
 

@@ -51,6 +51,7 @@ class Canvas:
     def _plan(self, tiled: bool) -> Plan:
         """How the pictures are padded, to what VAE and U-Net can halve, and cut into tiles."""
         config, unet = self.poison.config, cast(Any, self.poison.model.unet)
+        # Each level of the U-Net but the last halves the latents, and the way up must meet the way down.
         multiple = self.poison.model.factor * 2 ** (len(unet.config.block_out_channels) - 1)
         _, _, h, w = self.clean.shape
         return plan_of((h, w), multiple=multiple, tile=config.tile if tiled else None, overlap=config.overlap)
@@ -91,16 +92,19 @@ class Canvas:
                 "  Load the networks in float32 or bfloat16; float16 overflows in some VAEs."
             )
         if self.momentum is not None:
+            # At equal size, as in MI-FGSM (Dong et al. 2018): else a few steps with large gradients rule all others.
             size = grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
             grad = self.momentum.mul_(config.momentum).add_(grad / size)
         if config.band:
+            # Before the step too: `_settle` takes away what a step outside the band has won.
             grad = low_pass(grad, config.band)
         share = 1 - (1 - config.final_step) * self.step / total
+        # The op moves a perturbation around 0; what pixels allow is seen to in `_settle`.
         pgd_step_(
             self.delta,
             grad,
             torch.zeros_like(self.delta),
-            step=self._radius(config.step_levels * share),
+            step_size=self._radius(config.step_levels * share),
             eps=self._radius(config.eps_levels),
             norm=config.norm,
             clip=(-255.0, 255.0),
@@ -129,6 +133,7 @@ class Canvas:
         """uint8 [3, H, W] on the CPU by key: delta rounded to whole levels within the budget."""
         config = self.poison.config
         if config.norm == "linf":
+            # A radius between two levels is rounded down, as rounding must not exceed it.
             whole = self.delta.round().clamp_(-math.floor(config.eps_levels), math.floor(config.eps_levels))
         else:
             whole = torch.stack([_whole_within(d, config.eps_levels) for d in self.delta])
@@ -164,7 +169,7 @@ class Canvas:
         config = self.poison.config
         if config.band:
             self.delta = low_pass(self.delta, config.band)
-            if config.norm == "linf":
+            if config.norm == "linf":  # a projection cannot lengthen in l2
                 self.delta = shorten_blocks(self.delta, config.eps_levels)
             if self.pixel_mask is not None:
                 self.delta = self.delta.where(self.pixel_mask != 0, 0.0)

@@ -16,6 +16,7 @@ def attack(poison: Objective, work: Work, *, also: str = "") -> Iterator[tuple[s
     also: what else than poison, picture and mask a state belongs to.
     """
     images, store, steps = work.images, work.store, poison.config.steps
+    # One name for each picture, so that more or fewer of them in a later call find their states.
     names = {k: poison.identity({k: image}, work.masks) + also for k, image in images.items()} if store else {}
     found = {key: store.load(key, name) for key, name in names.items()}
     counter = Counter(work.progress, steps * len(images))

@@ -42,6 +42,7 @@ class Transform:
         """Compressed and decompressed as libjpeg-turbo does, 4:2:0."""
         quality = torch.tensor(self.qualities, device=x.device)[(u * len(self.qualities)).long()]
         if self.slope == "layer":
+            # clamp_grad 1: else what the codec clamps, near black and white, would have no gradient.
             return jpeg(x, quality, mode="exact", rounding="ste", clamp_grad=1.0)
         with torch.no_grad():
             compressed = jpeg(x, quality, mode="exact", rounding="ste")

@@ -12,7 +12,7 @@ from poisonshield.errors import BudgetError
 from poisonshield.poisons.diffusion.base import DiffusionPoison
 
 
-def realised(source: Tensor, result: Tensor) -> dict[str, Any]:
+def measure_change(source: Tensor, result: Tensor) -> dict[str, Any]:
     """The change from source to result, both uint8 [3, H, W], in levels of 8 bits.
 
     max, mean_abs, rms, l2 (Euclidean length); psnr_db (None for no change); clipped_share: values of the result at 0 or
@@ -32,10 +32,10 @@ def realised(source: Tensor, result: Tensor) -> dict[str, Any]:
 
 
 def check_budget(poison: DiffusionPoison, key: str, source: Tensor, result: Tensor) -> dict[str, Any]:
-    """What `realised` measures. Raises BudgetError if the picture's size changed or its budget does not hold."""
+    """What `measure_change` measures. Raises BudgetError if the picture's size changed or its budget does not hold."""
     if source.shape != result.shape:
         raise BudgetError(f"picture {key} became {list(result.shape)} from {list(source.shape)}.")
-    measured, eps = realised(source, result), poison.config.eps_levels
+    measured, eps = measure_change(source, result), poison.config.eps_levels
     size = measured["max"] if poison.config.norm == "linf" else measured["rms"]
     if size > eps:
         raise BudgetError(f"picture {key} differs by {size:g} levels ({poison.config.norm}), and {eps:g} were allowed.")

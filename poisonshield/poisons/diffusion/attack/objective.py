@@ -159,10 +159,12 @@ class Objective(ABC):
         h, w = (side // self.model.factor for side in view.x.shape[2:])
         count = self.model.latent_channels * h * w
         drawn = view.rng.normal(purpose, count).view(-1, self.model.latent_channels, h, w)
+        # Drawn in float32 whatever the model is, so that precision does not change the numbers.
         return drawn.double() if self.model.dtype == torch.float64 else drawn
 
     def timesteps(self, view: View) -> Tensor:
         """int64 [B], by config.t_range, t_policy and t_list."""
+        # In float64, whose products with the count do not round up to the end.
         u, c = view.shared.uniform("t", 1)[:, 0].double(), self.config
         if c.t_policy == "list":
             return torch.tensor(c.t_list, device=u.device)[(u * len(c.t_list)).long()]

@@ -71,6 +71,7 @@ def _spans(side: int, tile: int, overlap: int, unit: int) -> list[tuple[int, int
     """(start, length) of tiles along one side; the last one ends where the side does."""
     if side <= tile:
         return [(0, side)]
+    # The last tile is moved back instead of cut, since a network may not take what is left.
     stride = max(unit, (tile - overlap) // unit * unit)
     return [(start, tile) for start in range(0, side - tile, stride)] + [(side - tile, tile)]
 

@@ -69,7 +69,7 @@ class Store:
         with draft.open("wb") as file:
             torch.save({"identity": name, "value": value}, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a machine that stops may keep the new name with half of the bytes
         os.replace(draft, self.path(key))
 
     def remove(self, key: str) -> None:

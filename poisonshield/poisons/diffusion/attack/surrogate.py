@@ -126,7 +126,7 @@ class Surrogate:
 
         The optimiser is new each time, as the published loops have it. phase names the random numbers.
         """
-        pictures, others = _listed(canvases), _listed(prior)
+        pictures, others = _list_pictures(canvases), _list_pictures(prior)
         decay = 0.0 if self.config.inner == "ti" else self.config.weight_decay
         for p in self.parameters:
             p.requires_grad_()
@@ -190,7 +190,7 @@ class Surrogate:
         return torch.autocast("cuda", torch.bfloat16) if self._mixed else nullcontext()
 
 
-def _listed(canvases: Sequence[Canvas]) -> list[Picture]:
+def _list_pictures(canvases: Sequence[Canvas]) -> list[Picture]:
     """Every picture, by key: not by how they were grouped."""
     pictures = (Picture(key, canvas, row) for canvas in canvases for row, key in enumerate(canvas.keys))
     return sorted(pictures, key=lambda picture: picture.key)

@@ -23,7 +23,7 @@ def pattern(size: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     return cell.repeat(*repeats)[: size[0], : size[1]].expand(3, -1, -1)
 
 
-def covering(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def cover(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """A uint8 picture [3, h, w] as float32 [3, H, W] in [0, 1]: enlarged or reduced until it covers, centre cut out."""
     x = picture.float()[None] / 255
     scale = max(size[0] / x.shape[2], size[1] / x.shape[3])
@@ -38,7 +38,7 @@ def target_picture(poison: Objective, view: View) -> Tensor:
     if poison.target is None:
         whole = pattern(view.padded, poison.seed, view.x.device)
     else:
-        whole = covering(poison.target, view.padded)
+        whole = cover(poison.target, view.padded)
     return view.box.of(whole.to(view.x))[None]
 
 
