@@ -18,6 +18,12 @@ MINI = str(CONFIGS / "defend" / "vespr_cifar10_mini.yaml")
 SSL_METHODS = tuple(n for n in Classify.methods.names() if not Classify.methods.get(n).has_classifier)
 
 
+def choose_method(name, **wanted):
+    """The override that picks a method, with those of the wanted settings that it has."""
+    known = Classify.methods.get(name).Config.model_fields
+    return f"method={json.dumps({'name': name} | {key: value for key, value in wanted.items() if key in known})}"
+
+
 @functools.cache
 def opened(config=MINI, *overrides):
     """The data of every run of a config, and its training set."""

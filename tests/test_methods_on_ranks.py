@@ -11,21 +11,17 @@ import itertools
 import pytest
 import torch
 from dist import run_dist
-from runs import MINI, SSL_METHODS, fit, logged, opened, smooth
+from runs import MINI, SSL_METHODS, choose_method, fit, logged, opened, smooth
 from test_equality import NO_ATTACK, SHORT
 
 from poisonshield import collectives
 from poisonshield.engine.processes import processes
 from poisonshield.runs import read_experiment
-from poisonshield.runs.classify import Classify, build_method, build_stream, spread_batch_norm
+from poisonshield.runs.classify import build_method, build_stream, spread_batch_norm
 
-METHODS = Classify.methods
-
-CASES = {name: (f"method.name={name}",) for name in SSL_METHODS} | {
-    "byol directset": ("method.name=byol", "method.directset=0.5"),
-}
+CASES = {name: (name, ()) for name in SSL_METHODS} | {"byol directset": ("byol", ("method.directset=0.5",))}
 # For methods that have them. At this momentum a target that stood still would show: by 2e-5 in 3 steps, 1e-3 in 20.
-OPTIONS = {"predictor": 32, "bottleneck": 32, "momentum": 0.5}
+OPTIONS = {"hidden": 64, "out": 64, "predictor": 32, "bottleneck": 32, "momentum": 0.5}
 ATTACK = ("defenses.0.eps=4/255", "defenses.0.attack.step_size=1/255", "defenses.0.attack.steps=3")
 BACKENDS = {"plain": (), "zero2": ("engine.backend=deepspeed", "engine.zero_stage=2")}
 # Gradients at the start are 1 to 20 long, but Barlow's is 300: for it 0.001 would be a training rate, at which one
@@ -35,10 +31,10 @@ RATES = {"barlow": 1e-5}
 
 def settings(case, steps, attack):
     """The overrides of a run."""
-    known = METHODS.get(CASES[case][0].split("=")[1]).Config.model_fields
-    options = tuple(f"method.{key}={value}" for key, value in OPTIONS.items() if key in known)
+    name, more = CASES[case]
     rate = (f"optimizer.lr={RATES[case]}",) if case in RATES else ()
-    return (*SHORT, *CASES[case], *options, *rate, *(ATTACK if attack else NO_ATTACK), f"engine.max_steps={steps}")
+    method = (choose_method(name, **OPTIONS), *more)
+    return (*SHORT, *method, *rate, *(ATTACK if attack else NO_ATTACK), f"engine.max_steps={steps}")
 
 
 def losses(folder, case, steps, more=()):

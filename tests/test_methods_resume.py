@@ -6,15 +6,12 @@ Images are noise and the network is tiny; an epoch has 5 steps and a run 7, so t
 
 import pytest
 import torch
-from runs import MINI, SSL_METHODS, fit, logged, opened
+from runs import MINI, SSL_METHODS, choose_method, fit, logged, opened
 from torch import nn
 
 from poisonshield.data.writer import ShardWriter
 from poisonshield.engine.checkpoint import load_plain
 from poisonshield.engine.processes import seed_everything
-from poisonshield.runs.classify import Classify
-
-METHODS = Classify.methods
 
 # What each case adds to its method: all state that a method may hold is in one of them.
 EXTRAS = {
@@ -30,7 +27,7 @@ STATE = {
     "dino": ("method.target.", "method.centre"),
 }
 COMMON = (
-    "data.batch_size=8", "data.poison=null", "model.widths=[8,8,8,8]", "method.hidden=16", "method.out=12",
+    "data.batch_size=8", "data.poison=null", "model.widths=[8,8,8,8]",
     "engine.max_steps=7", "engine.checkpoint_every_steps=1", "engine.keep_checkpoints=9", "engine.log_every_steps=1",
     "engine.device=cpu", "defenses.0.attack.steps=2", "defenses.0.attack.step_size=4/255",
 )  # fmt: skip
@@ -56,9 +53,8 @@ def with_dropout(method):
 
 def run(folder, where, name, *more):
     """The run folder of a finished run."""
-    small = {"predictor": 8, "bottleneck": 8}
-    widths = [f"method.{k}={v}" for k, v in small.items() if k in METHODS.get(name).Config.model_fields]
-    overrides = (f"data.train={folder}", f"method.name={name}", *COMMON, *widths, *EXTRAS.get(name, ()))
+    method = choose_method(name, hidden=16, out=12, predictor=8, bottleneck=8)
+    overrides = (f"data.train={folder}", method, *COMMON, *EXTRAS.get(name, ()))
     fit(where, (*overrides, *more), data=opened(MINI, f"data.train={folder}", "data.poison=null"), change=with_dropout)
     return where
 
