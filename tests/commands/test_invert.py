@@ -16,7 +16,7 @@ from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.brisque import brisque
 from poisonshield.runs import read_experiment, read_finished
 from poisonshield.runs.parts.reading import read_references
-from poisonshield.runs.parts.words import select_for_training, load_model, open_concepts
+from poisonshield.runs.parts.words import load_model, open_concepts, select_for_training
 from poisonshield.world.rendered import rendered_concepts
 
 
