@@ -154,10 +154,13 @@ def test_choice_picks_the_class_and_checks_its_settings(tmp_path):
     checker = Checker(load_tree(path))
     for i, block in enumerate(checker.tree.values["defenses"]):
         checker.choice((FakeRegistry(),), ("defenses", i), block)
-    assert len(checker.problems) == 3
-    assert "a.yaml:3: defenses[0].step is not a setting of vespr. Did you mean steps?" in checker.problems[0]
-    assert "a.yaml:4: defenses[1].name: 'vesper' is not a defense. Did you mean vespr?" in checker.problems[1]
-    assert "defenses[2] needs `name:`" in checker.problems[2]
+    with pytest.raises(ConfigError) as error:
+        checker.finish()
+    problems = str(error.value).splitlines()
+    assert len(problems) == len(checker.problems) == 3
+    assert "a.yaml:3: defenses[0].step is not a setting of vespr. Did you mean steps?" in problems[0]
+    assert "a.yaml:4: defenses[1].name: 'vesper' is not a defense. Did you mean vespr?" in problems[1]
+    assert "defenses[2] needs `name:`" in problems[2]
 
 
 class Holder(Settings):

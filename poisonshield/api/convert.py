@@ -1,4 +1,4 @@
-"""`poisonshield convert`: a learned word's file in another tool's form."""
+"""A learned word's file in another tool's form."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from poisonshield.models.diffusion.embeddings import Form, Learned, load_embeddi
 
 
 def convert(embedding: str | Path, out: str | Path, *, form: Form, token: str | None = None) -> Learned:
-    """Writes the word of a file in any form that is read to `out` in the form asked for, and returns it.
+    """Write the word of a file, in any form that is read, to `out` in the form asked for; the word.
 
     token: what to call it, by default what the file says; of several words in a file, the one to take.
     Raises ConfigError if `out` exists, or for an unknown form or an ending that is not the form's; DataError naming the

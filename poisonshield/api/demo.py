@@ -10,6 +10,7 @@ import logging
 import time
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +81,8 @@ def summary(rows: list[dict]) -> str:
         f"The poison costs supervised training {gap:.1f} points of clean-test accuracy ({clean:.1f} to {poisoned:.1f})."
     )
     if gap > 0:
-        text += f" VESPR, on the same poisoned images, reaches {vespr:.1f}: {100 * (vespr - poisoned) / gap:.0f} % of the loss is back."
+        back = 100 * (vespr - poisoned) / gap
+        text += f" VESPR, on the same poisoned images, reaches {vespr:.1f}: {back:.0f} % of the loss is back."
     return text
 
 
@@ -111,18 +113,19 @@ def write_report(out: Path, rows: list[dict], titles: list[str], told: str, *, s
 _MAGNIFICATION = 12
 
 
-def _example_sheet(run) -> bytes:  # noqa: ANN001
+def _example_sheet(run: Any) -> bytes:
     """PNG: the first image of each class, the same poisoned, and their difference magnified around grey."""
     from matplotlib import pyplot
 
     data = open_data(run)
     labels = data.train.labels
     batch = read_batch(data.train, torch.stack([(labels == k).nonzero()[0, 0] for k in range(data.num_classes)]))
-    poisoned = build_poison(run, data.train).apply(batch)
+    clean, poisoned = batch.x, build_poison(run, data.train).apply(batch).x
+    assert clean is not None and poisoned is not None  # images were read, and a poison gives images for images
     pictures = {
-        "clean": batch.x,
-        "poisoned": poisoned.x,
-        f"difference x {_MAGNIFICATION}": (0.5 + _MAGNIFICATION * (poisoned.x - batch.x)).clamp(0, 1),
+        "clean": clean,
+        "poisoned": poisoned,
+        f"difference x {_MAGNIFICATION}": (0.5 + _MAGNIFICATION * (poisoned - clean)).clamp(0, 1),
     }
     figure, axes = pyplot.subplots(
         len(pictures), data.num_classes, figsize=(data.num_classes, 3.4), constrained_layout=True

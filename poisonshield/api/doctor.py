@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def report() -> dict[str, dict[str, str]]:
-    """The facts by section."""
+    """Facts by section: versions, devices, engine backends, op backends, launchers, data."""
     return {
         "versions": {"poisonshield": __version__, "python": platform.python_version()}
         | {p: _version(p) for p in _PACKAGES},

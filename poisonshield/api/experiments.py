@@ -22,9 +22,10 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, part: str = "1/1
 
 
 def evaluate(folder: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """A finished run's numbers, measured again and written into its folder: a classifier's by name, or a row for each word.
+    """A finished run's numbers, measured again and written into its folder.
 
-    Raises CheckpointError if the run has not finished, ConfigError for an override of what was trained.
+    A classifier's by name, or a row for each word. Raises CheckpointError if the run has not finished, ConfigError for
+    an override of what was trained.
     """
     return read_finished(folder, overrides).evaluate()
 

@@ -1,6 +1,6 @@
-"""`poisonshield generate`: pictures from a pipeline and learned words, one PNG each, a sheet, and a record of how.
+"""Pictures from a pipeline and learned words, one PNG each, a sheet, and a record of how.
 
-The starting noise belongs to (seed, prompt as it was written, number of the picture). A prompt with {} is spoken once
+The starting noise belongs to (seed, prompt as it was written, number of the picture). A prompt with {} is drawn once
 for every word, so all words share its noise, and pictures of one number differ by the word alone.
 """
 
@@ -31,17 +31,20 @@ RECORD = "generate.json"
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """A row of pictures: the prompt as it was written, as it is spoken, and what is spoken below the switch."""
+class PromptRow:
+    """What a row of pictures is drawn from."""
 
     written: str
-    spoken: str
-    below: str | None
+    """The prompt as it was given, with {} where a word belongs. The noise goes by it."""
+    text: str
+    """The prompt with the word in its place."""
+    below_switch: str | None
+    """The prompt at timesteps below the switch, with another word there; None without a switch."""
 
     @property
     def folder(self) -> str:
         """A name for its folder, not unique by itself."""
-        return "".join(c if c.isalnum() else "_" for c in self.spoken).strip("_")[:60]
+        return "".join(c if c.isalnum() else "_" for c in self.text).strip("_")[:60]
 
 
 def generate(
@@ -62,12 +65,14 @@ def generate(
     micro_batch: int = 16,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes `count` pictures of every prompt into `out` and returns the record, which generate.json holds too.
+    """Write `count` pictures of every prompt into `out`; the record, which generate.json holds too.
 
-    pipeline: a Stable Diffusion folder, or tiny. embeddings: files of learned words, each FILE or WORD=FILE to call it
-    otherwise. prompts: {} stands for each word in turn; others are spoken once, and may name a word. switch: below this
-    timestep, switch_word speaks in place of every learned word. size: pixels a side, by default the pipeline's.
-    dtype: fp32, bf16 or fp16, of the networks. Raises ConfigError, DataError; nothing is written if anything is wrong.
+    pipeline: a Stable Diffusion folder, or tiny.
+    embeddings: files of learned words, each FILE or WORD=FILE to call it otherwise.
+    prompts: {} stands for each word in turn; others are drawn once, and may name a word.
+    switch: below this timestep, switch_word stands in place of every learned word.
+    size: pixels a side, by default the pipeline's. dtype: fp32, bf16 or fp16, of the networks.
+    Raises ConfigError, DataError; nothing is written if anything is wrong.
     """
     start, out = time.perf_counter(), Path(out)
     if (out / RECORD).is_file() and not overwrite:
@@ -75,14 +80,15 @@ def generate(
     if count < 1 or dtype not in DTYPES:
         raise ConfigError(f"count {count} and dtype {dtype!r}: at least 1, and one of {', '.join(DTYPES)} are wanted.")
     model = LatentDiffusion.load(pipeline, dtype=DTYPES[dtype]).to(choose_device(device))
-    words, rows = add_words(model, embeddings)
-    said = spoken(prompts, [w["token"] for w in words], switch=switch, switch_word=switch_word)
+    words, vectors = add_words(model, embeddings)
+    rows = fill_prompts(prompts, [w["token"] for w in words], switch=switch, switch_word=switch_word)
     # Every prompt is read before the first picture, so that a mistake in the last one costs no work.
-    contexts = [(model.prompts([s.spoken], rows), None if s.below is None else model.prompts([s.below])) for s in said]
+    contexts = [model.prompts([row.text], vectors) for row in rows]
+    below = [None if row.below_switch is None else model.prompts([row.below_switch]) for row in rows]
     made: dict[str, Tensor] = {}
-    entries = []
-    old = _files_of_record(out)
-    for number, (row, (context, below)) in enumerate(zip(said, contexts, strict=True)):
+    entries: list[dict[str, Any]] = []
+    old = _list_recorded(out)
+    for number, (row, context, other) in enumerate(zip(rows, contexts, below, strict=True)):
         keys = [f"{row.written}/{i}" for i in range(count)]
         x = sample(
             model,
@@ -90,13 +96,14 @@ def generate(
             noise=start_noise(keys, latent_shape(model, size), seed=seed, device=context.device),
             steps=steps,
             guidance=guidance,
-            switch=None if below is None else (switch, below.expand(count, -1, -1)),
+            switch=None if switch is None or other is None else (switch, other.expand(count, -1, -1)),
             micro_batch=micro_batch,
         )
-        made[f"{number}: {row.spoken}"] = x
+        made[f"{number}: {row.text}"] = x
         files = _write(out, f"{number:02d}-{row.folder}", x)
-        entries.append({"written": row.written, "spoken": row.spoken, "below_switch": row.below, "files": files})
-        log.info("%3d/%d  %s", number + 1, len(said), row.spoken)
+        entry = {"written": row.written, "spoken": row.text, "below_switch": row.below_switch, "files": files}
+        entries.append(entry)
+        log.info("%3d/%d  %s", number + 1, len(rows), row.text)
     for file in old - {out / f for e in entries for f in e["files"]}:
         file.unlink(missing_ok=True)
     draw_sheet(out / "sheet.png", made)
@@ -116,8 +123,9 @@ def generate(
 
 
 def add_words(model: LatentDiffusion, embeddings: Sequence[str | Path]) -> tuple[list[dict[str, Any]], Tensor | None]:
-    """Makes each file's word known to the model: what was read, in order, and all vectors [R, d], None without files."""
-    words, vectors = [], []
+    """Make each file's word known to the model: what was read, in order, and all vectors [R, d], None without files."""
+    words: list[dict[str, Any]] = []
+    vectors: list[Tensor] = []
     for given in embeddings:
         token, path = None, Path(given)
         if "=" in str(given) and not path.is_file():
@@ -132,10 +140,13 @@ def add_words(model: LatentDiffusion, embeddings: Sequence[str | Path]) -> tuple
     return words, torch.cat(vectors).to(model.alphas_cumprod.device) if vectors else None
 
 
-def spoken(
+def fill_prompts(
     prompts: Sequence[str], words: Sequence[str], *, switch: int | None = None, switch_word: str | None = None
-) -> list[Spoken]:
-    """The rows of pictures that prompts and words make together, prompt by prompt."""
+) -> list[PromptRow]:
+    """The rows of pictures that prompts and words make together, prompt by prompt.
+
+    Raises ConfigError for no prompt, a prompt for words where there are none, or one of the switch's two halves alone.
+    """
     if (switch is None) != (switch_word is None):
         raise ConfigError("switch and switch_word belong together: below the timestep `switch`, `switch_word` speaks.")
     if not prompts:
@@ -146,16 +157,19 @@ def spoken(
             raise ConfigError(f"{prompt!r} has a place for a learned word, and no embedding was given.")
         for word in words if "{}" in prompt else (None,):
             text = prompt if word is None else prompt.replace("{}", word)
-            below = None
-            if switch is not None:
-                # In one pass, the longest first: a word may lie within another, or within what is spoken in its place.
-                known = "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True))
-                below = re.sub(known, lambda _: switch_word, text) if known else text
-            rows.append(Spoken(prompt, text, below))
+            below = None if switch_word is None else _replace_words(text, words, switch_word)
+            rows.append(PromptRow(prompt, text, below))
     return rows
 
 
-def _files_of_record(out: Path) -> set[Path]:
+def _replace_words(text: str, words: Sequence[str], other: str) -> str:
+    """The text with the other word in place of each of these."""
+    # In one pass, the longest first: a word may lie within another, or within the one that takes its place.
+    known = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.sub(known, lambda _: other, text) if known else text
+
+
+def _list_recorded(out: Path) -> set[Path]:
     """The pictures that the record in `out` names, so that none of an older run stays among the new ones."""
     if not (out / RECORD).is_file():
         return set()

@@ -1,8 +1,8 @@
-"""`poisonshield masks`: masks of photographs as files to look at, correct, and train with.
+"""Masks of photographs as files to look at, correct, and train with.
 
-Out comes a folder that `data.train` takes with `data.masks=file` and `szt.mask=file`: copies of the photos, each with its
-`<stem>.mask.png`, by concept. A sheet shows them all. What was made once is never written over unasked, as somebody may
-have corrected it.
+Out comes a folder that `data.train` takes with `data.masks=file` and `szt.mask=file`: copies of the photos, each with
+its `<stem>.mask.png`, by concept. A sheet shows them all. What was made once is never written over unasked, as somebody
+may have corrected it.
 """
 
 import logging
@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.api.protect import Photo, read_photo
+from poisonshield.api.photos import Photo, read_photo
 from poisonshield.batch import Batch
 from poisonshield.config.spelled import pick_spelled
 from poisonshield.data.masks import is_mask_folder, stem_of_mask
 from poisonshield.data.pictures import FORMATS, find_pictures
+from poisonshield.defenses.base import Defense
 from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
 from poisonshield.defenses.diffusion.szt import MASKS
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
@@ -40,11 +41,14 @@ _THUMB = 320  # pixels of the longer side in the sheet
 
 @dataclass(frozen=True)
 class Masks:
-    """areas: of each "concept/stem" that has a mask, the mask's share of the picture. empty: those that have none."""
+    """The masks of a folder of photos, which go by "concept/stem"."""
 
     sheet: Path
+    """A picture with all of them."""
     areas: dict[str, float] = field(default_factory=dict)
+    """Of each photo that has a mask, the mask's share of the picture."""
     empty: list[str] = field(default_factory=list)
+    """Photos without one."""
 
 
 def masks(
@@ -71,17 +75,17 @@ def masks(
     out, concepts = Path(out), _concepts(Path(photos))
     picked = pick_spelled(mask, MASKS, **({} if side is None else {"side": side}))
     provider = picked.cls(picked.config, seed=seed)
-    network, said = _network(provider, model, words, list(concepts))
+    network, word_of = _load_network(provider, model, words, list(concepts))
     clean = build_purifier(None if purifier is None else purifier_block(purifier), seed=seed)
     places = {path: out / CONCEPTS / name / path.name for name, files in concepts.items() for path in files}
-    if not overwrite and (there := next((p for p in map(_beside, places.values()) if p.exists()), None)):
+    if not overwrite and (there := next((p for p in map(_mask_beside, places.values()) if p.exists()), None)):
         raise DataError(f"{there} exists, and may have been corrected. Choose another folder, or give --overwrite.")
     found = Masks(out / SHEET)
     rows: dict[str, list[Tensor]] = {}
     for name, files in concepts.items():
         for i, path in enumerate(files):
             photo = read_photo(path, places[path])
-            made = _mask(provider, photo, f"{name}/{photo.key}", size, clean, network, said.get(name))
+            made = _find_mask(provider, photo, f"{name}/{photo.key}", size, clean, network, word_of.get(name))
             area = float(made.float().mean())
             _write(photo, made if area else None)
             if area:
@@ -99,7 +103,8 @@ def describe(found: Masks) -> Iterator[str]:
     areas = sorted(found.areas.values())
     if areas:
         middle = areas[len(areas) // 2]
-        yield f"{len(areas)} masks, of {100 * areas[0]:.0f} to {100 * areas[-1]:.0f} % of the picture (median {100 * middle:.0f} %)"
+        least, median, most = (f"{100 * area:.0f}" for area in (areas[0], middle, areas[-1]))
+        yield f"{len(areas)} masks, of {least} to {most} % of the picture (median {median} %)"
     for key, area in found.areas.items():
         if looks_wrong(area):
             yield f"{key}: the mask covers {100 * area:.1f} % of the picture. Is it the concept's?"
@@ -110,7 +115,7 @@ def describe(found: Masks) -> Iterator[str]:
 
 
 def dim_outside(pixels: Tensor, mask: Tensor) -> Tensor:
-    """A small picture [3, h, w] in [0, 1] of uint8 [3, H, W] with all outside of a bool mask [H, W] dimmed, and its edge."""
+    """A small picture [3, h, w] in [0, 1] of uint8 [3, H, W], dimmed outside of a bool mask [H, W], with its edge."""
     height, width = (max(1, round(s * min(1.0, _THUMB / max(mask.shape)))) for s in mask.shape)
     x = F.interpolate(pixels[None].float() / 255, (height, width), mode="area")[0]
     inside = F.interpolate(mask[None, None].float(), (height, width), mode="area") >= 0.5  # [1, 1, h, w]
@@ -119,13 +124,13 @@ def dim_outside(pixels: Tensor, mask: Tensor) -> Tensor:
     return torch.where(ring[0], x.new_tensor([1.0, 0.0, 1.0]).view(3, 1, 1), x)
 
 
-def _concepts(root: Path) -> dict[str, list[Path]]:
+def _find_concepts(root: Path) -> dict[str, list[Path]]:
     """The photos of each concept, masks left out."""
     if not root.is_dir():
         raise DataError(f"{root} is no folder. Give a folder of photos, or a folder with one of each concept.")
-    alone = _photos(root)
+    alone = _find_photos(root)
     folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not is_mask_folder(p.name)]
-    found = {root.resolve().name: alone} if alone else {p.name: _photos(p) for p in folders}
+    found = {root.resolve().name: alone} if alone else {p.name: _find_photos(p) for p in folders}
     found = {name: files for name, files in found.items() if files}
     if not found:
         raise DataError(f"{root} holds no photo: {', '.join(FORMATS)} are read.")
@@ -136,11 +141,11 @@ def _concepts(root: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _photos(folder: Path) -> list[Path]:
+def _find_photos(folder: Path) -> list[Path]:
     return [p for p in find_pictures(folder, nested=False) if stem_of_mask(p.relative_to(folder)) is None]
 
 
-def _network(
+def _load_network(
     provider: MaskProvider, model: str | Path | None, words: Sequence[str], concepts: Sequence[str]
 ) -> tuple[LatentDiffusion | None, Mapping[str, str]]:
     """The model with a placeholder, and each concept's word, where the mask needs them."""
@@ -152,13 +157,13 @@ def _network(
         raise ConfigError(f"mask {provider.name} asks a model: give --model, a Stable Diffusion folder or tiny.")
     if len(common := [text for text in words if "=" not in text]) > 1:
         raise ConfigError(f"--word {common[0]} and --word {common[1]}: one is for all concepts. Write CONCEPT=WORD.")
-    said: dict[str, str] = {}
+    word_of: dict[str, str] = {}
     for text in words:
         name, equals, word = text.rpartition("=")
         if equals and name not in concepts:
             raise ConfigError(f"--word {text}: there is no concept {name!r}. There are: {', '.join(concepts)}.")
-        said |= {name: word} if equals else {c: text for c in concepts if c not in said}
-    if missing := [c for c in concepts if not said.get(c)]:
+        word_of |= {name: word} if equals else {c: text for c in concepts if c not in word_of}
+    if missing := [c for c in concepts if not word_of.get(c)]:
         raise ConfigError(
             f"mask {provider.name} looks for a word, and {missing[0]} has none. Give --word WORD, or "
             f"--word {missing[0]}=WORD."
@@ -166,12 +171,20 @@ def _network(
     network = LatentDiffusion.load(model).to(choose_device("auto"))
     if not network.placeholders:
         network.add_placeholder("<concept>")
-    return network, said
+    return network, word_of
 
 
 @torch.no_grad()
-def _mask(provider, photo: Photo, key: str, size: int, purifier, network, word: str | None) -> Tensor:  # noqa: ANN001
-    """bool [H, W]."""
+def _find_mask(
+    provider: MaskProvider,
+    photo: Photo,
+    key: str,
+    size: int,
+    purifier: Defense | None,
+    network: LatentDiffusion | None,
+    word: str | None,
+) -> Tensor:
+    """The photo's mask, bool [H, W]."""
     full = photo.pixels.shape[1:]
     small = [max(1, round(s * size / max(full))) for s in full]
     x = F.interpolate(photo.pixels[None].float(), small, mode="bicubic", antialias=True, align_corners=False)
@@ -182,7 +195,8 @@ def _mask(provider, photo: Photo, key: str, size: int, purifier, network, word: 
     return F.interpolate(made, tuple(full), mode="bilinear", align_corners=False)[0, 0] >= 0.5
 
 
-def _beside(photo: Path) -> Path:
+def _mask_beside(photo: Path) -> Path:
+    """Where the mask of a photo lies."""
     return photo.with_name(f"{photo.stem}.mask.png")
 
 
@@ -195,6 +209,6 @@ def _write(photo: Photo, mask: Tensor | None) -> None:
         if source.is_file() and source.resolve() != place.resolve():
             shutil.copyfile(source, place)
     if mask is None:
-        _beside(photo.out).unlink(missing_ok=True)
+        _mask_beside(photo.out).unlink(missing_ok=True)
     else:
-        Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(_beside(photo.out))
+        Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(_mask_beside(photo.out))

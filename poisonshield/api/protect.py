@@ -1,4 +1,4 @@
-"""`poisonshield protect`: poison photographs before they are published, so that a model learns them badly.
+"""Poison photographs before they are published, so that a model learns them badly.
 
 A photo becomes a PNG of its own size under its own stem, with a manifest beside it that says how it was made and what
 was measured on the file. The budget is checked on the file as it was read back. Both are moved into place whole; a
@@ -12,19 +12,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from poisonshield.data.masks import read_mask
-from poisonshield.data.pictures import FORMATS, file_bytes, find_pictures, is_picture, read_picture
+from poisonshield.api.photos import Photo, find_photos, read_masks, read_photo
 from poisonshield.engine.checkpoint import flush, write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
@@ -45,23 +42,6 @@ TINY_NOTE = (
     "note: `tiny` is a pipeline of rendered shapes. What is made with it protects against nothing real:\n"
     "  give --model the folder of the model that pictures are to be protected from."
 )
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A picture file, turned as its EXIF data says: pixels uint8 [3, H, W], alpha and colour profile as they are."""
-
-    path: Path
-    out: Path
-    pixels: Tensor
-    alpha: "Image.Image | None"
-    profile: bytes | None
-    sha256: str
-
-    @property
-    def key(self) -> str:
-        """What random numbers go by: the stem, whatever folder the file is in."""
-        return self.path.stem
 
 
 def protect(
@@ -90,28 +70,33 @@ def protect(
 ) -> list[Path]:
     """The PNG files written, one for each of `images` (files, or folders of them), in their order.
 
-    out: a folder, or for one picture a name that ends in .png. method and preset as in poisons/diffusion/attack/presets.py,
-    "advdm" if neither is given; eps_levels, steps, prompt and settings ("key=value") override the preset's. mask: a
-    file, or a folder with a mask of each stem. target: a picture to pull towards. reference, class_images: for methods
-    that train a surrogate. tile: larger sides are attacked in tiles, 0 never. measure: also write the objective before
-    and after into the manifest. overwrite: replace pictures that were made otherwise. say: gets a line for each photo.
+    out: a folder, or for one picture a name that ends in .png.
+    method, preset: as in poisons/diffusion/attack/presets.py; "advdm" if neither is given.
+    eps_levels, steps, prompt, settings ("key=value"): in place of the preset's.
+    mask: a file, or a folder with a mask of each stem.
+    target: a picture to pull towards. reference, class_images: for methods that train a surrogate.
+    tile: larger sides are attacked in tiles, 0 never.
+    measure: also write the objective before and after into the manifest.
+    overwrite: replace pictures that were made otherwise.
+    say: gets a line for each photo.
 
     Raises ConfigError, DataError for files that are not whole 8-bit RGB or grey pictures, BudgetError, CheckpointError.
     """
-    given = {"eps_levels": eps_levels, "steps": steps, "prompt": prompt}
-    given = {name: value for name, value in given.items() if value is not None} | _settings(settings)
+    given: dict[str, Any] = {"eps_levels": eps_levels, "steps": steps, "prompt": prompt}
+    given = {name: value for name, value in given.items() if value is not None} | _parse_settings(settings)
     if tile:
         given.setdefault("tile", tile)
+    cls: type[DiffusionPoison]
     cls, config = resolve(method or (None if preset else "advdm"), preset, given)
-    paths = pictures_in(images)
-    outs = _places(paths, out)
-    network = LatentDiffusion.load(model, dtype=_dtype(dtype)).to(choose_device(device))
+    paths = find_photos(images)
+    outs = _choose_places(paths, out)
+    network = LatentDiffusion.load(model, dtype=_pick_dtype(dtype)).to(choose_device(device))
     extra: dict[str, Any] = {}
     if target is not None:
         extra["target"] = read_photo(target, target).pixels
     for name, files in (("reference", reference), ("class_images", class_images)):
         if files:
-            extra[name] = {p.stem: read_photo(p, p).pixels for p in _one_of_each_stem(pictures_in(files), name)}
+            extra[name] = {p.stem: read_photo(p, p).pixels for p in _refuse_equal_stems(find_photos(files), name)}
     if (reference or class_images) and not cls.trains_surrogate:
         raise ConfigError(
             f"{cls.name} trains no surrogate: leave reference and class images out, or take fsmg or aspl."
@@ -121,10 +106,10 @@ def protect(
     places = list(zip(paths, outs, strict=True))
     if not poison.coupled:  # hours may lie between the first photo and the last: look at all of them before
         for path, place in places:
-            _check(poison, read_photo(path, place), mask, overwrite=overwrite)
+            _check_ahead(poison, read_photo(path, place), mask, overwrite=overwrite)
     for start in range(0, len(paths), size):
         photos = [read_photo(path, place) for path, place in places[start : start + size]]
-        masks = _masks(photos, mask)
+        masks = read_masks(photos, mask)
         _protect(poison, photos, masks, preset, micro_batch=micro_batch, measure=measure, overwrite=overwrite, say=say)
     return outs
 
@@ -155,7 +140,7 @@ def _protect(
         folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     pixels = {p.key: p.pixels for p in photos}
-    with _progress(", ".join(by_key)) as progress:
+    with _show_progress(", ".join(by_key)) as progress:
         run = poison.run(
             pixels, masks=masks, micro_batch=micro_batch, state_folder=photos[0].out.parent / STATE, progress=progress
         )
@@ -163,22 +148,23 @@ def _protect(
             photo = by_key[key]
             record = manifest(poison, key, photo.pixels, result, preset=preset)
             if measure:
-                record["objective"] = _objective(poison, key, photo.pixels, result, masks)
+                record["objective"] = _measure_objective(poison, key, photo.pixels, result, masks)
             _write(photo, result, {**record, "identity": names[key]}, poison)
             m, took = record["measured"], time.perf_counter() - start
-            say(f"{photo.out}  max {m['max']}  mean {m['mean_abs']:.2f}  PSNR {_db(m['psnr_db'])}  {took:.1f} s")
+            say(f"{photo.out}  max {m['max']}  mean {m['mean_abs']:.2f}  PSNR {_format_db(m['psnr_db'])}  {took:.1f} s")
 
 
-def _check(poison: DiffusionPoison, photo: Photo, mask: Path | None, *, overwrite: bool) -> None:
-    """Raises what `_protect` would when this photo's turn comes: no mask for it, or an output that was made otherwise."""
-    masks = _masks([photo], mask)
+def _check_ahead(poison: DiffusionPoison, photo: Photo, mask: Path | None, *, overwrite: bool) -> None:
+    """Raise what `_protect` would when the photo's turn comes: no mask for it, or an output that was made otherwise."""
+    masks = read_masks([photo], mask)
     if photo.out.exists() and not overwrite:
         _is_done(photo, poison.identity({photo.key: photo.pixels}, masks))
 
 
-def _objective(
+def _measure_objective(
     poison: DiffusionPoison, key: str, source: Tensor, result: Tensor, masks: Mapping[str, Tensor] | None
 ) -> dict[str, float]:
+    """The poison's objective on a picture before and after."""
     clean = {key: source}
     before, after = (poison.measure({key: x}, clean=clean, masks=masks, micro_batch=1)[key] for x in (source, result))
     return {"before": before, "after": after, "draws": 32}
@@ -188,11 +174,11 @@ def _write(photo: Photo, result: Tensor, record: dict[str, Any], poison: Diffusi
     """The PNG and its manifest in place, after the file was read back: same pixels, budget kept."""
     draft = photo.out.with_name(f".{photo.out.name}.tmp")
     try:
-        _image(result, photo.alpha).save(draft, format="PNG", icc_profile=photo.profile)
+        _to_image(result, photo.alpha).save(draft, format="PNG", icc_profile=photo.profile)
         stored = read_photo(draft, photo.out, format="PNG")
         record = {**record, **manifest(poison, photo.key, photo.pixels, stored.pixels, preset=record["preset"])}
         kept = photo.alpha is None if stored.alpha is None else photo.alpha is not None
-        if not torch.equal(stored.pixels, result) or not kept or (kept and not _equal(stored.alpha, photo.alpha)):
+        if not torch.equal(stored.pixels, result) or not kept or (kept and not _are_equal(stored.alpha, photo.alpha)):
             raise DataError(f"{draft} does not hold what was written to it. Look at the disk and repeat the command.")
         record["source"] = {"file": photo.path.name, "sha256": photo.sha256}
         record["png_sha256"] = stored.sha256
@@ -223,40 +209,7 @@ def _is_done(photo: Photo, name: str) -> bool:
     raise ConfigError(f"{photo.out} exists and was made otherwise. Choose another folder, or give --overwrite.")
 
 
-def read_photo(path: Path, out: Path, *, format: str | None = None) -> Photo:
-    """A picture file. Raises DataError as read_picture does, and for animations and CMYK."""
-    data = file_bytes(path)
-    picture = read_picture(data, name=str(path), formats=tuple(FORMATS) if format is None else (format,))
-    image = picture.image
-    if picture.frames > 1 and picture.format != "MPO":  # phones write JPEGs with further pictures in them
-        raise DataError(f"{path} is an animation of {picture.frames} frames; give its frames one by one.")
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        raise DataError(f"{path} is {image.mode}. Convert it to RGB first, since that changes its colours.")
-    # A grey profile does not fit the RGB that is written.
-    profile = image.info.get("icc_profile") if image.mode not in ("1", "L", "LA") else None
-    return Photo(path, out, picture.pixels, picture.alpha, profile, hashlib.sha256(data).hexdigest())
-
-
-def pictures_in(given: Sequence[Path]) -> list[Path]:
-    """The files given, and those of folders, sorted. Raises DataError if there is none, or a name is no picture's."""
-    found: list[Path] = []
-    for path in map(Path, given):
-        if path.is_dir():
-            found += find_pictures(path, nested=False)
-        elif not path.is_file():
-            raise DataError(f"{path} does not exist. Give picture files, or folders of them.")
-        elif not is_picture(path):
-            raise DataError(f"{path} is no picture by its name: {', '.join(FORMATS)} are read. Convert it first.")
-        else:
-            found.append(path)
-    if not found:
-        raise DataError(
-            f"no pictures in {', '.join(map(str, given)) or 'an empty list'}. Give files or folders of them."
-        )
-    return found
-
-
-def _one_of_each_stem(paths: Sequence[Path], what: str) -> Sequence[Path]:
+def _refuse_equal_stems(paths: Sequence[Path], what: str) -> Sequence[Path]:
     """The paths. Raises ConfigError for two of one stem, by which pictures are known."""
     by_stem: dict[str, Path] = {}
     for path in paths:
@@ -268,7 +221,7 @@ def _one_of_each_stem(paths: Sequence[Path], what: str) -> Sequence[Path]:
     return paths
 
 
-def _places(paths: Sequence[Path], out: Path) -> list[Path]:
+def _choose_places(paths: Sequence[Path], out: Path) -> list[Path]:
     """Where each picture goes. Raises ConfigError for other formats than PNG and for places that clash."""
     suffix = out.suffix.lower()
     if suffix in (".jpg", ".jpeg"):
@@ -294,23 +247,7 @@ def _places(paths: Sequence[Path], out: Path) -> list[Path]:
     return outs
 
 
-def _masks(photos: Sequence[Photo], given: Path | None) -> dict[str, Tensor] | None:
-    """[1, H, W] in [0, 1] by key, from a file for all or a folder with `<stem>.png` or `<stem>.mask.png`."""
-    if given is None:
-        return None
-    masks = {}
-    for photo in photos:
-        names = [given] if not given.is_dir() else [given / f"{photo.key}.png", given / f"{photo.key}.mask.png"]
-        path = next((p for p in names if p.is_file()), None)
-        if path is None:
-            raise DataError(f"{photo.path.name} has no mask: {' and '.join(map(str, names))} are missing.")
-        height, width = photo.pixels.shape[1:]
-        grey = read_mask(path, name=str(path), size=(width, height))
-        masks[photo.key] = torch.from_numpy(np.array(grey))[None].float() / 255
-    return masks
-
-
-def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+def _parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
     out = {}
     for text in overrides:
         name, equals, raw = text.partition("=")
@@ -323,13 +260,13 @@ def _settings(overrides: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def _dtype(name: str) -> torch.dtype:
+def _pick_dtype(name: str) -> torch.dtype:
     if name not in ("fp32", "bf16"):
         raise ConfigError(f"dtype {name!r}: fp32 or bf16 is wanted; fp16 overflows in some VAEs.")
     return DTYPES[name]
 
 
-def _image(pixels: Tensor, alpha: "Image.Image | None") -> "Image.Image":
+def _to_image(pixels: Tensor, alpha: "Image.Image | None") -> "Image.Image":
     from PIL import Image
 
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -338,16 +275,16 @@ def _image(pixels: Tensor, alpha: "Image.Image | None") -> "Image.Image":
     return image
 
 
-def _equal(a: "Image.Image | None", b: "Image.Image | None") -> bool:
+def _are_equal(a: "Image.Image | None", b: "Image.Image | None") -> bool:
     return a is b if a is None or b is None else a.tobytes() == b.tobytes()
 
 
-def _db(value: float | None) -> str:
+def _format_db(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} dB"
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Any]:
+def _show_progress(what: str) -> Iterator[Any]:
     """A bar in a terminal, and nothing elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""`poisonshield survival`: what purifiers leave of poisons, and what they cost, from folders of picture files."""
+"""What purifiers leave of poisons, and what they cost, from folders of picture files."""
 
 import logging
 import time
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.api.protect import Photo, pictures_in, read_photo
+from poisonshield.api.photos import Photo, find_photos, read_photo
 from poisonshield.batch import Batch
 from poisonshield.defenses.purify.named import build_purifier, parse_purifier, purifier_block
 from poisonshield.engine.checkpoint import write_whole
@@ -37,14 +37,15 @@ def survival(
 ) -> Report:
     """Every purifier on the pictures of each folder of `poisoned` and on those of the same stems in `clean`.
 
-    purifiers: texts such as jpeg:75, see spelled; STANDARD if none. model: a Stable Diffusion folder, or tiny, for those
-    that send pictures through one. bands: of frequency, of equal width up to 0.5 cycles a pixel. seed: of purifiers'
-    noise, which depends on the stem and so is the same for a clean picture and a poisoned one. out: a JSON file.
-    Raises ConfigError, and DataError for pictures without a clean one of their size.
+    purifiers: texts such as jpeg:75, see defenses/purify/named.py; STANDARD if none.
+    model: a Stable Diffusion folder, or tiny, for those that send pictures through one.
+    bands: of frequency, of equal width up to 0.5 cycles a pixel.
+    seed: of purifiers' noise, which depends on the stem and so is the same for a clean picture and a poisoned one.
+    out: a JSON file. Raises ConfigError, and DataError for pictures without a clean one of their size.
     """
     blocks = choose_purifiers(purifiers, model)
-    originals = _read(Path(clean))
-    folders = {str(folder): _matched(_read(Path(folder)), originals, Path(clean)) for folder in poisoned}
+    originals = _read_folder(Path(clean))
+    folders = {str(folder): _match(_read_folder(Path(folder)), originals, Path(clean)) for folder in poisoned}
     if len(folders) < len(poisoned) or not folders:
         raise ConfigError("name one folder of poisoned pictures or more, each of them once.")
     wanted = {key: originals[key] for photos in folders.values() for key in photos}
@@ -52,10 +53,12 @@ def survival(
     for text, block in blocks.items():
         start = time.perf_counter()
         purifier = build_purifier(block, seed=seed)
-        purify = lambda photo, purifier=purifier: _purified(purifier, photo)
-        costs = {key: purify(photo) for key, photo in wanted.items()}
+        purified_clean = {key: _purify(purifier, photo) for key, photo in wanted.items()}
         for folder, photos in folders.items():
-            rows = [_row(p, originals[key], purify(p), costs[key], bands) for key, p in photos.items()]
+            rows = [
+                _measure(photo, originals[key], _purify(purifier, photo), purified_clean[key], bands)
+                for key, photo in photos.items()
+            ]
             found[folder].append(Purified.of(text, block, rows))
         log.info("%s  %.1f s", text, time.perf_counter() - start)
     report = Report(
@@ -72,46 +75,62 @@ def survival(
 
 
 def choose_purifiers(purifiers: Sequence[str], model: str | None) -> dict[str, dict[str, Any]]:
-    """Settings by text, checked. Raises ConfigError for a text that names no purifier, and a missing or unused model."""
+    """Settings by text, checked.
+
+    Raises ConfigError for a text that names no purifier, and for a model that is missing or that none of them uses.
+    """
     texts = list(purifiers) or [*STANDARD, *(WITH_MODEL if model is not None else ())]
-    blocks, used = {}, False
+    blocks: dict[str, dict[str, Any]] = {}
+    used = False
     for text in texts:
         given = parse_purifier(text)
-        blocks[text] = purifier_block(given)
-        if "pipeline" in blocks[text] and "pipeline" not in given:
+        block = purifier_block(given) or {}
+        if "pipeline" in block and "pipeline" not in given:
             if model is None:
                 raise ConfigError(
                     f"{text} sends pictures through a model: give --model, a Stable Diffusion folder or tiny."
                 )
-            blocks[text], used = purifier_block({**given, "pipeline": model}), True
+            block, used = purifier_block({**given, "pipeline": model}) or {}, True
+        blocks[text] = block
     if model is not None and not used:
         raise ConfigError(f"model {model} is given, and none of {', '.join(texts)} uses it. Leave it out.")
     return blocks
 
 
 def describe(report: Report) -> str:
-    """Tables in Markdown: for each poison PSNR and shares by purifier; of several poisons also their shares together."""
+    """Tables in Markdown: for each poison PSNR and shares by purifier; of several also their shares side by side."""
     parts = []
     for poison in report.poisons:
         first = poison.purifiers[0]
         levels = max(p.max_levels for p in first.pictures)
         parts.append(
             f"{poison.folder}: {len(first.pictures)} pictures, changed by at most {levels} levels, "
-            f"PSNR {_number(first.psnr_poisoned, 1)} dB"
+            f"PSNR {_write_number(first.psnr_poisoned, 1)} dB"
         )
-        ends = (*report.edges[1:], None)
-        ranges = [f"{a:.3g}-{'' if b is None else f'{b:.3g}'}" for a, b in zip(report.edges, ends, strict=True)]
-        rows = [["purifier", "cost, dB", "purified, dB", "survives", *ranges]]
-        for row in poison.purifiers:
-            shares = [_number(v, 2) for v in (row.survival, *row.survival_by_band)]
-            rows.append([row.purifier, _number(row.psnr_cost, 1), _number(row.psnr_purified, 1), *shares])
-        parts.append(_lined(rows))
+        parts.append(_describe_poison(poison, report.edges))
     if len(report.poisons) > 1:
-        rows = [["survives", *(Path(p.folder).name for p in report.poisons), "cost, dB"]]
-        for same in zip(*(p.purifiers for p in report.poisons), strict=True):
-            rows.append([same[0].purifier, *(_number(p.survival, 2) for p in same), _number(_mean_cost(same), 1)])
-        parts.append(_lined(rows))
+        parts.append(_compare_poisons(report.poisons))
     return "\n\n".join(parts)
+
+
+def _describe_poison(poison: Poisoned, edges: Sequence[float]) -> str:
+    """A line for each purifier: what it costs, and what it leaves of the poison, in all and by frequency."""
+    ends = (*edges[1:], None)
+    ranges = [f"{a:.3g}-{'' if b is None else f'{b:.3g}'}" for a, b in zip(edges, ends, strict=True)]
+    rows = [["purifier", "cost, dB", "purified, dB", "survives", *ranges]]
+    for row in poison.purifiers:
+        shares = [_write_number(v, 2) for v in (row.survival, *row.survival_by_band)]
+        rows.append([row.purifier, _write_number(row.psnr_cost, 1), _write_number(row.psnr_purified, 1), *shares])
+    return _align(rows)
+
+
+def _compare_poisons(poisons: Sequence[Poisoned]) -> str:
+    """A line for each purifier, a column for each poison: what is left of it."""
+    rows = [["survives", *(Path(p.folder).name for p in poisons), "cost, dB"]]
+    for same in zip(*(p.purifiers for p in poisons), strict=True):
+        shares = [_write_number(p.survival, 2) for p in same]
+        rows.append([same[0].purifier, *shares, _write_number(_mean_cost(same), 1)])
+    return _align(rows)
 
 
 def _mean_cost(rows: Sequence[Purified]) -> float | None:
@@ -120,18 +139,20 @@ def _mean_cost(rows: Sequence[Purified]) -> float | None:
     return sum(known.values()) / len(known) if known else None
 
 
-def _read(folder: Path) -> dict[str, Photo]:
+def _read_folder(folder: Path) -> dict[str, Photo]:
+    """The photos of a folder by stem."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Give folders of pictures; poisoned ones have the stems of clean ones.")
     photos: dict[str, Photo] = {}
-    for path in pictures_in([folder]):
+    for path in find_photos([folder]):
         if path.stem in photos:
             raise DataError(f"{photos[path.stem].path} and {path} have one stem, and pictures are matched by it.")
         photos[path.stem] = read_photo(path, path)
     return photos
 
 
-def _matched(photos: Mapping[str, Photo], originals: Mapping[str, Photo], clean: Path) -> Mapping[str, Photo]:
+def _match(photos: Mapping[str, Photo], originals: Mapping[str, Photo], clean: Path) -> Mapping[str, Photo]:
+    """The photos. Raises DataError for one that has no clean picture of its size."""
     for key, photo in photos.items():
         if key not in originals:
             raise DataError(f"{photo.path} has no picture {key} in {clean}. Folders must hold the same stems.")
@@ -144,29 +165,31 @@ def _matched(photos: Mapping[str, Photo], originals: Mapping[str, Photo], clean:
 
 
 @torch.no_grad()
-def _purified(purifier: Any, photo: Photo) -> Tensor:
-    """uint8 [3, H, W]."""
+def _purify(purifier: Any, photo: Photo) -> Tensor:
+    """The photo's pixels purified, uint8 [3, H, W]."""
     x = purifier.before(Batch((photo.key,), photo.pixels[None].float() / 255)).x[0]
     return (x * 255).round().to(torch.uint8).cpu()
 
 
-def _row(photo: Photo, original: Photo, purified: Tensor, cost: Tensor, bands: int) -> Picture:
+def _measure(photo: Photo, original: Photo, purified: Tensor, purified_clean: Tensor, bands: int) -> Picture:
+    """One picture's numbers."""
     return measure(
         photo.key,
         clean=original.pixels,
         poisoned=photo.pixels,
         purified=purified,
-        purified_clean=cost,
+        purified_clean=purified_clean,
         edges=edges_of(bands),
         sha256={"clean": original.sha256, "poisoned": photo.sha256},
     )
 
 
-def _number(value: float | None, digits: int) -> str:
+def _write_number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _lined(rows: Sequence[Sequence[str]]) -> str:
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns stand below each other in plain text too."""
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[cell.ljust(w) for cell, w in zip(row, wide, strict=True)] for row in rows]
     lines.insert(1, ["-" * max(w, 3) for w in wide])

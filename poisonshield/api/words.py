@@ -55,29 +55,35 @@ def train_many(
     """A word for each concept, all in one batch; each learns what it would learn alone. Trains where the model is,
     a CPU or this process's GPU.
 
-    concepts: by name, pixels uint8 [n, 3, H, W], or a Concept, whose masks are used if the defense wants masks (szt does
-    by default). szt: in place of the preset's defense, or beside a preset that has none. batch: samples of each concept
-    in a step. tokens: name -> placeholder, by default <name>. run_dir: keeps checkpoints and metrics, and goes on with
-    an unfinished run of the same settings that it holds; null for none of it. method: settings of
-    TextualInversion.Config, such as vectors=2 or init="toy", the word to start from.
+    concepts: by name, pixels uint8 [n, 3, H, W], or a Concept, whose masks are used if the defense wants masks (szt
+    does by default).
+    szt: in place of the preset's defense, or beside a preset that has none.
+    steps, lr: by default the preset's. batch: samples of each concept in a step.
+    tokens: name -> placeholder, by default <name>.
+    run_dir: keeps checkpoints and metrics, and goes on with an unfinished run of the same settings that it holds; None
+    for none of it.
+    method: settings of TextualInversion.Config, such as vectors=2 or init="toy", the word to start from.
 
     Raises ConfigError with every setting that does not fit, DataError and ShapeError naming the picture.
     """
     if not concepts:
         raise ConfigError("train_many got no concept. Give {name: pixels uint8 [n, 3, H, W]}, or Concepts.")
-    given = tuple(_concept(name, value) for name, value in concepts.items())
+    given = tuple(_as_concept(name, value) for name, value in concepts.items())
     run = preset_run(
         model, preset=preset, szt=szt, steps=steps, batch=batch, lr=lr, seed=seed, tokens=tokens, run_dir=run_dir,
         method=method,
     )  # fmt: skip
-    with _own_vocabulary(model), _own_random_states():
-        return _trained(run, model, select_for_training(run.settings.data, given), run_dir)
+    with _borrow_vocabulary(model), _keep_random_states():
+        return _train(run, model, select_for_training(run.settings.data, given), run_dir)
 
 
 def train_textual_inversion(
     model: LatentDiffusion, concept: Concept | Tensor, *, name: str | None = None, **settings: Any
 ) -> Learned:
-    """One word. name: of the concept, by default the Concept's own, or "concept" for pixels. settings: see train_many."""
+    """One word.
+
+    name: of the concept, by default the Concept's own, or "concept" for pixels. settings: see train_many.
+    """
     name = name or (concept.name if isinstance(concept, Concept) else "concept")
     return train_many(model, {name: concept}, **settings)[name]
 
@@ -93,20 +99,20 @@ def words(model: LatentDiffusion, learned: Iterable[Learned]) -> Iterator[Tensor
         raise ConfigError("words got no word. Give what train_many returned, or load_embedding read.")
     if wrong := [w for w in learned if w.vectors.shape[1] != model.width]:
         raise ConfigError(
-            f"{wrong[0].token} has vectors {wrong[0].vectors.shape[1]} wide, and {model.name} wants {model.width}: it was "
-            "learned with another text encoder."
+            f"{wrong[0].token} has vectors {wrong[0].vectors.shape[1]} wide, and {model.name} wants {model.width}: it "
+            "was learned with another text encoder."
         )
-    with _own_vocabulary(model):
+    with _borrow_vocabulary(model):
         for word in learned:
             model.add_placeholder(word.token, len(word.vectors))
         yield torch.cat([word.vectors for word in learned]).to(model.alphas_cumprod.device)
 
 
-def _trained(
+def _train(
     run: Invert, model: LatentDiffusion, concepts: tuple[Concept, ...], run_dir: str | Path | None
 ) -> dict[str, Learned]:
     """Training on this process, or on all that a launcher started; every rank gets all words."""
-    with processes(run.settings.engine, seed=run.seed) as device, _folder(run_dir) as folder:
+    with processes(run.settings.engine, seed=run.seed) as device, _open_folder(run_dir) as folder:
         _refuse_another_gpu(model.alphas_cumprod.device, device)
         method, defenses = build_inversion(run, model, [c.name for c in concepts])
         trainer = build_trainer(run, method, defenses, concepts, RunFolder(folder, keeps=("prepared",)))
@@ -133,7 +139,7 @@ def preset_run(
 
     Raises one ConfigError that lists every problem.
     """
-    values = _recipe(preset) | {"seed": seed, "run": {"dir": str(run_dir or "")}}
+    values = _read_preset(preset) | {"seed": seed, "run": {"dir": str(run_dir or "")}}
     values["model"] = {"pipeline": model.name, "dtype": "bf16" if model.dtype == torch.bfloat16 else "fp32"}
     values["data"] |= {"train": "given", "tokens": dict(tokens or {})}
     values["method"] |= method or {}
@@ -147,17 +153,16 @@ def preset_run(
     return Invert(Tree(values), Path("train_many"))
 
 
-def _recipe(preset: str) -> dict[str, Any]:
-    """What a preset's file says of training; its pictures, pipeline, word and prompts are the caller's affair."""
+def _read_preset(preset: str) -> dict[str, Any]:
+    """What a preset's file says of training; its pictures, pipeline and word are the caller's affair."""
     if preset not in PRESETS:
         raise ConfigError(f"{preset!r} is no preset.{suggest(preset, list(PRESETS))}  Known: {', '.join(PRESETS)}")
-    said = load_tree(configs_folder() / "invert" / f"{preset}.yaml").values
-    recipe = {name: said[name] for name in ("method", "defenses", "optimizer", "schedule", "engine") if name in said}
-    if recipe["method"].get("init") == _EXAMPLE:
-        del recipe["method"]["init"]
-    return recipe | {
-        "data": {name: said["data"][name] for name in ("batch_size", "masks", "prompts") if name in said["data"]}
-    }
+    file = load_tree(configs_folder() / "invert" / f"{preset}.yaml").values
+    sections = {name: file[name] for name in ("method", "defenses", "optimizer", "schedule", "engine") if name in file}
+    if sections["method"].get("init") == _EXAMPLE:
+        del sections["method"]["init"]
+    data = {name: file["data"][name] for name in ("batch_size", "masks", "prompts") if name in file["data"]}
+    return sections | {"data": data}
 
 
 def _refuse_another_gpu(place: torch.device, ours: torch.device) -> None:
@@ -169,7 +174,7 @@ def _refuse_another_gpu(place: torch.device, ours: torch.device) -> None:
         )
 
 
-def _concept(name: str, value: Concept | Tensor) -> Concept:
+def _as_concept(name: str, value: Concept | Tensor) -> Concept:
     """The concept under this name."""
     if isinstance(value, Concept):
         if value.name == name:
@@ -186,7 +191,7 @@ def _concept(name: str, value: Concept | Tensor) -> Concept:
 
 
 @contextmanager
-def _own_vocabulary(model: LatentDiffusion) -> Iterator[None]:
+def _borrow_vocabulary(model: LatentDiffusion) -> Iterator[None]:
     """Words that are added within are gone afterwards. Raises ConfigError if some were added before."""
     if model.placeholders:
         raise ConfigError(
@@ -202,7 +207,7 @@ def _own_vocabulary(model: LatentDiffusion) -> Iterator[None]:
 
 
 @contextmanager
-def _own_random_states() -> Iterator[None]:
+def _keep_random_states() -> Iterator[None]:
     """The caller's global random generators go on as if nothing had happened."""
     states = random_states()
     try:
@@ -212,7 +217,7 @@ def _own_random_states() -> Iterator[None]:
 
 
 @contextmanager
-def _folder(run_dir: str | Path | None) -> Iterator[Path]:
+def _open_folder(run_dir: str | Path | None) -> Iterator[Path]:
     """The run folder, or one that is gone afterwards; rank 0's, on a disk that all ranks see."""
     if run_dir is not None:
         yield Path(run_dir)

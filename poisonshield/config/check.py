@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
 from poisonshield.config.tree import Tree
 from poisonshield.config.types import FRACTION
-from poisonshield.errors import ConfigError, RenamedSettings
+from poisonshield.errors import ConfigError
 from poisonshield.registry import Registry, suggest, with_article
 
 
@@ -28,19 +28,27 @@ class Choice:
 
 
 class From:
-    """The type of a setting that picks one of a registry: `attack: Annotated[Choice, From(ATTACKS)] = Field("pgd", ...)`.
+    """The type of a setting that picks one of a registry.
 
-    Takes a name, or a block with `name:` and settings of the class that it picks; gives a Choice. In records it is the
-    block with every setting. also: values that are taken as they are, such as None or words that pick no class.
+    `attack: Annotated[Choice, From(ATTACKS)] = Field("pgd", ...)` takes a name, or a block with `name:` and settings of
+    the class that it picks; gives a Choice. In records it is the block with every setting. also: values that are taken
+    as they are, such as None or words that pick no class.
     """
 
     def __init__(self, *registries: Registry, also: tuple[str | None, ...] = ()) -> None:
         self.registries, self.also = registries, also
 
     def __call__(self, value: Any) -> Choice | str | None:
-        """The Choice. Raises ConfigError for a name, pydantic's ValidationError with every problem of its settings."""
+        """The Choice, or one of the values that are taken as they are. Raises as `choose` does."""
         if isinstance(value, Choice) or (isinstance(value, str | None) and value in self.also):
             return value
+        return self.choose(value)
+
+    def choose(self, value: Any) -> Choice:
+        """The Choice of a name or block.
+
+        Raises ConfigError for a name, pydantic's ValidationError with every problem of its settings.
+        """
         block = {"name": value} if isinstance(value, str) else value
         if not isinstance(block, dict) or not isinstance(block.get("name"), str):
             known = ", ".join(
@@ -51,7 +59,9 @@ class From:
         rest = {key: setting for key, setting in block.items() if key != "name"}
         config = checker.settings(cls.Config, (), rest, owner=block["name"])
         if config is None:
-            raise ValidationError.from_exception_data(block["name"], [_inside(*told) for told in checker.told])
+            raise ValidationError.from_exception_data(
+                block["name"], [_inside(*problem) for problem in checker.problems]
+            )
         return Choice(block["name"], cls, config)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -96,9 +106,7 @@ class Checker:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self.problems: list[str] = []
-        self.moves: list[tuple[tuple, str]] = []  # settings that are called otherwise now
-        self.told: list[tuple[tuple, str]] = []  # the same, path and text apart
+        self.problems: list[tuple[tuple, str]] = []  # path and text of each
 
     def settings(self, schema: type[BaseModel], path: tuple, values: Any, *, owner: str) -> Any:
         """The schema filled with values, or None with the problems noted. owner is the name used in messages."""
@@ -129,46 +137,45 @@ class Checker:
 
     def problem(self, path: tuple, text: str) -> None:
         """Note a problem at a path."""
-        self.told.append((path, text))
-        self.problems.append(f"{self.tree.where(path)}: {text}")
+        self.problems.append((path, text))
 
     def finish(self) -> None:
         """Raise ConfigError with all problems, if any."""
-        if not self.problems:
-            return
-        text = "\n".join(dict.fromkeys(self.problems))
-        raise RenamedSettings(text, self.moves) if len(self.moves) == len(self.problems) else ConfigError(text)
+        if self.problems:
+            lines = (f"{self.tree.where(path)}: {text}" for path, text in self.problems)
+            raise ConfigError("\n".join(dict.fromkeys(lines)))
 
-    def _note(self, schema: type[BaseModel], base: tuple, item: dict[str, Any], owner: str) -> None:
+    def _note(self, schema: type[BaseModel], base: tuple, item: ErrorDetails, owner: str) -> None:
+        """Note one of pydantic's complaints in our words. base: the path of what was checked."""
         path = (*base, *item["loc"])
-        label = _dotted(path)
         if item["type"] == _INSIDE:
             text = f"{_dotted(path[: len(path) - item['ctx']['inner']])}: {item['msg']}"
         elif item["type"] == "extra_forbidden":
-            fields, name = _fields_at(schema, item["loc"][:-1]), owner
-            inner = _dotted((*base, *item["loc"][:-1]))
-            if len(item["loc"]) > 1:
-                name = inner
-            renamed = _renamed_at(schema, item["loc"][:-1]).get(str(item["loc"][-1]))
-            if renamed is not None:
-                block = () if renamed.startswith("/") else path[:-1]
-                new = (*block, *renamed.removeprefix("/").split("."))
-                self.moves.append((path, ".".join(str(part) for part in new)))
-                self.problem(path, f"{label} is called {_dotted(new)} now. Write that instead.")
-                return
-            text = f"{label} is not a setting of {name}.{suggest(str(item['loc'][-1]), fields)}  Settings: {', '.join(sorted(fields))}"
+            text = _word_unknown(schema, base, item["loc"], owner)
         elif item["type"] == "missing":
-            text = f"{label} is missing; {owner} needs it."
+            text = f"{_dotted(path)} is missing; {owner} needs it."
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = (
-                ""
-                if isinstance(item["input"], (dict, list)) or str(item["input"]) in message
-                else f" (given: {item['input']!r})"
-            )
-            words = _words_at(schema, item["loc"])
-            text = f"{label}: {message}{given}{f'.  It is: {words}' if words else ''}" if label else f"{message}"
+            text = _word_wrong(_dotted(path), item)
         self.problem(path, text)
+
+
+def _word_unknown(schema: type[BaseModel], base: tuple, loc: tuple, owner: str) -> str:
+    """What is said of a key that no setting has."""
+    label, block, key = _dotted((*base, *loc)), _dotted((*base, *loc[:-1])), str(loc[-1])
+    renamed = _renamed_at(schema, loc[:-1]).get(key)
+    if renamed is not None:
+        return f"{label} is called {f'{block}.' if block else ''}{renamed} now. Write that instead."
+    fields = _fields_at(schema, loc[:-1])
+    place = block if len(loc) > 1 else owner
+    return f"{label} is not a setting of {place}.{suggest(key, fields)}  Settings: {', '.join(sorted(fields))}"
+
+
+def _word_wrong(label: str, item: ErrorDetails) -> str:
+    """What is said of a value that does not fit, with the value unless the message has it."""
+    message, value = item["msg"].removeprefix("Value error, "), item["input"]
+    told = isinstance(value, (dict, list)) or str(value) in message
+    given = "" if told else f" (given: {value!r})"
+    return f"{label}: {message}{given}" if label else message
 
 
 def _schema_at(schema: Any, loc: tuple) -> Any:
@@ -207,9 +214,9 @@ def dump(resolved: Any, written: Any) -> Any:
     if isinstance(written, str) and FRACTION.fullmatch(written):
         return written
     if isinstance(resolved, dict):
-        source = written if isinstance(written, dict) else {}
-        return {k: dump(v, source.get(k)) for k, v in resolved.items()}
+        values = written if isinstance(written, dict) else {}
+        return {k: dump(v, values.get(k)) for k, v in resolved.items()}
     if isinstance(resolved, (list, tuple)):
-        source = written if isinstance(written, list) and len(written) == len(resolved) else [None] * len(resolved)
-        return [dump(v, w) for v, w in zip(resolved, source, strict=True)]
+        items = written if isinstance(written, list) and len(written) == len(resolved) else [None] * len(resolved)
+        return [dump(v, w) for v, w in zip(resolved, items, strict=True)]
     return resolved

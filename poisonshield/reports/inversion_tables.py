@@ -27,9 +27,6 @@ OF_RUNS = (
 )
 """Numbers of a row that no evaluation gives: of the masks of a defense, and of the word beside the clean run's."""
 
-FOLD = "data.left_out"
-"""An axis of a grid that repeats a run with other pictures left out: tables take its runs together, as with seeds."""
-
 _CLEAN = ("none", "clean")
 
 Place = tuple[Mapping[str, str], Sequence[Mapping[str, Any]]]
@@ -228,12 +225,17 @@ def _is_clean(labels: Mapping[str, str]) -> bool:
     return labels.get("poison") in _CLEAN and labels.get("defense") == "none"
 
 
-def draw_grid(path: Path, runs: Sequence[tuple[Mapping[str, str], Path]], *, columns: int = 10) -> Path | None:
-    """One sheet: a row for each place of the grid, with pictures of its first finished run. None if there are none."""
+def draw_grid(path: Path, runs: Sequence[tuple[Mapping[str, str], Path]], *, columns: int = 10) -> Path:
+    """One sheet at `path`: a row for each place of the grid, with pictures of its first finished run.
+
+    Nothing is written where no run has pictures.
+    """
     rows: dict[str, Tensor] = {}
     for labels, folder in runs:
         name = ", ".join(labels.values())
         files = sorted(folder.glob("pictures/*/recon-*.png"))[:columns]
         if files and name not in rows:
             rows[name] = torch.stack([read_picture(file).pixels.float() / 255 for file in files])
-    return draw_sheet(path, rows, columns=columns) if rows else None
+    if rows:
+        draw_sheet(path, rows, columns=columns)
+    return path

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ _ENLARGE = 8
 _CLIP = 0.99  # quantile of a map's values that is the end of its scale
 
 
-def scaled(maps: Tensor, norm: Norm, *, signed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def scale_maps(maps: Tensor, norm: Norm, *, signed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(maps, low, high) of maps [P, T, h, w] of one picture in P versions: what to draw, and its scale [P, T].
 
     joint: one scale for all versions at a timestep, from the least value to the 99th percentile, so that they compare.
@@ -48,7 +48,7 @@ def draw_maps(
     from matplotlib.figure import Figure
 
     signed = mode == "signed"
-    maps, low, high = scaled(torch.stack([m for _, m in sets.values()]), norm, signed=signed)
+    maps, low, high = scale_maps(torch.stack([m for _, m in sets.values()]), norm, signed=signed)
     colours = "coolwarm" if signed else "inferno"
     count, columns = len(sets), 1 + len(timesteps)
     figure = Figure(figsize=(1.9 * columns, 2.1 * count + 0.6), layout="constrained")
@@ -69,7 +69,7 @@ def draw_maps(
                 shown = axis if norm == "self" else list(axes[:, 1 + t])
                 bar = figure.colorbar(ScalarMappable(scale, colours), ax=shown, location="bottom", shrink=0.9)
                 bar.ax.tick_params(labelsize=6)
-                bar.locator, bar.formatter = _ticks()
+                bar.locator, bar.formatter = _make_ticks()
                 bar.update_ticks()
     for axis in axes.flat:
         axis.set_xticks([], [])
@@ -84,8 +84,8 @@ def draw_totals(path: Path, found: Mapping[str, Sensitivity]) -> Path:
     from matplotlib.figure import Figure
 
     panels = {"sum of the map": {k: s.total for k, s in found.items()}}
-    shares = {k: s.concept_share for k, s in found.items()}
-    if all(s is not None for s in shares.values()):
+    shares = {k: s.concept_share for k, s in found.items() if s.concept_share is not None}
+    if len(shares) == len(found):
         panels["concept share / area share"] = shares
     figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
     for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -101,7 +101,8 @@ def draw_totals(path: Path, found: Mapping[str, Sensitivity]) -> Path:
     return path
 
 
-def _ticks():  # noqa: ANN202 - matplotlib's
+def _make_ticks() -> tuple[Any, Any]:
+    """matplotlib's locator and formatter of few ticks."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     formatter = ScalarFormatter(useMathText=True)

@@ -3,12 +3,16 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
 from torch import Tensor
 
 from poisonshield.errors import ShapeError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _COLUMNS = 8
 
@@ -25,7 +29,7 @@ def write_pictures(folder: Path, pictures: Mapping[str, Mapping[str, Tensor]]) -
                 to_image(picture).save(path)
 
 
-def to_image(x: Tensor):  # noqa: ANN201 - PIL's, imported when wanted
+def to_image(x: Tensor) -> "Image.Image":
     """The Pillow image of pixels [3, H, W] in [0, 1]."""
     from PIL import Image
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from poisonshield import world
-from poisonshield.api.generate import generate, spoken
+from poisonshield.api.generate import fill_prompts, generate
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
@@ -99,11 +99,11 @@ def test_a_switch_at_the_top_lets_the_other_word_speak_alone(pipeline, words, tm
 
 
 def test_longer_words_are_replaced_before_shorter_ones_within_them():
-    rows = spoken(["a {} beside <s>"], ["<s>", "<s>-b"], switch=5, switch_word="toy")
+    rows = fill_prompts(["a {} beside <s>"], ["<s>", "<s>-b"], switch=5, switch_word="toy")
     assert [r.below for r in rows] == ["a toy beside toy", "a toy beside toy"]
-    (row,) = spoken(["a ringlet"], ["ringlet", "ring"], switch=5, switch_word="earring")
-    assert row.below == "a earring"
-    assert spoken(["a star"], [], switch=5, switch_word="toy")[0].below == "a star"
+    (row,) = fill_prompts(["a ringlet"], ["ringlet", "ring"], switch=5, switch_word="earring")
+    assert row.below_switch == "a earring"
+    assert fill_prompts(["a star"], [], switch=5, switch_word="toy")[0].below_switch == "a star"
 
 
 def test_other_sizes_and_half_precision_work(pipeline, tmp_path):

@@ -255,8 +255,10 @@ def test_nothing_half_written_is_left(pipeline, tmp_path, monkeypatch):
 
 def test_a_file_over_budget_is_not_kept(pipeline, tmp_path, monkeypatch):
     source = write(tmp_path / "a.png")
-    real = command._image
-    monkeypatch.setattr(command, "_image", lambda x, alpha: real((x.int() - 40).clamp(0, 255).to(torch.uint8), alpha))
+    real = command._to_image
+    monkeypatch.setattr(
+        command, "_to_image", lambda x, alpha: real((x.int() - 40).clamp(0, 255).to(torch.uint8), alpha)
+    )
     with pytest.raises(BudgetError, match="8 were allowed"):
         protect([source], tmp_path / "out", method="vae", steps=1, model=pipeline)
     assert not [*(tmp_path / "out").glob("*.png")]

@@ -9,12 +9,13 @@ from PIL import Image
 from tiny import tiny_model
 
 from poisonshield import world
+from poisonshield.api.pictures import load_pictures
 from poisonshield.api.profile import profile
-from poisonshield.api.sensitivity import load_pictures, sensitivity
+from poisonshield.api.sensitivity import sensitivity
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.sensitivity import Sensitivity, semantic_sensitivity
-from poisonshield.reports.maps import draw_totals, scaled
+from poisonshield.reports.maps import draw_totals, scale_maps
 from poisonshield.world.small_pipeline import build_tokenizer, write_pipeline
 
 
@@ -167,17 +168,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path
 def test_joint_scales_are_shared_and_end_at_the_99th_percentile():
     maps = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     maps[1] *= 5
-    _, low, high = scaled(maps, "joint")
+    _, low, high = scale_maps(maps, "joint")
     assert torch.equal(low[0], low[1]) and torch.equal(high[0], high[1])
     assert torch.allclose(high[0], torch.stack([maps[:, t].flatten().quantile(0.99) for t in range(3)]))
     assert torch.allclose(low[0], maps.amin((0, 2, 3)))
-    _, low, high = scaled(maps, "self")
+    _, low, high = scale_maps(maps, "self")
     assert torch.allclose(high, maps.flatten(2).quantile(0.99, dim=2)) and bool((high[1] > 3 * high[0]).all())
-    shares, _, high = scaled(maps, "sum1")
+    shares, _, high = scale_maps(maps, "sum1")
     assert torch.allclose(shares.sum((2, 3)), torch.ones(2, 3)) and torch.equal(high[0], high[1])
-    _, low, high = scaled(maps - 0.5, "joint", signed=True)
+    _, low, high = scale_maps(maps - 0.5, "joint", signed=True)
     assert torch.equal(low, -high)
-    _, low, high = scaled(torch.zeros(1, 1, 4, 4), "joint")
+    _, low, high = scale_maps(torch.zeros(1, 1, 4, 4), "joint")
     assert bool((high > low).all())
 
 
