@@ -17,11 +17,12 @@ import torch
 from poisonshield import __version__
 from poisonshield.api.stories import Cost, Length, Shown, Story, as_data_uri, choose_length, run_stories, time_step
 from poisonshield.batch import Batch
+from poisonshield.config import load_tree
 from poisonshield.data import read_batch
 from poisonshield.engine.processes import choose_device
 from poisonshield.reports.plots import plot_comparison
 from poisonshield.runs import read_experiment
-from poisonshield.runs.classify import build_method
+from poisonshield.runs.classify import Classify, build_method
 from poisonshield.runs.parts.image_data import build_poison, open_data
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def demo(out: Path, seed: int = 0) -> Shown:
 
 def fit_to_machine() -> Length:
     """As many steps as this machine has time for, by some of the steps of VESPR's story on random pixels."""
-    run = read_experiment(str(CONFIG), [*SIMCLR, *VESPR])
+    run = Classify(load_tree(str(CONFIG), [*SIMCLR, *VESPR]), Path(str(CONFIG)))
     device = choose_device(run.settings.engine.device)
     method = build_method(run, num_classes=10).to(device)
     draw, size = torch.Generator().manual_seed(0), run.settings.data.batch_size

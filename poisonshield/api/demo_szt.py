@@ -16,9 +16,10 @@ import torch
 from poisonshield import __version__
 from poisonshield.api.stories import Cost, Length, Shown, Story, as_data_uri, choose_length, run_stories, time_step
 from poisonshield.batch import Batch
+from poisonshield.config import load_tree
 from poisonshield.engine.processes import choose_device
 from poisonshield.reports.inversion_tables import draw_grid
-from poisonshield.runs import read_experiment
+from poisonshield.runs.invert import Invert
 from poisonshield.runs.parts.words import build_inversion, load_model
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def demo(out: Path, seed: int = 0) -> Shown:
 
 def fit_to_machine() -> Length:
     """As many steps as this machine has time for, by some of the steps of the clean story on random pixels."""
-    run = read_experiment(str(CONFIG))
+    run = Invert(load_tree(str(CONFIG)), Path(str(CONFIG)))
     device = choose_device(run.settings.engine.device)
     method, _ = build_inversion(run, load_model(run.settings.model), ["ring"])
     draw, size = torch.Generator().manual_seed(0), run.settings.data.batch_size

@@ -72,7 +72,7 @@ def masks(
     for the photo as it is) with `size` on the longer side, and then brought to the photo's own size. Empty masks are
     not written; their photos are. Raises ConfigError, and DataError for files that are there without `overwrite`.
     """
-    out, concepts = Path(out), _concepts(Path(photos))
+    out, concepts = Path(out), _find_concepts(Path(photos))
     picked = pick_spelled(mask, MASKS, **({} if side is None else {"side": side}))
     provider = picked.cls(picked.config, seed=seed)
     network, word_of = _load_network(provider, model, words, list(concepts))

@@ -1,7 +1,7 @@
 """`poisonshield sensitivity`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -33,7 +33,7 @@ def sensitivity(
     from poisonshield.api.sensitivity import TIMESTEPS
     from poisonshield.api.sensitivity import sensitivity as run
 
-    run(model, images, embedding, out, reference=reference, masks=masks, against=against, mode=mode,
-        timesteps=timestep or TIMESTEPS, prompt=prompt, probes=probes, exact=exact, noises=noises, norm=norm, size=size,
+    run(model, images, embedding, out, reference=reference, masks=masks, against=against, mode=cast(Any, mode),
+        timesteps=timestep or TIMESTEPS, prompt=prompt, probes=probes, exact=exact, noises=noises, norm=cast(Any, norm), size=size,
         device=device, seed=seed)  # fmt: skip
     print(out)
