@@ -3,8 +3,8 @@
     python tests/walk.py print-config        # poisonshield train defend/vespr_cifar10_mini --print-config
     python tests/walk.py vespr-step          # one training step of VESPR on a small batch
 
-A climb is a call from a file to one on a higher floor: the caller had to know somebody who stands above it. Calls within
-a file, and code that runs when a module is imported, do not count. Floors are those of style: see FLOORS.
+A climb is a call from a file to one on a higher floor: the caller had to know somebody who stands above it. Calls
+within a file, and code that runs when a module is imported, do not count. Floors are those of style: see FLOORS.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ class Walk:
     def describe(self) -> str:
         """One line of numbers."""
         return (
-            f"{len(self.files)} files entered, {sum(self.moves.values())} moves between files ({len(self.moves)} different), "
-            f"{sum(self.climbs.values())} climbs ({len(self.climbs)} different)"
+            f"{len(self.files)} files entered, {sum(self.moves.values())} moves between files ({len(self.moves)} "
+            f"different), {sum(self.climbs.values())} climbs ({len(self.climbs)} different)"
         )
 
 

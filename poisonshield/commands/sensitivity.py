@@ -34,6 +34,7 @@ def sensitivity(
     from poisonshield.api.sensitivity import sensitivity as run
 
     run(model, images, embedding, out, reference=reference, masks=masks, against=against, mode=cast(Any, mode),
-        timesteps=timestep or TIMESTEPS, prompt=prompt, probes=probes, exact=exact, noises=noises, norm=cast(Any, norm), size=size,
+        timesteps=timestep or TIMESTEPS, prompt=prompt, probes=probes, exact=exact, noises=noises,
+        norm=cast(Any, norm), size=size,
         device=device, seed=seed)  # fmt: skip
     print(out)

@@ -18,7 +18,7 @@ Notes = Mapping[str, Any]
 
 
 def notes_of(settings: Any) -> Any:
-    """The words of checked settings: a model's by field, a Choice's with the first line of its class, a list's by entry."""
+    """The words of checked settings: a model's by field, a Choice's with its class's first line, a list's by entry."""
     if isinstance(settings, Choice):
         first = (settings.cls.__doc__ or "").strip().partition("\n")[0]
         return {"name": (first, None)} | notes_of(settings.config)

@@ -105,7 +105,7 @@ class Experiment(ABC):
         raise ConfigError(f"{self.origin} is a {self.name}, and only a grid (`blocks:`) has a table of runs.")
 
     def describe_config(self) -> str:
-        """The config as YAML, defaults filled in and each setting with its words, and what the backend derives from it."""
+        """The config as YAML, defaults filled in and each setting with its words, and what the backend makes of it."""
         return describe_yaml(json.loads(json.dumps(self.record)), self.notes())
 
     def notes(self) -> Notes:
@@ -162,8 +162,8 @@ def read_finished(folder: str | Path, overrides: Overrides = ()) -> Experiment:
 def _modern_tree(config: Path) -> Tree:
     """The record that a run wrote, with settings of an earlier version under their new names.
 
-    How that version evaluated is left out: evaluations have other settings now, and nothing was trained with them. So is
-    what has moved into the block of an option that was named and has no settings, such as `mask: file`.
+    How that version evaluated is left out: evaluations have other settings now, and nothing was trained with them.
+    So is what has moved into the block of an option that was named and has no settings, such as `mask: file`.
     """
     tree = load_tree(config)
     for _ in range(len(tree.marks)):

@@ -1,4 +1,4 @@
-"""Every setting that a config may hold says what it is, at its field: --print-config and errors take the words there."""
+"""Every setting that a config may hold says what it is at its field: --print-config and errors take the words there."""
 
 import pkgutil
 from importlib import import_module
