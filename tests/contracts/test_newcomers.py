@@ -7,6 +7,7 @@ contract tests find it. The copy's own tests run in a process that knows the cop
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,9 @@ COMMANDS = {
     "masks": ["masks", "photos", "--mask", "vivid:0.3", "--size", "32", "--out", "masked"],
     "protect": ["protect", "photos", "--method", "haze", "--steps", "2", "--out", "protected"],
 }  # fmt: skip
+# What the page itself tells people to type: its trainings are read to the last setting.
+TYPED = [shlex.split(line)[1:] for line in re.findall(r"^ {4}(poisonshield train .*)$", TEXT, re.MULTILINE)]
+COMMANDS |= {" ".join(words): list(dict.fromkeys([*words, "--print-config"])) for words in TYPED}
 # One process for all, since each start costs seconds.
 RUN_ALL = """
 import json, sys, traceback
@@ -205,6 +209,12 @@ def test_mask_with_a_setting_and_diffusion_poison_are_known_to_their_commands(us
     folder, _ = used
     assert len(list((folder / "masked" / "concepts").rglob("*.mask.png"))) == 2
     assert len(list((folder / "protected").rglob("*.png"))) == 2
+
+
+def test_what_the_page_tells_people_to_type_is_a_config(used):
+    said = {" ".join(words): used[1][" ".join(words)][1] for words in TYPED}
+    for name in ("view_noise", "pixelate", "vivid", "bare_contrast", "anchored_inversion", "momentum"):
+        assert [text for typed, text in said.items() if name in typed and f"name: {name}" in text], name
 
 
 def test_op_is_a_public_function_and_its_kernel_is_compiled(copy, used):
