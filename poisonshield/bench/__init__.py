@@ -51,25 +51,15 @@ def show(case: Case, rows: list[Row]) -> None:
     """One table per case, with the ratio to the peer that it names."""
     peer = next((r.p50_ms for r in rows if r.provider == case.peer and r.p50_ms), None)
     table = Table(title=f"{case.name}  {case.shape}  {rows[0].device}", title_justify="left")
-    for column in (
-        "provider",
-        "p20 ms",
-        "p50 ms",
-        "p80 ms",
-        f"x {case.peer}",
-        "GB/s",
-        "% copy",
-        "extra MiB",
-        "ops",
-        "note",
-    ):
+    times = ("p20 ms", "p50 ms", "p80 ms", f"x {case.peer}")
+    for column in ("provider", *times, "GB/s", "% copy", "extra MiB", "ops", "note"):
         table.add_column(column, justify="left" if column in ("provider", "note") else "right")
     for r in rows:
-        if r.p50_ms is None:
+        if r.times is None:
             table.add_row(r.provider, *[""] * 8, r.note)
             continue
-        ratio = "" if peer is None else f"{peer / r.p50_ms:.2f}"
-        figures = (f"{v:.2f}" for v in (r.p20_ms, r.p50_ms, r.p80_ms))
+        ratio = "" if peer is None else f"{peer / r.times[1]:.2f}"
+        figures = (f"{v:.2f}" for v in r.times)
         traffic = f"{r.gb_per_s:.1f}", f"{r.copy_pct:.0f}", f"{r.extra_mib:.0f}", str(r.launches)
         table.add_row(r.provider, *figures, ratio, *traffic, r.note)
     Console(width=160).print(table)

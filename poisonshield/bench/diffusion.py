@@ -1,5 +1,8 @@
 """Noising and the masked loss beside diffusers' scheduler and the usual eager loss."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,12 +34,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     signal, sigma = (v.view(-1, 1, 1, 1) for v in (alphas[t].sqrt(), (1 - alphas[t]).sqrt()))
     expected = signal * x0 + sigma * noise
 
-    def same(name: str, out: Tensor, wanted: Tensor) -> str:
-        if not torch.allclose(out, wanted, rtol=1e-4, atol=1e-5):
-            raise WrongResult(f"{name}: off by {float((out - wanted).abs().max())}")
-        return ""
-
-    def gradient(function) -> Tensor:  # noqa: ANN001
+    def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
         leaf = pred.detach().requires_grad_()
         return torch.autograd.grad(function(leaf), leaf)[0]
 
@@ -50,20 +48,28 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         def step(name: str = name) -> Tensor:
             return gradient(lambda p: masked_diffusion_loss(p, target=noise, mask=mask, backend=name))
 
-        noising.providers.append(
-            Provider(name, None if missing else sample, lambda n=name, f=sample: same(n, f(), expected), missing or "")
-        )
-        loss.providers.append(
-            Provider(name, None if missing else step, lambda n=name, f=step: same(n, f(), wanted), missing or "")
-        )
+        noising.providers.append(_provider(name, sample, expected, missing))
+        loss.providers.append(_provider(name, step, wanted, missing))
     noising.providers.append(_diffusers(x0, noise, t))
     for name, function in (("eager", eager_loss), ("eager, torch.compile", torch.compile(eager_loss))):
 
-        def theirs(function=function) -> Tensor:  # noqa: ANN001
+        def theirs(function: Callable[..., Tensor] = function) -> Tensor:
             return gradient(lambda p: function(p, noise, mask))
 
-        loss.providers.append(Provider(name, theirs, lambda n=name, f=theirs: same(n, f(), wanted)))
+        loss.providers.append(_provider(name, theirs, wanted))
     return [noising, loss]
+
+
+def _provider(name: str, run: Callable[[], Tensor], wanted: Tensor, missing: str | None = None) -> Provider:
+    """Timed, unless it is missing, and checked against the wanted result."""
+
+    def check() -> str:
+        out = run()
+        if not torch.allclose(out, wanted, rtol=1e-4, atol=1e-5):
+            raise WrongResult(f"{name}: off by {float((out - wanted).abs().max())}")
+        return ""
+
+    return Provider(name, None if missing else run, check, missing or "")
 
 
 def _diffusers(x0: Tensor, noise: Tensor, t: Tensor) -> Provider:
@@ -71,5 +77,5 @@ def _diffusers(x0: Tensor, noise: Tensor, t: Tensor) -> Provider:
         from diffusers import DDPMScheduler
     except ImportError:
         return Provider("diffusers", None, missing="diffusers is not installed")
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return Provider("diffusers", lambda: scheduler.add_noise(x0, noise, t))

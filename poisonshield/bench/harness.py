@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -30,22 +31,27 @@ class WrongResult(PoisonShieldError, ArithmeticError):
 
 @dataclass
 class Provider:
-    """Someone who can do it: `run()` is timed; `check()` returns a remark, or raises WrongResult."""
+    """Someone who can do it."""
 
     name: str
     run: Callable[[], object] | None
+    """What is timed; None where it cannot be done here."""
     check: Callable[[], str] = lambda: ""
+    """A remark on the result. Raises WrongResult if it is not what it should be."""
     missing: str = ""
+    """Why it cannot be done here."""
 
 
 @dataclass
 class Case:
-    """What is measured. ideal_bytes: what must be read and written at least. peer: whose time ratios refer to."""
+    """What is measured."""
 
     name: str
     shape: tuple[int, ...]
     ideal_bytes: int
+    """What must be read and written at least; 0 where no traffic is claimed."""
     peer: str
+    """The provider whose time ratios refer to."""
     providers: list[Provider] = field(default_factory=list)
     dtype: str = "float32"
 
@@ -76,17 +82,24 @@ class Row:
     commit: str
     date: str
 
+    @property
+    def times(self) -> tuple[float, float, float] | None:
+        """p20, p50 and p80 in milliseconds; None for a provider that was skipped."""
+        if self.p20_ms is None or self.p50_ms is None or self.p80_ms is None:
+            return None
+        return self.p20_ms, self.p50_ms, self.p80_ms
+
 
 def measure(case: Case, *, rounds: int, copy: float) -> list[Row]:
     """Check, then time every provider of a case. copy: bytes per second of a copy in this run."""
-    here = [p for p in case.providers if p.run is not None]
-    notes = {p.name: p.check() for p in here}
-    for p in here:
-        p.run()
-    times: dict[str, list[float]] = {p.name: [] for p in here}
+    here = {p.name: p.run for p in case.providers if p.run is not None}
+    notes = {p.name: p.check() for p in case.providers if p.run is not None}
+    for run in here.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in here}
     for _ in range(rounds):
-        for p in here:
-            times[p.name].append(_time(p.run))
+        for name, run in here.items():
+            times[name].append(_time(run))
     rows = []
     for p in case.providers:
         if p.run is None:
@@ -128,9 +141,9 @@ def _row(
 def _time(run: Callable[[], object]) -> float:
     """Milliseconds of one run."""
     if not torch.cuda.is_available():
-        start = time.perf_counter()
+        begin = time.perf_counter()
         run()
-        return (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - begin) * 1e3
     _flush_l2()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -142,6 +155,7 @@ def _time(run: Callable[[], object]) -> float:
 
 @cache
 def _spoiler() -> torch.Tensor:
+    """What is written to, so that nothing else stays in the cache."""
     return torch.empty(1 << 26, dtype=torch.int32, device="cuda")  # 256 MiB, larger than any L2
 
 
@@ -175,14 +189,15 @@ def _count(run: Callable[[], object]) -> tuple[float, int]:
 
 # Views, allocations and copies, which are not counted as operations on the CPU.
 _NO_WORK = frozenset(
-    "view expand slice select unbind transpose permute as_strided detach alias t reshape unflatten flatten empty empty_like "
-    "empty_strided resize_ to _to_copy copy_ contiguous clone lift_fresh resolve_conj _reshape_alias unsqueeze squeeze "
-    "expand_as view_as narrow split chunk".split()
+    "view expand slice select unbind transpose permute as_strided detach alias t reshape unflatten flatten empty "
+    "empty_like empty_strided resize_ to _to_copy copy_ contiguous clone lift_fresh resolve_conj _reshape_alias "
+    "unsqueeze squeeze expand_as view_as narrow split chunk".split()
 )
 
 
 @cache
-def _machine() -> dict[str, str | int]:
+def _machine() -> dict[str, Any]:
+    """The last columns of a Row, which are the same in a whole run."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "",

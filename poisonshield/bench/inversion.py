@@ -1,5 +1,4 @@
-"""`poisonshield bench invert`: a step of textual inversion with latents that are kept beside latents made anew, and of
-eight concepts in one batch beside one alone.
+"""A step of textual inversion with latents that are kept beside latents made anew, and of eight concepts beside one.
 
 A step is what the trainer takes: forward, backward, AdamW, on batches of the concept stream drawn before. Both sides of
 a comparison must have the same gradients before anything is timed. The rendered world gives the pictures, whatever the
@@ -8,7 +7,7 @@ Diffusion 1.5 at 512 pixels the VAE's encoder is 1117 of 2786 GFLOP a sample, so
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from poisonshield.bench.record import append
 from poisonshield.bench.vespr import flops
 from poisonshield.data.concepts import Concept
 from poisonshield.engine.optim import build_optimizer
-from poisonshield.methods.diffusion.textual_inversion import TextualInversion
+from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.runs.parts.words import build_concept_stream, build_inversion, select_for_training
 from poisonshield.world import COLORS, SHAPES
@@ -43,7 +42,7 @@ _BATCHES, _PICTURES, _BATCH = 8, 5, 4
 class Learner:
     """A method, its optimiser and the batches that it goes through in turn."""
 
-    method: TextualInversion
+    method: DiffusionMethod
     optimizer: torch.optim.Optimizer
     batches: list[Batch]
 
@@ -57,13 +56,15 @@ class Learner:
         self.optimizer.step()
 
     def gradient(self) -> Tensor:
-        """Of the first concept's vectors on the first batch; goes through all batches, so that their latents are known."""
+        """Of the first concept's vectors on the first batch; all batches pass, so that their latents are known."""
         for batch in reversed(self.batches):
             grad = torch.autograd.grad(self.method(batch).loss, self.method.vectors)[0]
-        return grad[: self.method.config.vectors]
+        return grad[: next(iter(self.method.placeholders.values())).count]
 
 
-def learner(model: LatentDiffusion, concepts: tuple[Concept, ...], *, batch: int, cached: bool, quick: bool) -> Learner:
+def build_learner(
+    model: LatentDiffusion, concepts: tuple[Concept, ...], *, batch: int, cached: bool, quick: bool
+) -> Learner:
     """Safe-Zone Training of these concepts, `batch` samples of each in a step, in float32 where the model is."""
     run = preset_run(model, batch=batch, method={"cache_latents": cached})
     concepts = select_for_training(run.settings.data, concepts)
@@ -82,7 +83,7 @@ class Pipelines:
         self.folder, self.device = folder, device
         self.first: LatentDiffusion | None = None
 
-    def fresh(self) -> LatentDiffusion:
+    def load_copy(self) -> LatentDiffusion:
         """One more copy."""
         model = LatentDiffusion.load(self.folder).to(self.device)
         if self.first is None:
@@ -94,33 +95,28 @@ class Pipelines:
 def cases(pipeline: str, device: torch.device, quick: bool) -> list[Case]:
     """The two comparisons. Their checks raise WrongResult if gradients differ."""
     models = Pipelines(pipeline, device)
-    first = models.fresh()
+    first = models.load_copy()
     kinds = list(itertools.product(COLORS, SHAPES))[:8]
     size = first.unet.config.sample_size * first.factor
     eight = rendered_concepts(2 if quick else _PICTURES, seed=1, kinds=kinds, size=size)
 
     def learn(many: tuple[Concept, ...], batch: int, cached: bool = True) -> Learner:
-        return learner(models.fresh(), many, batch=batch, cached=cached, quick=quick)
+        return build_learner(models.load_copy(), many, batch=batch, cached=cached, quick=quick)
 
     kept, anew = learn(eight[:1], _BATCH), learn(eight[:1], _BATCH, cached=False)
     one, many = learn(eight[:1], 1), learn(eight, 1)
-    pairs = (
-        (f"step of one concept, batch {_BATCH}", _BATCH, ENCODED, ((CACHED, kept, anew), (ENCODED, anew, kept))),
-        ("step, batch 1 of each concept", 1, ONE, ((ONE, one, many), (MANY, many, one))),
-    )
+
+    def compare(name: str, batch: int, peer: str, sides: Sequence[tuple[str, Learner, Learner]]) -> Case:
+        providers = [Provider(side, mine.step, check_same(mine, other)) for side, mine, other in sides]
+        return Case(name, (batch, 3, size, size), 0, peer, providers)
+
     return [
-        Case(
-            name,
-            (batch, 3, size, size),
-            0,
-            peer,
-            [Provider(n, mine.step, same(mine, other)) for n, mine, other in both],
-        )
-        for name, batch, peer, both in pairs
+        compare(f"step of one concept, batch {_BATCH}", _BATCH, ENCODED, ((CACHED, kept, anew), (ENCODED, anew, kept))),
+        compare("step, batch 1 of each concept", 1, ONE, ((ONE, one, many), (MANY, many, one))),
     ]
 
 
-def same(mine: Learner, other: Learner) -> Callable[[], str]:
+def check_same(mine: Learner, other: Learner) -> Callable[[], str]:
     """A check that the first concept's vectors have one gradient in both, from where they start."""
 
     def check() -> str:
@@ -150,12 +146,13 @@ def bench(
     console = Console(width=160)
     for case in cases(pipeline, device, quick):
         timed = measure(case, rounds=rounds, copy=1.0)
-        work |= {p.name: flops(p.run) / 1e9 for p in case.providers}  # last, when latents are known
+        # Last, when latents are known.
+        work |= {p.name: flops(p.run) / 1e9 for p in case.providers if p.run is not None}
         # No traffic is claimed, so no bandwidth of a copy is measured.
         rows = [replace(r, gb_per_s=None, copy_pct=None, note=f"{work[r.provider]:.3f} GFLOP; {r.note}") for r in timed]
         console.print(table(case, rows, pipeline))
         every += rows
-    times = {r.provider: r.p50_ms for r in every}
+    times = {r.provider: r.times[1] for r in every if r.times is not None}
     over = lambda values, a, b: values[a] / values[b]
     ratios = {"cache": over(times, ENCODED, CACHED), "many": over(times, MANY, ONE)}
     console.print(
@@ -177,6 +174,6 @@ def table(case: Case, rows: list[Row], pipeline: str) -> Table:
     for column in ("", "p20 ms", "p50 ms", "p80 ms", "extra MiB", "ops", "note"):
         made.add_column(column, justify="left" if column in ("", "note") else "right")
     for r in rows:
-        times = (f"{v:.1f}" for v in (r.p20_ms, r.p50_ms, r.p80_ms))
+        times = (f"{v:.1f}" for v in r.times or ())
         made.add_row(r.provider, *times, f"{r.extra_mib:.1f}", str(r.launches), r.note)
     return made

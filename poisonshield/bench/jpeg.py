@@ -1,6 +1,8 @@
 """Differentiable JPEG beside kornia's, and exact JPEG beside a real codec."""
 
+import importlib.util
 import io
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from poisonshield.ops import jpeg
 from poisonshield.ops.dispatch import Room
 
 _ROOM = Room("jpeg")
+
+Codec = Callable[[Tensor], Tensor]
+"""Pixels [B, 3, H, W] in [0, 1] -> the same through JPEG."""
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -24,7 +29,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     whole = Case("jpeg exact", shape, 2 * size, "reference")
     reference = jpeg(x, 75, backend="reference")
 
-    def near(run, x=x):  # noqa: ANN001, ANN202
+    def near(run: Codec) -> Callable[[], str]:
         def check() -> str:
             with torch.no_grad():
                 out = run(x)
@@ -45,29 +50,34 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         def exactly(name: str = name) -> Tensor:
             return jpeg(x, 75, mode="exact", backend=name)
 
-        def check(exactly=exactly, name: str = name) -> str:  # noqa: ANN001
+        def check(exactly: Callable[[], Tensor] = exactly, name: str = name) -> str:
             if not torch.equal((exactly() * 255).round(), exact):
                 raise WrongResult(f"{name}: exact mode differs from the reference")
             return "equal"
 
         whole.providers.append(Provider(name, None if missing else exactly, check, missing or ""))
-    try:
-        import kornia
-    except ImportError:
-        theirs, missing = None, "kornia is not installed"
-    else:
-        theirs, missing = kornia.enhance.jpeg_codec_differentiable, None
-    quality = torch.tensor([75.0], device=device)
-
-    def kornias(v: Tensor) -> Tensor:
-        return theirs(v, quality)
-
-    _add(forward, both, "kornia", kornias, x, lambda: f"{_psnr(kornias(x), exact):.1f} dB to libjpeg", missing)
+    _add_kornia(forward, both, x, exact)
     whole.providers.append(_pillow(x, exact))
     return [forward, both, whole]
 
 
-def _add(forward: Case, both: Case, name: str, run, x: Tensor, check, missing: str | None) -> None:  # noqa: ANN001
+def _add_kornia(forward: Case, both: Case, x: Tensor, exact: Tensor) -> None:
+    quality = torch.tensor([75.0], device=x.device)
+
+    def run(v: Tensor) -> Tensor:
+        import kornia
+
+        return kornia.enhance.jpeg_codec_differentiable(v, quality)
+
+    missing = None if importlib.util.find_spec("kornia") else "kornia is not installed"
+    _add(forward, both, "kornia", run, x, lambda: f"{_psnr(run(x), exact):.1f} dB to libjpeg", missing)
+
+
+def _add(
+    forward: Case, both: Case, name: str, run: Codec, x: Tensor, check: Callable[[], str], missing: str | None
+) -> None:
+    """One who encodes and decodes x, alone and with the gradient."""
+
     def once() -> Tensor:
         with torch.no_grad():
             return run(x)

@@ -1,6 +1,7 @@
 """One PGD step beside the formulas of other libraries, written eagerly as they write them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,11 +60,8 @@ def _case(norm: str, textbook: Callable[[Tensor, Tensor, Tensor], Tensor], x0: T
 
         case.providers.append(Provider(name, None if missing else run, check, missing or ""))
     for name, function in (("textbook, eager", textbook), ("textbook, torch.compile", torch.compile(textbook))):
-
-        def theirs(function=function) -> Tensor:  # noqa: ANN001
-            return function(x0, grad, x0)
-
-        case.providers.append(Provider(name, theirs, lambda n=name, t=theirs: checked(n, t())))
+        theirs = partial(function, x0, grad, x0)
+        case.providers.append(Provider(name, theirs, partial(lambda n, step: checked(n, step()), name, theirs)))
     case.providers.append(_torchattacks(norm, x0, step, eps))
     return case
 

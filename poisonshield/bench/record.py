@@ -35,11 +35,12 @@ def plot(path: Path, rows: list[Row]) -> None:
     cases = list(dict.fromkeys(r.case for r in rows))
     figure, axes = plt.subplots(len(cases), 1, figsize=(8, 1.2 + 2.2 * len(cases)), squeeze=False)
     for axis, case in zip(axes[:, 0], cases, strict=True):
-        timed = [r for r in rows if r.case == case and r.p50_ms is not None]
-        spread = [[r.p50_ms - r.p20_ms for r in timed], [r.p80_ms - r.p50_ms for r in timed]]
-        axis.barh([r.provider for r in timed], [r.p50_ms for r in timed], xerr=spread, color="#4a7ba6")
+        timed = [(r.provider, r.times) for r in rows if r.case == case and r.times is not None]
+        spread = [[p50 - p20 for _, (p20, p50, _) in timed], [p80 - p50 for _, (_, p50, p80) in timed]]
+        axis.barh([name for name, _ in timed], [p50 for _, (_, p50, _) in timed], xerr=spread, color="#4a7ba6")
         axis.invert_yaxis()
-        axis.set_title(f"{case}, {timed[0].shape}, {timed[0].device}" if timed else case, fontsize=9, loc="left")
+        first = next(r for r in rows if r.case == case)
+        axis.set_title(f"{case}, {first.shape}, {first.device}" if timed else case, fontsize=9, loc="left")
         axis.set_xlabel("ms")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""`poisonshield bench vespr`: one joint training step of ours beside the same step as the VESPR authors' code takes it.
+"""One joint training step of ours beside the same step as the VESPR authors' code takes it.
 
 Theirs is re-enacted here from its description, in plain PyTorch: the attack forwards every view through encoder,
 projector and classifier, ascends 0 * L_SSL + 1 * mean CE, and back-propagates it into all parameters at each step, only
@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,14 @@ SEED, CLASSES = 5, 10
 GRADIENT_TOLERANCE = 1e-5
 
 
-def example(quick: bool, steps: int, heads: tuple[int, int] = HEADS[0]) -> tuple[VESPRMethod, Batch]:
+class ViewBatch(Batch):
+    """A Batch that has views and labels: a name for readers and type checkers alone."""
+
+    views: tuple[Tensor, ...]
+    y: Tensor
+
+
+def build_example(quick: bool, steps: int, heads: tuple[int, int] = HEADS[0]) -> tuple[VESPRMethod, ViewBatch]:
     """VESPR around SimCLR on resnet_mini, and random pixels: 64 of 32x32, or 6 of 16x16 on a thinner network.
 
     heads: the projector's hidden and output widths; 32 and 16 where it is to be quick.
@@ -47,12 +55,12 @@ def example(quick: bool, steps: int, heads: tuple[int, int] = HEADS[0]) -> tuple
     hidden, width = (32, 16) if quick else heads
     defense = VESPR(VESPR.Config(attack={"steps": steps}), Context(SEED, CLASSES))
     ssl = SimCLR(SimCLR.Config(hidden=hidden, out=width), encoder=encoder, num_classes=CLASSES)
-    model = defense.wrap(ssl).train()
+    model = cast(VESPRMethod, defense.wrap(ssl)).train()
     views = tuple(torch.rand(size, 3, side, side) for _ in range(2))
-    return model, Batch(tuple(f"k{i}" for i in range(size)), views=views, y=torch.arange(size) % CLASSES)
+    return model, ViewBatch(tuple(f"k{i}" for i in range(size)), views=views, y=torch.arange(size) % CLASSES)
 
 
-def our_step(model: VESPRMethod, optimizer: Optimizer, batch: Batch) -> None:
+def our_step(model: VESPRMethod, optimizer: Optimizer, batch: ViewBatch) -> None:
     """One step as the trainer takes it."""
     loss = model(batch).loss
     optimizer.zero_grad()
@@ -60,7 +68,7 @@ def our_step(model: VESPRMethod, optimizer: Optimizer, batch: Batch) -> None:
     optimizer.step()
 
 
-def reference_loss(model: VESPRMethod, views: list[Tensor], batch: Batch, *, ssl: float, ce: float) -> Tensor:
+def reference_loss(model: VESPRMethod, views: list[Tensor], batch: ViewBatch, *, ssl: float, ce: float) -> Tensor:
     """Views one by one through encoder, classifier and projector; ssl * L_SSL + ce * mean CE."""
     features = tuple(model.encoder(v) for v in views)
     scores = [model.head(h) for h in features]
@@ -68,7 +76,7 @@ def reference_loss(model: VESPRMethod, views: list[Tensor], batch: Batch, *, ssl
     return ssl * agreement + ce * torch.stack([F.cross_entropy(s, batch.y) for s in scores]).mean()
 
 
-def reference_attack(model: VESPRMethod, batch: Batch, noise: dict[int, Tensor] | None = None) -> list[Tensor]:
+def reference_attack(model: VESPRMethod, batch: ViewBatch, noise: dict[int, Tensor] | None = None) -> list[Tensor]:
     """The views after PGD on the flagged ones, at the full cost. noise: each flagged view's start, else drawn here."""
     eps, flagged, pgd = model.config.eps, model.config.attack_views, model.config.attack.config
     if noise is None:
@@ -82,7 +90,9 @@ def reference_attack(model: VESPRMethod, batch: Batch, noise: dict[int, Tensor] 
         model.zero_grad()
         reference_loss(model, leaves, batch, ssl=0.0, ce=1.0).backward()
         for i in flagged:
-            moved = views[i] + pgd.step_size * leaves[i].grad.sign()
+            gradient = leaves[i].grad
+            assert gradient is not None  # backward has just filled it
+            moved = views[i] + pgd.step_size * gradient.sign()
             views[i] = moved.clamp(batch.views[i] - eps, batch.views[i] + eps).clamp(0, 1)
     model.zero_grad()
     model.train()
@@ -90,7 +100,7 @@ def reference_attack(model: VESPRMethod, batch: Batch, noise: dict[int, Tensor] 
 
 
 def reference_step(
-    model: VESPRMethod, optimizer: Optimizer, batch: Batch, noise: dict[int, Tensor] | None = None
+    model: VESPRMethod, optimizer: Optimizer, batch: ViewBatch, noise: dict[int, Tensor] | None = None
 ) -> None:
     """Attack, then one step of SGD on both losses."""
     views = reference_attack(model, batch, noise)
@@ -102,15 +112,18 @@ def reference_step(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the two steps are apart, given the same noise: adversarial pixels that differ, worst gradient element."""
+    """How far the two steps are apart, given the same noise."""
 
     differing: int
+    """Adversarial pixels that are not the same in both."""
     gradient: float
+    """The largest difference of two elements of the gradients."""
     moved: float
+    """Mean distance of our attacked pixels from the clean ones."""
 
 
-def compare(model: VESPRMethod, batch: Batch) -> Agreement:
-    """Both steps on copies of the model. moved: mean distance of the attacked pixels from the clean ones."""
+def compare(model: VESPRMethod, batch: ViewBatch) -> Agreement:
+    """Both steps on copies of the model."""
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
     noise = {i: our_noise(model, batch, i) for i in model.config.attack_views}
     mine = [ours.attacked(v, i, batch) for i, v in enumerate(batch.views)]
@@ -119,11 +132,16 @@ def compare(model: VESPRMethod, batch: Batch) -> Agreement:
     moved = max(float((a - b).abs().mean()) for a, b in zip(mine, batch.views, strict=True))
     our_step(ours, sgd(ours), batch)
     reference_step(theirs, sgd(theirs), batch, noise)
-    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
-    return Agreement(differing, max(float((a.grad - b.grad).abs().max()) for a, b in pairs), moved)
+    pairs = zip(gradients(ours), gradients(theirs), strict=True)
+    return Agreement(differing, max(float((a - b).abs().max()) for a, b in pairs), moved)
 
 
-def our_noise(model: VESPRMethod, batch: Batch, view: int) -> Tensor:
+def gradients(model: VESPRMethod) -> list[Tensor]:
+    """The gradient of each parameter that has one."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def our_noise(model: VESPRMethod, batch: ViewBatch, view: int) -> Tensor:
     """The random start that our attack draws for a view."""
     x = batch.views[view]
     u = batch.random(model.seed).within(f"view{view}").uniform("pgd/start/0", x[0].numel())
@@ -142,13 +160,12 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def cost(model: VESPRMethod, batch: Batch) -> dict[str, tuple[int, int]]:
+def count_cost(model: VESPRMethod, batch: ViewBatch) -> dict[str, tuple[int, int]]:
     """FLOPs of (attack, whole step) for each of the two."""
-
     other = copy.deepcopy(model)
     optimizer = sgd(other)
     # The counter's module hooks refuse a leaf under torch.autograd.grad, so the encoder is given a view of it.
-    other.logits = lambda x: other.head(other.encoder(x.view_as(x)))
+    vars(other)["logits"] = lambda x: other.head(other.encoder(x.view_as(x)))
 
     def attack() -> list[Tensor]:
         return [other.attacked(v, i, batch) for i, v in enumerate(batch.views)]
@@ -164,7 +181,7 @@ def cost(model: VESPRMethod, batch: Batch) -> dict[str, tuple[int, int]]:
     }
 
 
-def case(model: VESPRMethod, batch: Batch) -> Case:
+def build_case(model: VESPRMethod, batch: ViewBatch) -> Case:
     """Both steps, each on a model of its own. Raises WrongResult from the check if they do not agree."""
 
     def check() -> str:
@@ -179,9 +196,8 @@ def case(model: VESPRMethod, batch: Batch) -> Case:
     def check_layout() -> str:
         """Sums in another order may flip the sign of a gradient that is nearly zero."""
         other, same = in_channels_last(model, batch)
-        flipped = float(
-            (other.attacked(same.views[0], 0, same) != model.attacked(batch.views[0], 0, batch)).float().mean()
-        )
+        theirs, ours = (m.attacked(b.views[0], 0, b) for m, b in ((other, same), (model, batch)))
+        flipped = float((theirs != ours).float().mean())
         if flipped > 1e-3:
             raise WrongResult(f"{flipped:.1%} of the attacked pixels differ in channels-last memory; 0.1 % may.")
         return f"{flipped:.1%} of the pixels differ"
@@ -192,15 +208,17 @@ def case(model: VESPRMethod, batch: Batch) -> Case:
         return Provider(name, lambda: step(mine, optimizer, given), found)
 
     kinds = ((OURS, our_step, check), (CHANNELS_LAST, our_step, check_layout), (THEIRS, reference_step, check))
-    steps, heads = model.config.attack.config.steps, model.method.config
+    steps = model.config.attack.config.steps
+    heads: Any = model.method.config
     name = f"vespr joint step, {steps} attack steps, projector {heads.hidden}-{heads.out}"
     return Case(name, tuple(batch.views[0].shape), 0, THEIRS, [provider(*kind) for kind in kinds])
 
 
-def in_channels_last(model: VESPRMethod, batch: Batch) -> tuple[VESPRMethod, Batch]:
+def in_channels_last(model: VESPRMethod, batch: ViewBatch) -> tuple[VESPRMethod, ViewBatch]:
     """Copies as the trainer makes them with engine.channels_last, which the shipped configs set."""
     views = tuple(v.contiguous(memory_format=torch.channels_last) for v in batch.views)
-    return copy.deepcopy(model).to(memory_format=torch.channels_last), batch.replace(views=views)
+    same = cast(ViewBatch, batch.replace(views=views))
+    return copy.deepcopy(model).to(memory_format=torch.channels_last), same
 
 
 def bench(out: Path | None, rounds: int, quick: bool, steps: int, threads: int | None) -> list[Row]:
@@ -214,34 +232,34 @@ def bench(out: Path | None, rounds: int, quick: bool, steps: int, threads: int |
         torch.set_num_threads(threads)
     every = []
     for heads in HEADS[:1] if quick else HEADS:
-        model, batch = example(quick, steps, heads)
-        counted = cost(model, batch)
-        it = case(model, batch)
+        model, batch = build_example(quick, steps, heads)
+        counted = count_cost(model, batch)
+        case = build_case(model, batch)
         # No traffic is claimed, so no bandwidth of a copy is measured.
         rows = [
             replace(r, gb_per_s=None, copy_pct=None, note=f"{counted[r.provider][1] / 1e9:.3f} GFLOP; {r.note}")
-            for r in measure(it, rounds=rounds, copy=1.0)
+            for r in measure(case, rounds=rounds, copy=1.0)
         ]
-        show(it, rows, counted)
+        show(case, rows, counted)
         every += rows
     if out is not None:
         append(out, every)
     return every
 
 
-def show(it: Case, rows: list[Row], counted: dict[str, tuple[int, int]]) -> None:
+def show(case: Case, rows: list[Row], counted: dict[str, tuple[int, int]]) -> None:
     """Times with their spread, and FLOPs, each with the ratios of theirs to ours."""
     ours, last, theirs = (next(r for r in rows if r.provider == name) for name in (OURS, CHANNELS_LAST, THEIRS))
     where = f"{ours.device}, {ours.threads} threads, torch {ours.torch}"
-    table = Table(title=f"{it.name}, {ours.shape}, {it.dtype}, {where}", title_justify="left")
+    table = Table(title=f"{case.name}, {ours.shape}, {case.dtype}, {where}", title_justify="left")
     for column in ("", "p20 ms", "p50 ms", "p80 ms", "attack GFLOP", "step GFLOP", "extra MiB", "ops", "note"):
         table.add_column(column, justify="left" if column in ("", "note") else "right")
     for r in rows:
         attack, step = (f"{n / 1e9:.3f}" for n in counted[r.provider])
-        times = (f"{v:.1f}" for v in (r.p20_ms, r.p50_ms, r.p80_ms))
+        times = (f"{v:.1f}" for v in r.times or ())
         table.add_row(r.provider, *times, attack, step, f"{r.extra_mib:.0f}", str(r.launches), r.note.split("; ")[1])
     attack, step = (f"{b / a:.2f}" for a, b in zip(counted[OURS], counted[THEIRS], strict=True))
     for name, mine in ((OURS, ours), (CHANNELS_LAST, last)):
-        pairs = ((theirs.p20_ms, mine.p20_ms), (theirs.p50_ms, mine.p50_ms), (theirs.p80_ms, mine.p80_ms))
-        table.add_row("ratio", *(f"{a / b:.2f}" for a, b in pairs), attack, step, "", "", f"theirs / {name}")
+        ratios = (f"{a / b:.2f}" for a, b in zip(theirs.times or (), mine.times or (), strict=True))
+        table.add_row("ratio", *ratios, attack, step, "", "", f"theirs / {name}")
     Console(width=160).print(table)

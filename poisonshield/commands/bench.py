@@ -25,7 +25,7 @@ def ops(
     quick: Quick = False,
     threads: Threads = None,
 ) -> None:
-    """Differentiable JPEG, PGD step and diffusion loss beside kornia, torchattacks, diffusers, eager and torch.compile."""
+    """Differentiable JPEG, PGD step and diffusion loss beside kornia, torchattacks, diffusers and torch.compile."""
     from poisonshield.bench import bench as run
 
     run(op or [], out, plot, rounds, quick, threads)

@@ -1,7 +1,7 @@
 """`poisonshield convert`."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -21,5 +21,6 @@ def convert(
     """Write a learned word in the form that another tool reads; a file that exists is kept."""
     from poisonshield.api.convert import convert as run
 
-    learned = run(embedding, out, form=cast(Any, form), token=token)
+    words: dict[str, Any] = {"form": form}  # which ones there are is checked there
+    learned = run(embedding, out, token=token, **words)
     print(f"{out}  {learned.token}, {len(learned.vectors)} vectors of {learned.vectors.shape[1]}")

@@ -6,7 +6,7 @@ GROUP = DATA
 
 
 def poison(config: Config, overrides: Overrides = None) -> None:
-    """Write the config's poison: lossless shards or pictures of concepts, with a measured budget, or a small recipe."""
+    """Write the config's poison: lossless shards (or concepts' pictures) with a measured budget, or a small recipe."""
     from poisonshield import api
 
     api.poison(config, overrides or [])

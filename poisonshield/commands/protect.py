@@ -42,7 +42,7 @@ def protect(
     measure: Annotated[bool, typer.Option("--measure", help="Also measure the objective before and after.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Poison photographs against a diffusion model: a PNG of the same size with a manifest, budget checked on it."""
+    """Poison photographs against a diffusion model: PNG of the same size, budget checked on the file, a manifest."""
     from poisonshield.api.protect import TINY_NOTE
     from poisonshield.api.protect import protect as run
 

@@ -1,7 +1,7 @@
 """`poisonshield sensitivity`."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -33,8 +33,8 @@ def sensitivity(
     from poisonshield.api.sensitivity import TIMESTEPS
     from poisonshield.api.sensitivity import sensitivity as run
 
-    run(model, images, embedding, out, reference=reference, masks=masks, against=against, mode=cast(Any, mode),
-        timesteps=timestep or TIMESTEPS, prompt=prompt, probes=probes, exact=exact, noises=noises,
-        norm=cast(Any, norm), size=size,
+    words: dict[str, Any] = {"mode": mode, "norm": norm}  # which ones there are is checked there
+    run(model, images, embedding, out, reference=reference, masks=masks, against=against, **words,
+        timesteps=timestep or TIMESTEPS, prompt=prompt, probes=probes, exact=exact, noises=noises, size=size,
         device=device, seed=seed)  # fmt: skip
     print(out)

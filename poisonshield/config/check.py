@@ -59,9 +59,7 @@ class From:
         rest = {key: setting for key, setting in block.items() if key != "name"}
         config = checker.settings(cls.Config, (), rest, owner=block["name"])
         if config is None:
-            raise ValidationError.from_exception_data(
-                block["name"], [_inside(*problem) for problem in checker.problems]
-            )
+            raise ValidationError.from_exception_data(block["name"], [_inside(*problem) for problem in checker.found])
         return Choice(block["name"], cls, config)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -106,7 +104,13 @@ class Checker:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self.problems: list[tuple[tuple, str]] = []  # path and text of each
+        self.found: list[tuple[tuple, str]] = []
+        """Path and text of each problem."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Each with file and line."""
+        return [f"{self.tree.where(path)}: {text}" for path, text in self.found]
 
     def settings(self, schema: type[BaseModel], path: tuple, values: Any, *, owner: str) -> Any:
         """The schema filled with values, or None with the problems noted. owner is the name used in messages."""
@@ -137,13 +141,12 @@ class Checker:
 
     def problem(self, path: tuple, text: str) -> None:
         """Note a problem at a path."""
-        self.problems.append((path, text))
+        self.found.append((path, text))
 
     def finish(self) -> None:
         """Raise ConfigError with all problems, if any."""
-        if self.problems:
-            lines = (f"{self.tree.where(path)}: {text}" for path, text in self.problems)
-            raise ConfigError("\n".join(dict.fromkeys(lines)))
+        if self.found:
+            raise ConfigError("\n".join(dict.fromkeys(self.problems)))
 
     def _note(self, schema: type[BaseModel], base: tuple, item: ErrorDetails, owner: str) -> None:
         """Note one of pydantic's complaints in our words. base: the path of what was checked."""

@@ -16,7 +16,7 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="refused where a
 
 @pytest.mark.parametrize("flagged", [(0,), (0, 1)])
 def test_both_steps_reach_the_same_pixels_and_gradients(flagged):
-    model, batch = vespr.example(quick=True, steps=10)
+    model, batch = vespr.build_example(quick=True, steps=10)
     model.config = model.config.model_copy(update={"attack_views": flagged})
     found = vespr.compare(model, batch)
     assert found.differing == 0 and found.gradient <= 1e-5
@@ -24,8 +24,8 @@ def test_both_steps_reach_the_same_pixels_and_gradients(flagged):
 
 
 def test_both_steps_leave_the_same_weights_and_statistics():
-    model, batch = vespr.example(quick=True, steps=2)
-    other, _ = vespr.example(quick=True, steps=2)
+    model, batch = vespr.build_example(quick=True, steps=2)
+    other, _ = vespr.build_example(quick=True, steps=2)
     noise = {0: vespr.our_noise(model, batch, 0)}
     vespr.our_step(model, vespr.sgd(model), batch)
     vespr.reference_step(other, vespr.sgd(other), batch, noise)
@@ -34,8 +34,8 @@ def test_both_steps_leave_the_same_weights_and_statistics():
 
 
 def test_the_attack_costs_a_third_of_the_flops_and_less():
-    model, batch = vespr.example(quick=True, steps=5)
-    counted = vespr.cost(model, batch)
+    model, batch = vespr.build_example(quick=True, steps=5)
+    counted = vespr.count_cost(model, batch)
     (our_attack, our_step), (their_attack, their_step) = counted[vespr.OURS], counted[vespr.THEIRS]
     # Theirs: 2 views, each forward 1 and backward 2; ours: one view, forward 1 and backward 1. The first convolution
     # needs no input gradient for the view that is not attacked, and the projector is theirs alone.
@@ -44,10 +44,10 @@ def test_the_attack_costs_a_third_of_the_flops_and_less():
 
 
 def test_a_step_that_differs_is_not_timed(monkeypatch):
-    model, batch = vespr.example(quick=True, steps=2)
+    model, batch = vespr.build_example(quick=True, steps=2)
     monkeypatch.setattr(vespr, "our_noise", lambda model, batch, view: torch.zeros_like(batch.views[view]))
     with pytest.raises(WrongResult, match="attacked pixels differ"):
-        vespr.case(model, batch).providers[0].check()
+        vespr.build_case(model, batch).providers[0].check()
 
 
 @cpu_only

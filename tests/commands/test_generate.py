@@ -100,7 +100,7 @@ def test_a_switch_at_the_top_lets_the_other_word_speak_alone(pipeline, words, tm
 
 def test_longer_words_are_replaced_before_shorter_ones_within_them():
     rows = fill_prompts(["a {} beside <s>"], ["<s>", "<s>-b"], switch=5, switch_word="toy")
-    assert [r.below for r in rows] == ["a toy beside toy", "a toy beside toy"]
+    assert [r.below_switch for r in rows] == ["a toy beside toy", "a toy beside toy"]
     (row,) = fill_prompts(["a ringlet"], ["ringlet", "ring"], switch=5, switch_word="earring")
     assert row.below_switch == "a earring"
     assert fill_prompts(["a star"], [], switch=5, switch_word="toy")[0].below_switch == "a star"
