@@ -65,6 +65,6 @@ def test_both_parts_time_steps_of_their_own_network(part, monkeypatch):
     seen = []
     monkeypatch.setattr(part, "time_step", lambda method, batch: seen.append((method(batch).loss, batch)) or 0.01)
     assert part.fit_to_machine().overrides == []
-    (loss, batch), = seen
+    ((loss, batch),) = seen
     assert loss.isfinite() and loss.requires_grad
     assert demo.COST.seconds + demo_szt.COST.seconds < 300

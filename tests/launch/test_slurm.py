@@ -129,7 +129,7 @@ def test_wrong_launcher_and_missing_config_are_refused(slurm):
 def test_two_tasks_that_srun_starts_train_together(tmp_path):
     """What srun gives each task (SLURM_PROCID and so on, no RANK) is enough to meet and to train."""
     overrides = ["engine.max_steps=2", "engine.log_every_steps=1", "engine.device=cpu", "evaluate.robust=null",
-                 "model.widths=[8,8,8,8]", "method.hidden=16", "method.out=16", f"run.dir={tmp_path / 'run'}"]  # fmt: skip
+                 "evaluate.knn=null", "evaluate.linear=null", "model.widths=[8,8,8,8]", "method.hidden=16", "method.out=16", f"run.dir={tmp_path / 'run'}"]  # fmt: skip
     command = [sys.executable, str(ROOT / "launch" / "train.py"), str(ROOT / "configs/defend/vespr_cifar10_mini.yaml")]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     tasks = [
