@@ -80,7 +80,8 @@ def summary(rows: list[dict]) -> str:
         f"The poison costs supervised training {gap:.1f} points of clean-test accuracy ({clean:.1f} to {poisoned:.1f})."
     )
     if gap > 0:
-        text += f" VESPR, on the same poisoned images, reaches {vespr:.1f}: {100 * (vespr - poisoned) / gap:.0f} % of the loss is back."
+        back = 100 * (vespr - poisoned) / gap
+        text += f" VESPR, on the same poisoned images, reaches {vespr:.1f}: {back:.0f} % of the loss is back."
     return text
 
 

@@ -1,7 +1,8 @@
 """Safe-Zone Training on one page: a word learned from clean pictures, from poisoned ones, and from poisoned ones in the
 safe zone, on the small pipeline that ships with the package.
 
-The world is rendered and the pipeline has two million parameters, so that it takes minutes on a CPU; the report says so.
+The world is rendered and the pipeline has two million parameters, so that it takes minutes on a CPU; the report says
+so.
 """
 
 import json
@@ -27,7 +28,8 @@ TEMPLATE = resources.files("poisonshield.reports") / "templates" / "report_szt.h
 
 POISON = "data.poison={name: advdm, eps_levels: 16, steps: 100}"
 FLOOR = "defenses=[{name: szt, purifier: null, mask: null, t_min: 500}]"
-SZT = "defenses=[{name: szt, purifier: {name: jpeg, quality: 50}, mask: file, mask_dilate: 2, mask_floor: 0.3, t_min: 500}]"
+JPEG = "{name: jpeg, quality: 50}"
+SZT = f"defenses=[{{name: szt, purifier: {JPEG}, mask: file, mask_dilate: 2, mask_floor: 0.3, t_min: 500}}]"
 
 # Of this pipeline on two cores: its four trainings last as long as 1,200 timed steps, the rest as 400.
 COST = Cost(steps=300, training=1200, rest=400, seconds=120)

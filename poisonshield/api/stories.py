@@ -81,8 +81,8 @@ class Length:
         if self.steps == self.full:
             return ""
         return (
-            f" Shortened to {self.steps} of {self.full} steps a story, since this machine does {self.speed:.1f} steps a "
-            "second; its numbers are not those of full length."
+            f" Shortened to {self.steps} of {self.full} steps a story, since this machine does {self.speed:.1f} steps "
+            "a second; its numbers are not those of full length."
         )
 
 
