@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and dist.py
 torch.set_num_threads(1)
 
 SLOW_TIMEOUT_S = 5400
+LARGEST_KEPT = 4096  # bytes of an encoded image
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +39,26 @@ def cifar10_folder() -> Path:
     if not (folder / "manifest.json").is_file():
         pytest.skip(f"needs CIFAR-10 shards in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_images_are_decoded_once() -> Iterator[None]:
+    """Many tests read the same 6,000 bundled images: the first in a process decodes them, the others get copies."""
+    kept: dict[tuple[bytes, str], torch.Tensor] = {}
+
+    def decode(data: bytes, extension: str, *, name: str) -> torch.Tensor:
+        if len(data) > LARGEST_KEPT:
+            return whole(data, extension, name=name)
+        if (data, extension) not in kept:
+            kept[data, extension] = whole(data, extension, name=name)  # raises with this name, and keeps nothing
+        return kept[data, extension].clone()
+
+    from poisonshield.data import shards
+
+    whole = shards.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "decode", decode)
+        yield
 
 
 @pytest.fixture

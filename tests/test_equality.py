@@ -12,8 +12,8 @@ from poisonshield.engine.processes import processes
 from poisonshield.runs import read_experiment
 from poisonshield.runs.classify import build_method, build_stream, spread_batch_norm
 
-# 2 ranks of 32. At lr 0.001 rounding grows less than tenfold in 20 steps; at 0.1 it does so in each of the first ones.
-SHORT = ("engine.max_steps=5", "engine.log_every_steps=1", "engine.device=cpu", "schedule.name=constant",
+# 2 ranks of 8. At lr 0.001 rounding grows less than tenfold in 20 steps; at 0.1 it does so in each of the first ones.
+SHORT = ("data.batch_size=16", "engine.max_steps=5", "engine.log_every_steps=1", "engine.device=cpu", "schedule.name=constant",
          "optimizer.lr=0.001", "model.widths=[8,16,16,32]", "method.hidden=64", "method.out=64")  # fmt: skip
 ATTACK = ("defenses.0.eps=4/255", "defenses.0.attack.step_size=0.6/255", "defenses.0.attack.steps=4")
 NO_ATTACK = ("defenses.0.attack_views=[]",)
@@ -59,9 +59,13 @@ def every_backend(rank, world, folder, more):
     return {name: both(f"{folder}/{name}", over + more) for name, over in BACKENDS.items()}
 
 
-def local_norm(rank, world, folder):
-    """Two ranks with batch norm of their own."""
-    return losses(f"{folder}/local", NO_ATTACK + ("model.batch_norm=local",))
+def everything(rank, world, folder):
+    """On two ranks that are started once: every backend, batch norm of each rank alone, and losses in float64."""
+    return {
+        "backends": every_backend(rank, world, folder, ()),
+        "local norm": losses(f"{folder}/local", NO_ATTACK + ("model.batch_norm=local",)),
+        "exact": exact_losses(rank, world, 0.1),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +75,22 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    return run_dist(every_backend, 2, str(tmp_path_factory.mktemp("shared")), (), deepspeed=True, timeout_s=400)[0]
+    return run_dist(everything, 2, str(tmp_path_factory.mktemp("shared")), deepspeed=True, timeout_s=400)[0]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", BACKENDS)
 def test_losses_of_two_ranks_are_those_of_one(name, alone, shared):
-    (attack, calm), (attack_2, calm_2) = alone, shared[name]
+    (attack, calm), (attack_2, calm_2) = alone, shared["backends"][name]
     assert len(attack) == 5 and len(set(attack)) == 5
+    print(f"{name:6} attack {apart(attack, attack_2):.1e} calm {apart(calm, calm_2):.1e}")
     assert apart(calm, calm_2) < 1e-5
     assert apart(attack, attack_2) < 1e-4
 
 
 @pytest.mark.dist
-def test_relu_network_at_a_training_rate_agrees_in_float64():
-    alone, (two, _) = exact_losses(0, 1, 0.1), run_dist(exact_losses, 2, 0.1)
+def test_relu_network_at_a_training_rate_agrees_in_float64(shared):
+    alone, two = exact_losses(0, 1, 0.1), shared["exact"]
     assert len(set(alone)) == 20 and apart(alone[:5], two[:5]) < 1e-9 and apart(alone, two) < 1e-3
 
 
@@ -102,5 +107,5 @@ def test_losses_stay_together_for_twenty_steps(tmp_path):
 
 
 @pytest.mark.dist
-def test_batch_norm_of_each_rank_alone_breaks_it(alone, tmp_path):
-    assert apart(alone[1], run_dist(local_norm, 2, str(tmp_path))[0]) > 1e-3
+def test_batch_norm_of_each_rank_alone_breaks_it(alone, shared):
+    assert apart(alone[1], shared["local norm"]) > 1e-3

@@ -13,7 +13,8 @@ from poisonshield.data import ShardSet
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = [f"n{i:08d}" for i in range(100)]
 LIGHT = ["data.batch_size=4", "data.workers=0", "engine.precision=fp32", "engine.max_steps=1", "engine.device=cpu",
-         "engine.log_every_steps=1", "evaluate.robust=null", "evaluate.batch_size=25"]  # fmt: skip
+         "engine.log_every_steps=1", "evaluate.robust=null", "evaluate.alignment=null", "evaluate.linear=null",
+         "evaluate.batch_size=25"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ SHORT = (
     "data.concepts=[yellow ring, purple star]", "data.count=3", "data.masks=file", "data.batch_size=4",
     "defenses=[{name: szt, purifier: {name: jpeg, quality: 50}, t_min: 500, mask: file}]",
     "engine.max_steps=4", "engine.log_every_steps=1", "engine.device=cpu",
-    "generate.count=1", "generate.steps=1", "generate.every_steps=2",
+    "generate.count=1", "generate.steps=1", "generate.every_steps=2", "evaluate.latent_cosine=null",
 )  # fmt: skip
 # Beside Safe-Zone Training as its config has it: what the whole batch on all ranks decides, and a step of two batches.
 CALM = "generate.every_steps=null"

@@ -15,6 +15,20 @@ from poisonshield.cli import app
 from poisonshield.errors import ConfigError, DataError
 
 
+@pytest.fixture(scope="module", params=["uncompiled", pytest.param("compiled", marks=pytest.mark.slow)], autouse=True)
+def compiled(request):
+    """What the harness records does not depend on what torch.compile does: by default its functions run as they are.
+    That the compiled ops are right is for contracts/test_ops.py and ops/test_jpeg.py; here with -m slow."""
+    with torch.compiler.set_stance("force_eager" if request.param == "uncompiled" else "default"):
+        yield
+
+
+@pytest.fixture
+def quick_copy(monkeypatch):
+    """The speed of copying is made up, where no row is looked at."""
+    monkeypatch.setattr("poisonshield.bench.copy_bandwidth", lambda device: 1e10)
+
+
 def run(*arguments):
     return CliRunner().invoke(
         app, ["bench", "ops", "--quick", "--rounds", "2", *map(str, arguments)], catch_exceptions=False
@@ -36,7 +50,7 @@ def test_rows_are_appended_with_all_that_a_claim_needs(tmp_path):
     skipped = [r for r in rows if r["provider"] == "cuda"]
     assert torch.cuda.is_available() or all(r["note"].startswith("skipped: ") and not r["p50_ms"] for r in skipped)
     assert figure.stat().st_size > 1000
-    run("--op", "diffusion", "--out", out)
+    run("--op", "pgd", "--out", out)
     again = list(csv.DictReader(out.open()))
     assert again[: len(rows)] == rows and len(again) > len(rows)
 
@@ -72,11 +86,11 @@ def test_memory_and_operations_are_counted():
     assert extra == pytest.approx(4, abs=0.1) and launches == 2
 
 
-def test_another_files_columns_are_refused(tmp_path):
+def test_another_files_columns_are_refused(tmp_path, quick_copy):
     out = tmp_path / "other.csv"
     out.write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="has other columns"):
-        run("--op", "diffusion", "--out", out)
+        run("--op", "pgd", "--out", out)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -88,7 +88,12 @@ def agree(name, row, backend, **tolerance):
         torch.testing.assert_close(p, q, **tolerance)
 
 
-@pytest.mark.parametrize("name, row", ROWS)
+# Compilation takes seconds a row. The slow ones are those whose like is compiled in ops/test_jpeg.py, both ways.
+SLOW = {("jpeg", 1)}
+COMPILED = [pytest.param(*row, marks=pytest.mark.slow) if row in SLOW else row for row in ROWS]
+
+
+@pytest.mark.parametrize("name, row", COMPILED)
 def test_compiled_agrees_with_the_reference(name, row):
     if rounds(name, row):
         pytest.skip("see test_jpeg.py for coefficients next to a tie")

@@ -1,5 +1,7 @@
 """Every loss over 1, 2 and 4 ranks: value and parameters' gradient are those of one process, float32 to 1e-5."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,16 +78,22 @@ def every_loss(rank, world, sizes):
     return answers
 
 
-def every_split(rank, world):
-    return [every_loss(rank, world, sizes) for sizes in SIZES[world]]
+def everything(rank, world):
+    """What the tests ask of a number of ranks, started once: every split of the samples, and what InfoNCE sends."""
+    return [every_loss(rank, world, sizes) for sizes in SIZES[world]], infonce_talk(rank, world)
+
+
+@functools.cache
+def answers(world):
+    return run_dist(everything, world)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 4])
 def test_loss_and_gradient_do_not_depend_on_ranks(world):
     alone = every_loss(0, 1, SIZES[1][0])
-    for rank_answers in run_dist(every_split, world):
-        for split in rank_answers:
+    for splits, _ in answers(world):
+        for split in splits:
             for name, (value, grads) in split.items():
                 expected, expected_grads = alone[name]
                 assert value == pytest.approx(expected, rel=1e-5, abs=1e-5), name
@@ -111,6 +119,6 @@ def infonce_talk(rank, world):
 
 @pytest.mark.dist
 def test_infonce_sends_nothing_in_the_backward_pass_and_cross_entropy_nothing_at_all():
-    for forward, backward, ce in run_dist(infonce_talk, 2):
+    for _, (forward, backward, ce) in answers(2):
         assert forward == ["_all_gather"] * 4  # two views' keys, two pairs' log-denominators
         assert backward == [] and ce == []

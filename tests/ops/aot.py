@@ -1,16 +1,16 @@
 """Compiles Triton kernels for sm_90 without a GPU and prints what each one uses, one JSON object a line.
 
 Run by itself, since kernels that Triton's interpreter has claimed cannot be compiled:
-`python tests/ops/aot.py [room ...]`, by default every room that has Triton kernels.
+`python tests/ops/aot.py [--without REGEX] [room ...]`, by default every room that has Triton kernels, and every case.
 """
 
+import argparse
 import importlib
 import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def resources(cubin):
     return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
-def main(rooms):
+def main(rooms, without):
     import triton
 
     for room in rooms:
@@ -52,6 +52,8 @@ def main(rooms):
         if importlib.util.find_spec(name) is None:
             continue
         for case, kernel, signature, constants, options, even in importlib.import_module(name).aot_cases():
+            if without and re.search(without, case):
+                continue
             k = compiled(kernel, signature, constants, options, even)
             ptx = k.asm["ptx"]
             facts = {
@@ -71,4 +73,8 @@ if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels of the interpreter cannot be compiled"
     from poisonshield.ops.dispatch import rooms
 
-    main(sys.argv[1:] or rooms())
+    asked = argparse.ArgumentParser()
+    asked.add_argument("rooms", nargs="*", default=rooms())
+    asked.add_argument("--without", help="cases whose names match are left out")
+    given = asked.parse_args()
+    main(given.rooms, given.without)

@@ -35,6 +35,8 @@ BUDGETS = {
 WIDE = ("linf_step", "noising", "loss_given", "ball_sums")
 
 
+# Variants of a kernel that compile for seconds: by default its plainest and its heaviest form, all with -m slow.
+VARIANTS = "444_(exact|fourier)|420_fourier$"
 ANY = (255, float("inf"))  # a kernel without a row must only stay in registers
 
 
@@ -43,10 +45,14 @@ def budget(case):
     return BUDGETS.get(max((n for n in BUDGETS if case.startswith(n)), key=len, default=None), ANY)
 
 
-def compile_all(**environment):
+def compile_all(*arguments, **environment):
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, HERE / "aot.py"], capture_output=True, text=True, env=clean | environment, check=False
+        [sys.executable, HERE / "aot.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -66,7 +72,14 @@ def check(rows):
 def rows():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
-    return compile_all()
+    return compile_all("--without", VARIANTS)
+
+
+@pytest.mark.slow
+def test_every_variant_stays_within_its_budget(rows):
+    every = compile_all()
+    check(every)
+    assert {r["case"] for r in rows} < {r["case"] for r in every}
 
 
 def test_kernels_stay_within_their_budgets(rows):
