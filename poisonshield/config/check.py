@@ -9,7 +9,7 @@ from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCu
 
 from poisonshield.config.tree import Tree
 from poisonshield.config.types import FRACTION
-from poisonshield.errors import ConfigError
+from poisonshield.errors import ConfigError, RenamedSettings
 from poisonshield.registry import Registry, suggest, with_article
 
 
@@ -106,6 +106,8 @@ class Checker:
         self.tree = tree
         self.found: list[tuple[tuple, str]] = []
         """Path and text of each problem."""
+        self.moves: list[tuple[tuple, str]] = []
+        """Paths of settings that are called otherwise now, and their new names."""
 
     @property
     def problems(self) -> list[str]:
@@ -145,8 +147,10 @@ class Checker:
 
     def finish(self) -> None:
         """Raise ConfigError with all problems, if any."""
-        if self.found:
-            raise ConfigError("\n".join(dict.fromkeys(self.problems)))
+        if not self.found:
+            return
+        text = "\n".join(dict.fromkeys(self.problems))
+        raise RenamedSettings(text, self.moves) if len(self.moves) == len(self.found) else ConfigError(text)
 
     def _note(self, schema: type[BaseModel], base: tuple, item: ErrorDetails, owner: str) -> None:
         """Note one of pydantic's complaints in our words. base: the path of what was checked."""
@@ -154,31 +158,39 @@ class Checker:
         if item["type"] == _INSIDE:
             text = f"{_dotted(path[: len(path) - item['ctx']['inner']])}: {item['msg']}"
         elif item["type"] == "extra_forbidden":
+            renamed = _renamed_at(schema, item["loc"][:-1]).get(str(item["loc"][-1]))
+            if renamed is not None:
+                self._note_renamed(path, renamed)
+                return
             text = _word_unknown(schema, base, item["loc"], owner)
         elif item["type"] == "missing":
             text = f"{_dotted(path)} is missing; {owner} needs it."
         else:
-            text = _word_wrong(_dotted(path), item)
+            text = _word_wrong(_dotted(path), item, _words_at(schema, item["loc"]))
         self.problem(path, text)
+
+    def _note_renamed(self, path: tuple, renamed: str) -> None:
+        """A setting of an earlier version. renamed: its name now, within its block, or from the top after a slash."""
+        block = () if renamed.startswith("/") else path[:-1]
+        new = (*block, *renamed.removeprefix("/").split("."))
+        self.moves.append((path, ".".join(str(part) for part in new)))
+        self.problem(path, f"{_dotted(path)} is called {_dotted(new)} now. Write that instead.")
 
 
 def _word_unknown(schema: type[BaseModel], base: tuple, loc: tuple, owner: str) -> str:
     """What is said of a key that no setting has."""
     label, block, key = _dotted((*base, *loc)), _dotted((*base, *loc[:-1])), str(loc[-1])
-    renamed = _renamed_at(schema, loc[:-1]).get(key)
-    if renamed is not None:
-        return f"{label} is called {f'{block}.' if block else ''}{renamed} now. Write that instead."
     fields = _fields_at(schema, loc[:-1])
     place = block if len(loc) > 1 else owner
     return f"{label} is not a setting of {place}.{suggest(key, fields)}  Settings: {', '.join(sorted(fields))}"
 
 
-def _word_wrong(label: str, item: ErrorDetails) -> str:
-    """What is said of a value that does not fit, with the value unless the message has it."""
+def _word_wrong(label: str, item: ErrorDetails, words: str | None) -> str:
+    """What is said of a value that does not fit: the value, unless the message has it, and the field's own words."""
     message, value = item["msg"].removeprefix("Value error, "), item["input"]
     told = isinstance(value, (dict, list)) or str(value) in message
     given = "" if told else f" (given: {value!r})"
-    return f"{label}: {message}{given}" if label else message
+    return f"{label}: {message}{given}{f'.  It is: {words}' if words else ''}" if label else message
 
 
 def _schema_at(schema: Any, loc: tuple) -> Any:

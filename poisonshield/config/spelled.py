@@ -46,5 +46,5 @@ def pick_spelled(text: str, registry: Registry, **more: Any) -> Choice:
     checker = Checker(Tree())
     choice = checker.choice((registry,), (), block | more)
     if choice is None:
-        raise ConfigError("; ".join(problem for _, problem in checker.problems))
+        raise ConfigError("; ".join(problem for _, problem in checker.found))
     return choice

@@ -25,7 +25,7 @@ def purifier_block(value: Any) -> dict[str, Any] | None:
     checker = Checker(Tree())
     config = checker.settings(cls.Config, (), {k: v for k, v in block.items() if k != "name"}, owner=name)
     if config is None:
-        raise ConfigError("; ".join(text for _, text in checker.problems))
+        raise ConfigError("; ".join(text for _, text in checker.found))
     return {"name": name, **config.model_dump(mode="json")}
 
 
