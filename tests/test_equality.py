@@ -13,8 +13,10 @@ from poisonshield.runs import read_experiment
 from poisonshield.runs.classify import build_method, build_stream, spread_batch_norm
 
 # 2 ranks of 8. At lr 0.001 rounding grows less than tenfold in 20 steps; at 0.1 it does so in each of the first ones.
-SHORT = ("data.batch_size=16", "engine.max_steps=5", "engine.log_every_steps=1", "engine.device=cpu",
-         "schedule.name=constant", "optimizer.lr=0.001", "model.widths=[8,16,16,32]", "method.hidden=64", "method.out=64")  # fmt: skip
+SHORT = (
+    "data.batch_size=16", "engine.max_steps=5", "engine.log_every_steps=1", "engine.device=cpu",
+    "schedule.name=constant", "optimizer.lr=0.001", "model.widths=[8,16,16,32]", "method.hidden=64", "method.out=64",
+)  # fmt: skip
 ATTACK = ("defenses.0.eps=4/255", "defenses.0.attack.step_size=0.6/255", "defenses.0.attack.steps=4")
 NO_ATTACK = ("defenses.0.attack_views=[]",)
 BACKENDS = {
