@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 
 from poisonshield.batch import Batch
-from poisonshield.defenses.diffusion.masks.base import MaskProvider, WordSettings
+from poisonshield.defenses.diffusion.masks.base import MaskProvider, WordMask
 from poisonshield.defenses.diffusion.szt import MASKS, SZT
 from poisonshield.errors import ConfigError
 
@@ -44,7 +44,7 @@ def test_class_is_a_mask_named_as_its_file_with_settings_that_are_described(name
     cls = MASKS.get(name)
     assert issubclass(cls, MaskProvider) and cls.name == name and cls.__doc__
     assert all(field.description for field in cls.Config.model_fields.values())
-    assert issubclass(cls.Config, WordSettings) == cls.needs_word
+    assert issubclass(cls, WordMask) == cls.needs_word
 
 
 @pytest.mark.parametrize("name", NAMES)
