@@ -18,7 +18,7 @@ from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.schedule import ScheduleConfig, lr_at
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.engine.trainer import Trainer
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 STEPS, CLIP = 8, 0.1  # the gradient's norm is above 0.1, so clipping bites
 CLOSE = 1e-6  # float32 sums of eight terms in another order
@@ -52,7 +52,7 @@ class Halves:
         self.position = state["position"]
 
 
-class MeanMethod(Method):
+class MeanMethod(SSLMethod):
     """A loss that is a mean over samples, with noise by key; buffers that a forward and that a step move."""
 
     def __init__(self):

@@ -34,7 +34,7 @@ from poisonshield.engine.checkpoint import sha256
 from poisonshield.engine.guards import NonFiniteError
 from poisonshield.engine.signals import Preempted
 from poisonshield.errors import BackendError, CheckpointError
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 BACKENDS = {"plain": {}, **{f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in range(4)}}
 CLOSE = 1e-5  # float32 sums in another order, over eight steps
@@ -66,7 +66,7 @@ class Teacher(AttackedMethod):
             old.data.lerp_(new.data, 0.2)
 
 
-class Around(Method):
+class Around(SSLMethod):
     """A method that calls another whole, as a defense does."""
 
     def __init__(self):

@@ -18,7 +18,7 @@ from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.engine.trainer import Trainer
-from poisonshield.method import Method
+from poisonshield.method import SSLMethod
 
 IMAGES = 48
 
@@ -70,7 +70,7 @@ class Interrupted(TinyStream):
             yield batch
 
 
-class TinyMethod(Method):
+class TinyMethod(SSLMethod):
     """Convolution, batch norm, dropout and keyed noise; a running average that only after_step moves."""
 
     def __init__(self) -> None:
