@@ -18,7 +18,7 @@ from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.engine.trainer import Trainer
-from poisonshield.method import SSLMethod
+from poisonshield.method import Method, SSLMethod
 
 IMAGES = 48
 
