@@ -236,6 +236,7 @@ def test_demo_szt_leaves_a_table_pictures_and_one_self_contained_page(tmp_path, 
     page = (tmp_path / "szt" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1 and "http" not in page
     assert all("Shortened to 2 of 300 steps" in told for told in (page, shown.summary))
+    assert all("Do not compare the defenses here" in told for told in (page, shown.summary))
     assert all(f"{r['fidelity']:.2f}" in page for r in rows)
     assert (tmp_path / "szt" / "pictures.png").is_file()
 
