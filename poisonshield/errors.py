@@ -33,6 +33,14 @@ class GradientError(PoisonShieldError, RuntimeError):
     """A derivative was asked for where there is none."""
 
 
+class StorageError(PoisonShieldError, OSError):
+    """A disk is full, read-only, or forbids what was asked; the message gives the path and the free space."""
+
+
+class BusyError(PoisonShieldError, RuntimeError):
+    """Another process works in the same folder; the message gives its host and number."""
+
+
 class CheckpointError(PoisonShieldError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 

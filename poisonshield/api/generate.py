@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from poisonshield import __version__
-from poisonshield.engine.checkpoint import sha256, write_whole
+from poisonshield.engine.checkpoint import sha256
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError
+from poisonshield.files import write_whole
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise

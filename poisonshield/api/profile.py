@@ -12,8 +12,8 @@ from torch import Tensor
 from poisonshield.api.pictures import Paths, Pictures, add_learned, fill_prompt, load_pictures, pick_matching
 from poisonshield.batch import Batch
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
-from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
+from poisonshield.files import write_whole
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.timesteps import Profile, choose_t_min, timestep_profile
 

@@ -22,9 +22,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from poisonshield.api.photos import Photo, find_photos, read_masks, read_photo
-from poisonshield.engine.checkpoint import flush, write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.files import flush, write_whole
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.attack.presets import resolve

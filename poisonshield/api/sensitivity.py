@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from poisonshield.api.pictures import Paths, add_learned, fill_prompt, load_pictures, pick_matching
-from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError
+from poisonshield.files import write_whole
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sensitivity import Mode, Sensitivity, semantic_sensitivity

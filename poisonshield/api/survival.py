@@ -12,9 +12,9 @@ from torch import Tensor
 from poisonshield.api.photos import Photo, find_photos, read_photo
 from poisonshield.batch import Batch
 from poisonshield.defenses.purify.named import build_purifier, parse_purifier, purifier_block
-from poisonshield.engine.checkpoint import write_whole
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.parts.survival import Picture, Poisoned, Purified, Report, edges_of, measure
+from poisonshield.files import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from poisonshield import collectives
 from poisonshield.errors import CheckpointError, PoisonShieldError
+from poisonshield.files import flush, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +38,6 @@ def sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Ask the disk to really hold a file, or a folder's list of names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a small text file in one move, so that no reader ever sees half of it."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text)
-    flush(draft)
-    os.replace(draft, path)
-    flush(path.parent)
 
 
 def save_plain(value: Any, path: Path) -> None:

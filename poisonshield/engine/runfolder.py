@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from poisonshield.engine.checkpoint import write_whole
 from poisonshield.errors import ConfigError
+from poisonshield.files import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from poisonshield.config import Checker, Settings, Tree, dump, find_config
-from poisonshield.engine.checkpoint import write_whole
 from poisonshield.errors import ConfigError, PoisonShieldError
+from poisonshield.files import write_whole
 from poisonshield.reports.tables import markdown, spreads
 from poisonshield.runs.base import Experiment, read_experiment
 from poisonshield.runs.parts.training import Place, Training

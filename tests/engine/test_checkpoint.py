@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from poisonshield import collectives
+from poisonshield import collectives, files
 from poisonshield.engine import checkpoint
 from poisonshield.engine.checkpoint import (
     Checkpoints,
@@ -27,7 +27,6 @@ from poisonshield.engine.checkpoint import (
     save_plain,
     together,
     verify,
-    write_whole,
 )
 from poisonshield.errors import CheckpointError, ConfigError, PoisonShieldError
 
@@ -89,7 +88,9 @@ def test_checkpoint_appears_in_one_move(tmp_path, monkeypatch):
         move(source, target)
 
     monkeypatch.setattr(checkpoint.os, "replace", watch)
-    monkeypatch.setattr(checkpoint, "flush", lambda path: (flushed.append(path), flush(path)))
+    for module in (checkpoint, files):
+        monkeypatch.setattr(module, "flush", lambda path: (flushed.append(path), flush(path)))
+    monkeypatch.setattr(files, "draft_of", lambda path: path.with_name(f".{path.name}.tmp"))
     Checkpoints(tmp_path, keep=1).save(5, {}, write())
     on_disk = [".index.json.tmp", ".step-00000005.tmp", "deep", "method.pt", "shard.bin"]
     assert seen == [(["deep", "index.json", "method.pt"], False, 5, on_disk)]
@@ -279,21 +280,6 @@ def test_random_states_go_on_where_they_were_after_a_round_trip_over_disk(tmp_pa
     assert draw() != expected
     restore_random_states(load_plain(tmp_path / "random.pt"))
     assert draw() == expected
-
-
-def test_small_file_is_replaced_in_one_move(tmp_path, monkeypatch):
-    write_whole(tmp_path / "a.json", "old")
-
-    def power_cut(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.os, "replace", power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "a.json", "new")
-    assert (tmp_path / "a.json").read_text() == "old"
-    monkeypatch.undo()
-    write_whole(tmp_path / "a.json", "new")
-    assert (tmp_path / "a.json").read_text() == "new" and names(tmp_path) == ["a.json"]
 
 
 def test_error_on_purpose_keeps_its_kind_and_any_other_becomes_a_checkpoint_error():

@@ -17,8 +17,9 @@ from torch import Tensor
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.writer import write_concepts
-from poisonshield.engine.checkpoint import together, write_whole
+from poisonshield.engine.checkpoint import together
 from poisonshield.errors import ConfigError
+from poisonshield.files import write_whole
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.base import DiffusionPoison

@@ -3,10 +3,10 @@
 import json
 import logging
 
-from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.evals import EVALUATIONS
 from poisonshield.evals.parts.numbers import Measured, numbers_of, row_of, values_of
+from poisonshield.files import write_whole
 from poisonshield.reports.plots import plot_probes
 from poisonshield.runs.parts.image_data import OpenData
 from poisonshield.runs.parts.training import Training

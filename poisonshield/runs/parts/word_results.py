@@ -12,9 +12,9 @@ from torch import Tensor
 from poisonshield import collectives
 from poisonshield.data.concepts import Concept
 from poisonshield.defenses.base import Defense
-from poisonshield.engine.checkpoint import write_whole
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
+from poisonshield.files import write_whole
 from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise

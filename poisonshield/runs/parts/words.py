@@ -18,10 +18,11 @@ from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.stream import ConceptStream
 from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
-from poisonshield.engine.checkpoint import together, write_whole
+from poisonshield.engine.checkpoint import together
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.trainer import Trainer
 from poisonshield.errors import ConfigError
+from poisonshield.files import write_whole
 from poisonshield.method import DiffusionMethod
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.runs.parts.training import Training

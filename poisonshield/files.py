@@ -1,0 +1,229 @@
+"""Files as several processes and hosts share them: written whole, read within bounds, one owner of a folder at a time.
+
+A lock is a small file, made so that only one process can make it, on NFS too. It names its owner's host, process and
+start, and the owner touches it every half minute. So a lock whose owner is gone is known: on the same host by the
+process table, from another host by its age.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from poisonshield.errors import BusyError, DataError, StorageError
+
+LOCK = ".poisonshield.lock"
+BEAT = 30.0
+"""Seconds between two touches of a lock by its owner."""
+STALE_AFTER = 20 * BEAT
+"""Seconds after which a lock from another host counts as left behind."""
+
+_DISK_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EFBIG: "the file would be larger than this disk or process may have",
+}
+
+
+def flush(path: Path) -> None:
+    """Ask the disk to really hold a file, or a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def draft_of(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer has, for what is renamed to `path` once it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a small file in one move, so that no reader ever sees half of it, whoever else writes it too.
+
+    Raises StorageError if the disk does not take it; then what was there stays, and no draft.
+    """
+    draft = draft_of(path)
+    with tell_of_disk(path):
+        try:
+            draft.write_bytes(content.encode() if isinstance(content, str) else content)
+            flush(draft)
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        flush(path.parent)
+
+
+@contextmanager
+def tell_of_disk(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into words. Raises StorageError with `path`, the reason and the free space."""
+    try:
+        yield
+    except OSError as err:
+        if isinstance(err, StorageError) or err.errno not in _DISK_REASONS:
+            raise
+        raise StorageError(
+            f"{path} cannot be written: {_DISK_REASONS[err.errno]} ({_free_space(path)}).\n"
+            "  Make room or choose another folder, and start again; what was there before is untouched."
+        ) from err
+
+
+def read_bounded(path: Path, *, max_bytes: int, what: str) -> bytes:
+    """The bytes of a plain file. what: how errors call it.
+
+    Raises DataError for a pipe, a device or a folder, for a file that cannot be read, and for one of more than
+    `max_bytes`.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for its writer
+            raise DataError(f"{what} {path} is no plain file. Give a file, not a pipe, a device or a folder.")
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as err:
+        raise DataError(f"{what} {path} cannot be read: {err.strerror}.") from err
+    if len(content) > max_bytes:
+        raise DataError(f"{what} {path} is larger than {max_bytes:,} bytes, the most that is read of one.")
+    return content
+
+
+class Lock:
+    """The right to write into a folder, held by one process: `with Lock(folder, what="run"):`.
+
+    Raises BusyError if a live process holds it. A process may take a lock that it holds already; the outermost holder
+    gives it back. A job that Slurm puts back into its queue takes over the lock of its own earlier start.
+    """
+
+    _held: dict[Path, int] = {}
+
+    def __init__(self, folder: Path, *, what: str) -> None:
+        self.folder, self.what = folder, what
+        self.path = folder.resolve() / LOCK
+        self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        if not self._held.get(self.path):
+            with tell_of_disk(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._take()
+            threading.Thread(target=self._beat, daemon=True, name="poisonshield lock").start()
+        self._held[self.path] = self._held.get(self.path, 0) + 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._held[self.path] -= 1
+        if not self._held[self.path]:
+            del self._held[self.path]
+            self.path.unlink(missing_ok=True)
+
+    def _take(self) -> None:
+        """Make the lock file: written under a name of its own and linked, which fails if the lock is there."""
+        draft = draft_of(self.path)
+        draft.write_text(json.dumps(_describe_self()))
+        try:
+            for _ in range(3):
+                try:
+                    os.link(draft, self.path)
+                    return
+                except FileExistsError:
+                    self._remove_if_left_behind(now=draft.stat().st_mtime)
+            raise BusyError(f"{self.folder} is being taken by several processes at this moment. Start one of them.")
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _remove_if_left_behind(self, *, now: float) -> None:
+        """now: the time by the clock of the disk, which may not be that of this host."""
+        try:
+            age, owner = now - self.path.stat().st_mtime, json.loads(self.path.read_text())
+        except FileNotFoundError:  # given back in between
+            return
+        except ValueError:
+            owner = {}
+        if _is_gone(owner, age):
+            aside = draft_of(self.path)  # of two that find it stale, one moves it
+            os.rename(self.path, aside)
+            aside.unlink()
+            return
+        raise BusyError(
+            f"{self.folder} is in use: process {owner.get('pid')} on {owner.get('host')} writes this {self.what} "
+            f"(since {owner.get('since')}).\n  Wait for it, stop it, or choose another folder. If it is gone, remove "
+            f"{self.path}."
+        )
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            try:
+                os.utime(self.path)
+            except OSError:  # the folder was removed, or the disk went away: the run itself will say so
+                return
+
+
+def _describe_self() -> dict[str, Any]:
+    from datetime import datetime
+
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "start": _start_of(os.getpid()),
+        "boot": _boot(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _is_gone(owner: dict[str, Any], age: float) -> bool:
+    if owner.get("slurm_job") and owner["slurm_job"] == os.environ.get("SLURM_JOB_ID") and not _is_here(owner):
+        return True
+    if _is_here(owner):
+        return owner.get("boot") != _boot() or _start_of(owner.get("pid", 0)) != owner.get("start")
+    return age > STALE_AFTER
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    return owner.get("host") == socket.gethostname()
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this host started, in the kernel's ticks since the boot; None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "unknown" if not Path("/proc/self").exists() and _is_alive(pid) else None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _free_space(path: Path) -> str:
+    here = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        return f"{shutil.disk_usage(here).free / 2**20:,.0f} MiB are free at {here}"
+    except OSError:
+        return "free space unknown"
