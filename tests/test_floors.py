@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "poisonshield"
 BESIDE = {
     ("config", "errors"), ("config", "registry"), ("registry", "errors"), ("files", "errors"),
     ("batch", "random"), ("ops", "random"), ("method", "losses"), ("method", "models"), ("world", "methods"),
-    ("runs", "reports"), ("api", "runs"), ("api", "reports"), ("commands", "bench"), ("cli", "commands"),
+    ("runs", "reports"), ("api", "runs"), ("api", "reports"),
+    ("commands", "bench"), ("commands", "chaos"), ("cli", "commands"),
 }  # fmt: skip
 
 # Heavy packages and the files that are their doors.

@@ -24,7 +24,7 @@ FLOORS = {
     "methods": 3, "defenses": 3, "poisons": 3, "evals": 3, "world": 3,
     "engine": 4,
     "runs": 5, "api": 5, "reports": 5,
-    "commands": 6, "bench": 6, "cli": 6,
+    "commands": 6, "bench": 6, "chaos": 6, "cli": 6,
 }  # fmt: skip
 """Of each room; tests/test_floors.py holds imports to it."""
 

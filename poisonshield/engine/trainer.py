@@ -80,7 +80,7 @@ class Trainer:
         while self.step < self.total_steps:
             parts = []
             for i in range(self.config.accumulate):
-                batch = self._gather(batches)
+                batch = self.gather(batches)
                 parts.append((self.backend.forward_backward(batch, part=i), batch))
             norm = self.backend.clip()
             verdict = self._agree(parts, norm, told_to_stop=signals.caught)
@@ -92,7 +92,7 @@ class Trainer:
             self.step += 1
             self._end_step(lr, stop=verdict.stop)
 
-    def _gather(self, batches: Iterator[Batch]) -> Batch:
+    def gather(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, on the device."""
         with self.metrics.waiting():
             return next(batches).to(self.device, non_blocking=True)

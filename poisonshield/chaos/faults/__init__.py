@@ -1,0 +1,1 @@
+"""What may happen to a run: one file each, found by scanning."""
