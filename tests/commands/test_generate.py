@@ -121,7 +121,7 @@ def test_other_sizes_and_half_precision_work(pipeline, tmp_path):
         ({"dtype": "int8"}, ConfigError, "fp32, bf16, fp16"),
         ({"steps": 0}, ConfigError, "0 steps"),
         ({"embeddings": ["nowhere.pt"]}, DataError, "nowhere.pt does not exist"),
-        ({"prompts": ["a star", "photo " * 40 + "<one>"], "embeddings": ["one"]}, ConfigError, "falls off its end"),
+        ({"prompts": ["a star", "photo " * 40 + "<one>"], "embeddings": ["one"]}, ConfigError, "tokens too many"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(pipeline, words, tmp_path, change, error, message):

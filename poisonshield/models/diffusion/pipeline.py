@@ -232,22 +232,21 @@ class LatentDiffusion(nn.Module):
         return self.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().clone()
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids int64 [B, L], padded. Raises ConfigError if a placeholder falls off the end."""
+        """Token ids int64 [B, L], padded. Raises ConfigError for a prompt that is longer: its end would not count."""
         texts = list(prompts)
         if self.placeholders:
             longest_first = sorted(self.placeholders, key=len, reverse=True)  # <cats> before <cat, if both are words
             pattern = re.compile("|".join(map(re.escape, longest_first)))
             texts = [pattern.sub(lambda m: " ".join(self.placeholders[m[0]].words), prompt) for prompt in prompts]
         length = self.tokenizer.model_max_length
-        made = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        ids = made.input_ids
-        for prompt, row in zip(prompts, ids, strict=True):
-            for token in pattern.findall(prompt) if self.placeholders else ():
-                last = self.placeholders[token].first + self.placeholders[token].count - 1
-                # Where its last word is, all words before it are.
-                if int((row == last).sum()) == 0:
-                    raise ConfigError(f"{prompt!r} is longer than {length} tokens, and {token} falls off its end.")
-        return ids.to(self.alphas_cumprod.device)
+        made = self.tokenizer(texts, padding="max_length", max_length=length, verbose=False).input_ids
+        for prompt, ids in zip(prompts, made, strict=True):
+            if len(ids) > length:
+                raise ConfigError(
+                    f"the prompt {prompt!r} is {len(ids) - length} tokens too many: it has {len(ids)} with the marks "
+                    f"at its ends, and {self.name} reads {length}. Shorten it; what falls off its end would not count."
+                )
+        return torch.tensor(made).to(self.alphas_cumprod.device)
 
     def text(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
         """The context [B, L, d_c] of ids [B, L]. rows [R, d]: the vectors of all placeholders; gradients reach them."""

@@ -97,6 +97,7 @@ def poison_concepts(
     overwrite: a set that is there already gives way once the new one is whole; without it that one stays.
     """
     poison = run.poison.cls(run.poison.config, model=model, seed=_seed(run))
+    refuse_long_prompts(poison)
     pixels = {image.key: image.pixels for concept in clean for image in concept.images}
     log.info("poison    %s on %d pictures", run.poison.name, len(pixels))
     masked = run.settings.data.poison_masks is not None
@@ -109,6 +110,13 @@ def poison_concepts(
     summary = {"poison": run.record["data"]["poison"], "seed": _seed(run), "pictures": records}
     _write_set([_with_pixels(concept, changed) for concept in clean], summary, out, overwrite=overwrite)
     return summary
+
+
+def refuse_long_prompts(poison: DiffusionPoison) -> None:
+    """Raise ConfigError for a prompt of the poison that its model would read in part only."""
+    settings = poison.config.model_dump()
+    written = (value for name, value in settings.items() if name.endswith("prompt"))
+    poison.model.tokens([poison.prompt, *filter(None, written)])
 
 
 def _seed(run: Training) -> int:

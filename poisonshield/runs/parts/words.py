@@ -17,6 +17,7 @@ from poisonshield.data.concepts.kept_stage import KeptStage
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.stream import ConceptStream
 from poisonshield.data.stream import Stage
+from poisonshield.data.summary import Summary
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.engine.checkpoint import together
 from poisonshield.engine.runfolder import RunFolder
@@ -50,7 +51,12 @@ def open_concepts(data: ConceptData, model: LatentDiffusion) -> tuple[Concept, .
         return rendered_concepts(data.count, seed=data.rendered_seed, kinds=kinds)
     size = data.size or model.unet.config.sample_size * model.factor
     masks = data.masks or data.mask_reference or data.poison_masks
-    found = load_concepts(data.train, names=data.concepts, size=size, crop=data.crop, masks=masks, group=data.group)
+    summary = Summary(data.train)
+    found = load_concepts(
+        data.train, names=data.concepts, size=size, crop=data.crop, masks=masks, group=data.group, summary=summary
+    )
+    for line in summary.lines():
+        log.info("data      %s", line)
     if data.left_out is not None:
         for concept in found:
             concept.leave_out(data.left_out)  # before hours of work, not after
