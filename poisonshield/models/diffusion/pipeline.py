@@ -95,11 +95,11 @@ class LatentDiffusion(nn.Module):
     def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> "LatentDiffusion":
         """The pipeline of a diffusers folder, or of "tiny", the one that ships with the package. Weights in `dtype`.
 
-        Raises ConfigError naming the part that the folder lacks, DataError naming a file that is missing, damaged or a
-        pointer of Git LFS. Never touches the network.
+        Raises ConfigError naming the part that the folder lacks, or the family that it is of; DataError naming a file
+        that is missing, damaged, a pointer of Git LFS, or asks for code. Never touches the network.
         """
         path = TINY if str(folder) == "tiny" else Path(folder)
-        check_folder(path)
+        variants = check_folder(path)
         # A missing file would be asked for over the network otherwise.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -109,6 +109,8 @@ class LatentDiffusion(nn.Module):
         logging.disable_progress_bar()
 
         def read(kind: Any, part: str, **how: Any) -> Any:
+            if variants.get(part):
+                how["variant"] = variants[part]
             with reading(path / part):
                 made = kind.from_pretrained(path / part, local_files_only=True, **how)
                 if "output_loading_info" not in how:
