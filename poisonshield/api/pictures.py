@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from poisonshield.api.photos import refuse_among_originals
 from poisonshield.data.concepts.reader import load_images
 from poisonshield.data.masks import sort_masks
 from poisonshield.data.pictures import find_pictures
@@ -63,6 +64,13 @@ def load_pictures(images: Paths, *, size: int, masks: str | Path | None = None) 
     names = tuple(image.stem for image in read)
     masked = [image.mask for image in read if image.mask is not None]
     return Pictures(names, stacked, None if masks is None else torch.stack(masked))
+
+
+def refuse_among(out: Path, *given: Paths | None) -> None:
+    """Raise ConfigError if `out` is the folder of one of the pictures: results have names of pictures."""
+    for paths in given:
+        single = [paths] if isinstance(paths, str | Path) else paths or []
+        refuse_among_originals(out, map(Path, single), within=False)
 
 
 def pick_matching(pictures: Pictures, others: Pictures, what: str) -> Pictures:

@@ -36,10 +36,10 @@ def in_tars(tars: Sequence[Path], summary: Summary) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
     for tar in tars:
         files = _read_tar(tar, summary)
-        photos, masks = sort_masks(path for path in files if is_picture(path))
+        photos, masks = sort_masks(path for path in files if is_picture(path.name))
         _refuse_several(photos, tar)
         mask_of = _match_masks(photos, masks, tar, summary)
-        texts = {path for path in files if not is_picture(path)}
+        texts = {path for path in files if not is_picture(path.name)}
         for photo in photos:
             key = photo.with_suffix("")
             beside = {end: key.with_name(key.name + end) for end in (".json", *CAPTIONS)}
@@ -50,7 +50,9 @@ def in_tars(tars: Sequence[Path], summary: Summary) -> dict[str, list[Sample]]:
             concept = about.get("concept") or key.parent.name or tar.name.partition(".")[0]
             if any(key.name == other.stem for other in found.setdefault(concept, [])):
                 raise DataError(f"{name}: concept {concept} has a picture {key.name} already. Rename one of them.")
-            found[concept].append(Sample(key.name, name, files[photo], mask and files[mask], f"{mask} in {tar}", about))
+            found[concept].append(
+                Sample(key.name, name, files[photo], None if mask is None else files[mask], f"{mask} in {tar}", about)
+            )
         for path in sorted(texts):
             summary.leave_out(f"texts {NO_PHOTO}", f"{path} in {tar.name}")
     if not any(found.values()):
@@ -102,7 +104,7 @@ def _read_tar(path: Path, summary: Summary) -> dict[PurePosixPath, bytes]:
                     continue
                 if name in found:
                     raise tarfile.ReadError(f"{member.name} is in it twice")
-                if not is_picture(name) and name.suffix.lower() not in (".json", *CAPTIONS):
+                if not is_picture(name.name) and name.suffix.lower() not in (".json", *CAPTIONS):
                     summary.leave_out(OTHER, f"{name} in {path.name}")
                     continue
                 if member.size > MAX_MEMBER:

@@ -224,14 +224,21 @@ class LatentDiffusion(nn.Module):
         self.placeholders[token] = placeholder
         return placeholder
 
+    def word_vectors(self, word: str) -> Tensor:
+        """The rows [n, d] of a word's n tokens, float32. Raises ConfigError for a learned word, and for none."""
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        if not ids or max(ids) >= self.vocabulary:
+            raise ConfigError(f"{word!r} is no word of the vocabulary of {self.name}, to start from its vector.")
+        return self.text_encoder.get_input_embeddings().weight[ids].detach().float().clone()
+
     def word_vector(self, word: str) -> Tensor:
         """The row [d] of a word, float32. Raises ConfigError if the tokenizer takes it apart."""
-        ids = self.tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1 or ids[0] >= self.vocabulary:
+        rows = self.word_vectors(word)
+        if len(rows) != 1:
             raise ConfigError(
-                f"{word!r} is {len(ids)} tokens; a word of one token is wanted, to start from its vector."
+                f"{word!r} is {len(rows)} tokens; a word of one token is wanted, to start from its vector."
             )
-        return self.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().clone()
+        return rows[0]
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids int64 [B, L], padded. Raises ConfigError for a prompt that is longer: its end would not count."""

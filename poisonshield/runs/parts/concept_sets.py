@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.engine.checkpoint import together
 from poisonshield.errors import ConfigError
-from poisonshield.files import write_whole
+from poisonshield.files import draft_of, write_whole
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.base import DiffusionPoison
@@ -137,20 +136,23 @@ def _perturb(poison: DiffusionPoison, part: tuple[Concept, ...], *, masked: bool
 
 def _write_set(concepts: list[Concept], summary: dict[str, Any], out: Path, *, overwrite: bool) -> None:
     """Write beside `out`, then rename. A set that is there already gives way with overwrite, else stays."""
-    whole = out.with_name(f"{out.name}.{uuid4().hex}.tmp")
+    whole, aside = draft_of(out), draft_of(out)
     try:
         write_concepts(concepts, whole)
         write_whole(whole / "manifest.json", json.dumps(summary, indent=1))
         if overwrite and out.exists():
-            shutil.rmtree(out)
+            out.rename(aside)
         try:
             whole.rename(out)
         except OSError:  # another writer was first
             if not out.is_dir():
                 raise
     finally:
-        if whole.exists():
-            shutil.rmtree(whole)
+        if aside.exists() and not out.exists():  # what was there is not lost to a failure
+            aside.rename(out)
+        for folder in (whole, aside):
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 def _with_pixels(concept: Concept, pixels: Mapping[str, Tensor]) -> Concept:
