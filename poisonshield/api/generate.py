@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from poisonshield import __version__
-from poisonshield.api.photos import write_drawn, write_png
+from poisonshield.api.photos import refuse_file, write_drawn, write_png
 from poisonshield.engine.checkpoint import sha256
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
@@ -80,6 +80,7 @@ def generate(
     it, BusyError while another process writes into the folder.
     """
     start, out = time.perf_counter(), Path(out)
+    refuse_file(out)
     if (out / RECORD).is_file() and not overwrite:
         raise ConfigError(f"{out} holds pictures already. Give another folder, or --overwrite to write over them.")
     if count < 1 or dtype not in DTYPES:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.api.photos import Photo, read_photo, refuse_among_originals, write_drawn, write_png
+from poisonshield.api.photos import Photo, read_photo, refuse_among_originals, refuse_file, write_drawn, write_png
 from poisonshield.batch import Batch
 from poisonshield.config.spelled import pick_spelled
 from poisonshield.data.concepts.layout import CAPTIONS, Sample, in_folders
@@ -76,6 +76,7 @@ def masks(
     """
     out, summary = Path(out), Summary(str(photos))
     refuse_among_originals(out, [Path(photos)])
+    refuse_file(out)
     concepts = _find_concepts(Path(photos), summary)
     picked = pick_spelled(mask, MASKS, **({} if side is None else {"side": side}))
     provider = picked.cls(picked.config, seed=seed)

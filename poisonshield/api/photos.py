@@ -112,6 +112,12 @@ def refuse_among_originals(out: Path, originals: Iterable[Path], *, within: bool
             )
 
 
+def refuse_file(out: Path) -> None:
+    """Raise ConfigError if a file lies where a folder for results is wanted."""
+    if found := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise ConfigError(f"{found} is a file, and a folder is wanted for what is written. Give another name.")
+
+
 def write_png(path: Path, image: "Image.Image") -> None:
     """Write a picture whole or not at all. Raises StorageError."""
     data = io.BytesIO()

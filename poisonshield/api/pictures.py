@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poisonshield.api.photos import refuse_among_originals
+from poisonshield.api.photos import refuse_among_originals, refuse_file
 from poisonshield.data.concepts.reader import load_images
 from poisonshield.data.masks import sort_masks
 from poisonshield.data.pictures import find_pictures
@@ -67,7 +67,8 @@ def load_pictures(images: Paths, *, size: int, masks: str | Path | None = None) 
 
 
 def refuse_among(out: Path, *given: Paths | None) -> None:
-    """Raise ConfigError if `out` is the folder of one of the pictures: results have names of pictures."""
+    """Raise ConfigError if `out` is the folder of one of the pictures: results have their names. Or if it is a file."""
+    refuse_file(out)
     for paths in given:
         single = [paths] if isinstance(paths, str | Path) else paths or []
         refuse_among_originals(out, map(Path, single), within=False)

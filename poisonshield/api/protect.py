@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from poisonshield.api.photos import Photo, find_photos, read_masks, read_photo, refuse_among_originals
+from poisonshield.api.photos import Photo, find_photos, read_masks, read_photo, refuse_among_originals, refuse_file
 from poisonshield.data.masks import sort_masks
 from poisonshield.data.summary import Summary
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.files import Lock, draft_of, flush, tell_of_disk, write_whole
+from poisonshield.files import Lock, draft_of, flush, read_bounded, tell_of_disk, write_whole
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.attack.presets import resolve
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 STATE = ".poisonshield-state"
 ENDING = ".poison.json"
+_MAX_MANIFEST = 2**24  # bytes
 
 TINY_NOTE = (
     "note: `tiny` is a pipeline of rendered shapes. What is made with it protects against nothing real:\n"
@@ -267,10 +268,10 @@ def _is_done(photo: Photo, name: str) -> bool:
     if not photo.out.exists():
         return False
     try:
-        record = json.loads(manifest_of(photo.out).read_text())
+        record = json.loads(read_bounded(manifest_of(photo.out), max_bytes=_MAX_MANIFEST, what="manifest"))
         if record["identity"] == name and record["png_sha256"] == hashlib.sha256(photo.out.read_bytes()).hexdigest():
             return True
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # DataError is a ValueError
         pass
     raise ConfigError(f"{photo.out} exists and was made otherwise. Choose another folder, or give --overwrite.")
 
@@ -303,6 +304,7 @@ def _choose_places(paths: Sequence[Path], out: Path) -> list[Path]:
         outs = [out]
     else:
         outs = [out / f"{p.stem}.png" for p in paths]
+    refuse_file(outs[0].parent)
     by_place: dict[Path, Path] = {}
     for path, place in zip(paths, outs, strict=True):
         if place in by_place:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.api.photos import Photo, find_photos, read_photo
+from poisonshield.api.photos import Photo, find_photos, read_photo, refuse_file
 from poisonshield.batch import Batch
 from poisonshield.data.pictures import is_picture
 from poisonshield.data.summary import Summary
@@ -49,6 +49,8 @@ def survival(
         raise ConfigError(
             f"{out} is a {'folder' if out.is_dir() else 'picture'} by its name. Give a name for a JSON file."
         )
+    if out is not None:
+        refuse_file(out.parent)
     blocks = choose_purifiers(purifiers, model)
     originals = _read_folder(Path(clean))
     folders = {str(folder): _match(_read_folder(Path(folder)), originals, Path(clean)) for folder in poisoned}

@@ -157,6 +157,12 @@ def test_a_full_disk_is_told_in_words_and_leaves_no_draft(pipeline, tmp_path, mo
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(pipeline, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(ConfigError, match="out is a file, and a folder is wanted"):
+        generate(pipeline, tmp_path / "out", prompts=["a star"], **FAST)
+
+
 def test_two_commands_do_not_write_into_one_folder(pipeline, tmp_path):
     """Row "two runs in one folder", for `generate`."""
     (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "5", "boot": "b"}))

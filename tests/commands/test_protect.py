@@ -327,6 +327,19 @@ def test_a_full_disk_is_told_in_words_and_leaves_no_draft(pipeline, tmp_path, mo
     assert [p.name for p in (tmp_path / "out").iterdir()] == [STATE]
 
 
+def test_a_file_in_the_place_of_a_folder_and_a_manifest_that_is_none_are_worded(pipeline, tmp_path):
+    source = write(tmp_path / "in" / "a.png")
+    (tmp_path / "notes.txt").write_text("x")
+    for out in ("notes.txt", "notes.txt/deeper"):
+        with pytest.raises(ConfigError, match="notes.txt is a file, and a folder is wanted"):
+            protect([source], tmp_path / out, method="vae", steps=1, model=pipeline)
+    write(tmp_path / "out" / "a.png")
+    for content in ("[" * 100_000, "[1]", "{"):
+        (tmp_path / "out" / "a.poison.json").write_text(content)
+        with pytest.raises(ConfigError, match="made otherwise"):
+            protect([source], tmp_path / "out", method="vae", steps=1, model=pipeline)
+
+
 def test_two_commands_do_not_write_into_one_folder(pipeline, tmp_path):
     """Row "two runs in one folder", for `protect`."""
     (tmp_path / "out").mkdir()

@@ -15,7 +15,7 @@ from poisonshield.data.concepts.layout import FORMS, Sample, in_folders
 from poisonshield.data.concepts.tar_samples import in_tars
 from poisonshield.data.images import fit
 from poisonshield.data.masks import read_mask, refuse_empty
-from poisonshield.data.pictures import Picture, read_picture
+from poisonshield.data.pictures import Picture, is_picture, read_picture
 from poisonshield.data.summary import Summary
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.registry import suggest
@@ -28,6 +28,9 @@ Masks = Literal["file", "alpha"]
 IN_DISTRIBUTION = ("BlackKeyboard", "CautionSign", "CokeCan", "EuroCoin", "MetalWrench")
 OUT_OF_DISTRIBUTION = ("BlueElephant", "ButterflyClip", "CatPaw", "FishDoll", "MonkeySleigh")
 """NovelConcepts10 (Styborski et al. 2025): concepts that Stable Diffusion saw in training, and those it did not."""
+
+TARS = tuple(f".{ending}" for ending in ("tar", "tar.gz", "tgz", "tar.bz2", "tbz2", "tar.xz", "txz"))
+"""Endings of tars that are read from a folder."""
 
 _GROUPS = {n.lower(): "id" for n in IN_DISTRIBUTION} | {n.lower(): "od" for n in OUT_OF_DISTRIBUTION}
 
@@ -60,13 +63,23 @@ def load_concepts(
     root, summary = Path(root), summary or Summary(str(root))
     if not root.exists():
         raise DataError(f"{root} does not exist.\n{FORMS}")
-    tars = (
-        [root] if root.is_file() else sorted(p for p in root.iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
-    )
+    tars = [root] if root.is_file() else _find_tars(root, summary)
     found = in_tars(tars, summary) if tars else in_folders(root, summary)
     chosen = _choose(root, found, names, group)
     _tell(summary, found, chosen, masks)
     return tuple(_concept(name, found[name], size=size, crop=crop, masks=masks) for name in chosen)
+
+
+def _find_tars(root: Path, summary: Summary) -> list[Path]:
+    """The tars in a folder. Raises DataError for pictures beside them, and for what is no folder."""
+    if not root.is_dir():
+        raise DataError(f"{root} is neither a folder nor a plain file.\n{FORMS}")
+    tars = sorted(path for path in root.iterdir() if path.name.endswith(TARS))
+    for path in (path for path in sorted(root.iterdir()) if tars and path not in tars):
+        if is_picture(path) and not path.name.startswith("."):
+            raise DataError(f"{path} lies beside {tars[0]}: which of them are wanted? Move the others elsewhere.")
+        summary.leave_out("files or folders beside the tars", path.name)
+    return tars
 
 
 def _tell(summary: Summary, found: Mapping[str, list[Sample]], chosen: Sequence[str], masks: Masks | None) -> None:

@@ -172,3 +172,23 @@ def test_a_name_with_more_dots_in_a_tar_is_refused(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"cup/0.{field}.png", encoded(array())) for field in ("input", "target")])
     with pytest.raises(DataError, match="a key ends at its first dot"):
         read(tmp_path / "a.tar")
+
+
+def test_what_lies_beside_tars_is_named_or_refused(tmp_path):
+    """Row "`.tar.zst` beside `.tar`"."""
+    write_tar(tmp_path / "a.tar", [("cup/0.png", encoded(array()))])
+    write_tar(tmp_path / "b.tar.xz", [("cup/1.png", encoded(array(seed=1)))], "w:xz")
+    (tmp_path / "c.tar.zst").write_bytes(b"x")
+    stems, _, told = read(tmp_path)
+    assert stems == {"cup": ["0", "1"]} and "1 files or folders beside the tars: c.tar.zst" in told
+    save(tmp_path / "stray.png", array())
+    with pytest.raises(DataError, match="stray.png lies beside .*a.tar: which of them"):
+        read(tmp_path)
+
+
+def test_what_is_neither_folder_nor_file_is_refused(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="neither a folder nor a plain file"):
+        read(tmp_path / "pipe")
