@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 from poisonshield import __version__
+from poisonshield.api.photos import refuse_file, write_drawn, write_png
 from poisonshield.engine.checkpoint import sha256
 from poisonshield.engine.processes import choose_device
-from poisonshield.errors import ConfigError
-from poisonshield.files import write_whole
+from poisonshield.errors import ConfigError, DataError
+from poisonshield.files import Lock, read_bounded, tell_of_disk, write_whole
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
-from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
+from poisonshield.models.diffusion.sampler import check_sampling, latent_shape, sample, start_noise
 from poisonshield.reports.sheets import draw_sheet, to_image
 
 log = logging.getLogger(__name__)
 
 RECORD = "generate.json"
+
+_MAX_RECORD = 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,11 @@ def generate(
     prompts: {} stands for each word in turn; others are drawn once, and may name a word.
     switch: below this timestep, switch_word stands in place of every learned word.
     size: pixels a side, by default the pipeline's. dtype: fp32, bf16 or fp16, of the networks.
-    Raises ConfigError, DataError; nothing is written if anything is wrong.
+    Raises ConfigError, DataError; nothing is written if anything is wrong. StorageError for a disk that does not take
+    it, BusyError while another process writes into the folder.
     """
     start, out = time.perf_counter(), Path(out)
+    refuse_file(out)
     if (out / RECORD).is_file() and not overwrite:
         raise ConfigError(f"{out} holds pictures already. Give another folder, or --overwrite to write over them.")
     if count < 1 or dtype not in DTYPES:
@@ -86,40 +91,49 @@ def generate(
     # Every prompt is read before the first picture, so that a mistake in the last one costs no work.
     contexts = [model.prompts([row.text], vectors) for row in rows]
     below = [None if row.below_switch is None else model.prompts([row.below_switch]) for row in rows]
+    old, shape = _list_recorded(out), latent_shape(model, size)
+    check_sampling(model, steps=steps, guidance=guidance, switch=switch, micro_batch=micro_batch)
     made: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
-    old = _list_recorded(out)
-    for number, (row, context, other) in enumerate(zip(rows, contexts, below, strict=True)):
-        keys = [f"{row.written}/{i}" for i in range(count)]
-        x = sample(
-            model,
-            context.expand(count, -1, -1),
-            noise=start_noise(keys, latent_shape(model, size), seed=seed, device=context.device),
-            steps=steps,
-            guidance=guidance,
-            switch=None if switch is None or other is None else (switch, other.expand(count, -1, -1)),
-            micro_batch=micro_batch,
-        )
-        made[f"{number}: {row.text}"] = x
-        files = _write(out, f"{number:02d}-{row.folder}", x)
-        entry = {"written": row.written, "spoken": row.text, "below_switch": row.below_switch, "files": files}
-        entries.append(entry)
-        log.info("%3d/%d  %s", number + 1, len(rows), row.text)
-    for file in old - {out / f for e in entries for f in e["files"]}:
-        file.unlink(missing_ok=True)
-    draw_sheet(out / "sheet.png", made)
-    settings = {"count": count, "steps": steps, "guidance": guidance, "seed": seed, "switch": switch, "dtype": dtype}
-    settings |= {"switch_word": switch_word, "size": x.shape[-1], "device": str(context.device)}
-    record = {
-        "version": __version__,
-        "pipeline": str(pipeline),
-        "pipeline_digest": model.digest(),
-        "words": words,
-        "prompts": entries,
-        "settings": settings,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    write_whole(out / RECORD, json.dumps(record, indent=1))
+    with Lock(out, what="set of pictures"), tell_of_disk(out):
+        for number, (row, context, other) in enumerate(zip(rows, contexts, below, strict=True)):
+            keys = [f"{row.written}/{i}" for i in range(count)]
+            x = sample(
+                model,
+                context.expand(count, -1, -1),
+                noise=start_noise(keys, shape, seed=seed, device=context.device),
+                steps=steps,
+                guidance=guidance,
+                switch=None if switch is None or other is None else (switch, other.expand(count, -1, -1)),
+                micro_batch=micro_batch,
+            )
+            made[f"{number}: {row.text}"] = x
+            files = _write(out, f"{number:02d}-{row.folder}", x)
+            entry = {"written": row.written, "spoken": row.text, "below_switch": row.below_switch, "files": files}
+            entries.append(entry)
+            log.info("%3d/%d  %s", number + 1, len(rows), row.text)
+        for file in old - {out / f for e in entries for f in e["files"]}:
+            file.unlink(missing_ok=True)
+        write_drawn(out / "sheet.png", lambda at: draw_sheet(at, made))
+        settings = {
+            "count": count,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "switch": switch,
+            "dtype": dtype,
+        }
+        settings |= {"switch_word": switch_word, "size": x.shape[-1], "device": str(context.device)}
+        record = {
+            "version": __version__,
+            "pipeline": str(pipeline),
+            "pipeline_digest": model.digest(),
+            "words": words,
+            "prompts": entries,
+            "settings": settings,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        write_whole(out / RECORD, json.dumps(record, indent=1))
     return record
 
 
@@ -174,8 +188,11 @@ def _list_recorded(out: Path) -> set[Path]:
     """The pictures that the record in `out` names, so that none of an older run stays among the new ones."""
     if not (out / RECORD).is_file():
         return set()
-    record = json.loads((out / RECORD).read_text())
-    files = {out / file for entry in record["prompts"] for file in entry["files"]}
+    try:
+        record = json.loads(read_bounded(out / RECORD, max_bytes=_MAX_RECORD, what="record"))
+        files = {out / file for entry in record["prompts"] for file in entry["files"]}
+    except (ValueError, LookupError, TypeError, RecursionError) as err:
+        raise DataError(f"{out / RECORD} is no record of pictures ({err}). Choose another folder.") from err
     return {file for file in files if file.resolve().is_relative_to(out.resolve())}
 
 
@@ -184,5 +201,5 @@ def _write(out: Path, folder: str, x: Tensor) -> list[str]:
     (out / folder).mkdir(parents=True, exist_ok=True)
     files = [f"{folder}/{i:03d}.png" for i in range(len(x))]
     for file, picture in zip(files, x, strict=True):
-        to_image(picture).save(out / file)
+        write_png(out / file, to_image(picture))
     return files

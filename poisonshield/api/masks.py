@@ -6,7 +6,6 @@ may have corrected it.
 """
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.api.photos import Photo, read_photo
+from poisonshield.api.photos import Photo, read_photo, refuse_among_originals, refuse_file, write_drawn, write_png
 from poisonshield.batch import Batch
 from poisonshield.config.spelled import pick_spelled
-from poisonshield.data.masks import is_mask_folder, stem_of_mask
-from poisonshield.data.pictures import FORMATS, find_pictures
+from poisonshield.data.concepts.layout import CAPTIONS, Sample, in_folders
+from poisonshield.data.summary import Summary
 from poisonshield.defenses.base import Defense
 from poisonshield.defenses.diffusion.masks.base import MaskProvider, looks_wrong
 from poisonshield.defenses.diffusion.szt import MASKS
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.files import Lock, tell_of_disk, write_whole
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.reports.sheets import draw_sheet
 
@@ -49,6 +49,8 @@ class Masks:
     """Of each photo that has a mask, the mask's share of the picture."""
     empty: list[str] = field(default_factory=list)
     """Photos without one."""
+    summary: Summary | None = None
+    """What was read and what was left out."""
 
 
 def masks(
@@ -72,7 +74,10 @@ def masks(
     for the photo as it is) with `size` on the longer side, and then brought to the photo's own size. Empty masks are
     not written; their photos are. Raises ConfigError, and DataError for files that are there without `overwrite`.
     """
-    out, concepts = Path(out), _find_concepts(Path(photos))
+    out, summary = Path(out), Summary(str(photos))
+    refuse_among_originals(out, [Path(photos)])
+    refuse_file(out)
+    concepts = _find_concepts(Path(photos), summary)
     picked = pick_spelled(mask, MASKS, **({} if side is None else {"side": side}))
     provider = picked.cls(picked.config, seed=seed)
     network, word_of = _load_network(provider, model, words, list(concepts))
@@ -80,26 +85,32 @@ def masks(
     places = {path: out / CONCEPTS / name / path.name for name, files in concepts.items() for path in files}
     if not overwrite and (there := next((p for p in map(_mask_beside, places.values()) if p.exists()), None)):
         raise DataError(f"{there} exists, and may have been corrected. Choose another folder, or give --overwrite.")
-    found = Masks(out / SHEET)
+    for path, place in places.items():
+        read_photo(path, place)  # an unreadable one is told before anything is written
+    found = Masks(out / SHEET, summary=summary)
     rows: dict[str, list[Tensor]] = {}
-    for name, files in concepts.items():
-        for i, path in enumerate(files):
-            photo = read_photo(path, places[path])
-            made = _find_mask(provider, photo, f"{name}/{photo.key}", size, clean, network, word_of.get(name))
-            area = float(made.float().mean())
-            _write(photo, made if area else None)
-            if area:
-                found.areas[f"{name}/{photo.key}"] = area
-            else:
-                found.empty.append(f"{name}/{photo.key}")
-            row = name if i < _COLUMNS else f"{name} {1 + i // _COLUMNS}"
-            rows.setdefault(row, []).append(dim_outside(photo.pixels, made))
-    draw_sheet(found.sheet, rows, columns=_COLUMNS, inches=1.8, title=f"{mask}: the outside is dimmed")
+    with Lock(out, what="set of masks"), tell_of_disk(out):
+        for name, files in concepts.items():
+            for i, path in enumerate(files):
+                photo = read_photo(path, places[path])
+                made = _find_mask(provider, photo, f"{name}/{photo.key}", size, clean, network, word_of.get(name))
+                area = float(made.float().mean())
+                _write(photo, made if area else None)
+                if area:
+                    found.areas[f"{name}/{photo.key}"] = area
+                else:
+                    found.empty.append(f"{name}/{photo.key}")
+                row = name if i < _COLUMNS else f"{name} {1 + i // _COLUMNS}"
+                rows.setdefault(row, []).append(dim_outside(photo.pixels, made))
+        title = f"{mask}: the outside is dimmed"
+        write_drawn(found.sheet, lambda at: draw_sheet(at, rows, columns=_COLUMNS, inches=1.8, title=title))
     return found
 
 
 def describe(found: Masks) -> Iterator[str]:
-    """Lines about what was found: a summary, and what asks for a look."""
+    """Lines about what was read and found, and what asks for a look."""
+    if found.summary is not None:
+        yield from found.summary.lines()
     areas = sorted(found.areas.values())
     if areas:
         middle = areas[len(areas) // 2]
@@ -124,25 +135,21 @@ def dim_outside(pixels: Tensor, mask: Tensor) -> Tensor:
     return torch.where(ring[0], x.new_tensor([1.0, 0.0, 1.0]).view(3, 1, 1), x)
 
 
-def _find_concepts(root: Path) -> dict[str, list[Path]]:
-    """The photos of each concept, masks left out."""
+def _find_concepts(root: Path, summary: Summary) -> dict[str, list[Path]]:
+    """The photos of each concept, as training finds them. summary: told what is not taken."""
     if not root.is_dir():
         raise DataError(f"{root} is no folder. Give a folder of photos, or a folder with one of each concept.")
-    alone = _find_photos(root)
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not is_mask_folder(p.name)]
-    found = {root.resolve().name: alone} if alone else {p.name: _find_photos(p) for p in folders}
-    found = {name: files for name, files in found.items() if files}
-    if not found:
-        raise DataError(f"{root} holds no photo: {', '.join(FORMATS)} are read.")
-    for files in found.values():
-        stems = [p.stem for p in files]
-        if twice := next((p for p in files if stems.count(p.stem) > 1), None):
-            raise DataError(f"{twice.parent} holds two photos called {twice.stem}, and masks go by that. Rename one.")
-    return found
+    found = in_folders(root, summary)
+    summary.take("concepts", len(found))
+    summary.take("photos", sum(map(len, found.values())))
+    for sample in (sample for samples in found.values() for sample in samples if sample.mask is not None):
+        summary.leave_out("mask files, in whose place others are made", sample.mask_name)
+    return {name: list(map(_file_of, samples)) for name, samples in found.items()}
 
 
-def _find_photos(folder: Path) -> list[Path]:
-    return [p for p in find_pictures(folder, nested=False) if stem_of_mask(p.relative_to(folder)) is None]
+def _file_of(sample: Sample) -> Path:
+    assert isinstance(sample.picture, Path)  # in folders every picture is a file
+    return sample.picture
 
 
 def _load_network(
@@ -201,14 +208,15 @@ def _mask_beside(photo: Path) -> Path:
 
 
 def _write(photo: Photo, mask: Tensor | None) -> None:
-    """Copy the photo's file and its JSON, and write the mask, or take one of an earlier time away."""
+    """Copy the photo's file and its texts, and write the mask, or take one of an earlier time away."""
     from PIL import Image
 
     photo.out.parent.mkdir(parents=True, exist_ok=True)
-    for source, place in ((photo.path, photo.out), (photo.path.with_suffix(".json"), photo.out.with_suffix(".json"))):
+    for ending in (photo.path.suffix, ".json", *CAPTIONS):
+        source, place = photo.path.with_suffix(ending), photo.out.with_suffix(ending)
         if source.is_file() and source.resolve() != place.resolve():
-            shutil.copyfile(source, place)
+            write_whole(place, source.read_bytes())
     if mask is None:
         _mask_beside(photo.out).unlink(missing_ok=True)
     else:
-        Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(_mask_beside(photo.out))
+        write_png(_mask_beside(photo.out), Image.fromarray(mask.numpy().astype(np.uint8) * 255))

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from poisonshield.api.photos import refuse_among_originals, refuse_file
 from poisonshield.data.concepts.reader import load_images
-from poisonshield.data.masks import stem_of_mask
+from poisonshield.data.masks import sort_masks
 from poisonshield.data.pictures import find_pictures
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.models.diffusion.embeddings import load_embedding
@@ -65,6 +66,14 @@ def load_pictures(images: Paths, *, size: int, masks: str | Path | None = None) 
     return Pictures(names, stacked, None if masks is None else torch.stack(masked))
 
 
+def refuse_among(out: Path, *given: Paths | None) -> None:
+    """Raise ConfigError if `out` is the folder of one of the pictures: results have their names. Or if it is a file."""
+    refuse_file(out)
+    for paths in given:
+        single = [paths] if isinstance(paths, str | Path) else paths or []
+        refuse_among_originals(out, map(Path, single), within=False)
+
+
 def pick_matching(pictures: Pictures, others: Pictures, what: str) -> Pictures:
     """Of `others`, those with the names of `pictures`, in their order. Raises DataError for one that is missing."""
     if missing := [name for name in pictures.names if name not in others.names]:
@@ -77,14 +86,19 @@ def pick_matching(pictures: Pictures, others: Pictures, what: str) -> Pictures:
 
 def _find_in_folder(folder: Path) -> list[Path]:
     """The pictures that lie in a folder itself, masks left out."""
-    found = [p for p in find_pictures(folder, nested=False) if stem_of_mask(p.relative_to(folder)) is None]
-    if not found:
+    photos, _ = sort_masks(path.relative_to(folder) for path in find_pictures(folder, nested=False))
+    if not photos:
         raise DataError(f"{folder} holds no picture itself. Give the folder of one concept, or picture files.")
-    return found
+    return [folder / photo for photo in photos]
 
 
 def _find_masks(folder: Path) -> dict[str, Path]:
     """Mask files by the name of their picture."""
-    files = find_pictures(folder)
-    named = {stem: p for p in files if (stem := stem_of_mask(p.relative_to(folder))) is not None}
-    return named or {p.stem: p for p in files}
+    files = [path.relative_to(folder) for path in find_pictures(folder)]
+    _, masks = sort_masks(files)
+    if masks:
+        return {stem: folder / path for path, stem in masks.items()}
+    # A folder of masks alone, whatever it is called.
+    _, masks = sort_masks("masks" / path for path in files)
+    bare = {stem: folder / path.relative_to("masks") for path, stem in masks.items()}
+    return bare | {path.stem: folder / path for path in files}

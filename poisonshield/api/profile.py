@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.api.pictures import Paths, Pictures, add_learned, fill_prompt, load_pictures, pick_matching
+from poisonshield.api.photos import write_drawn
+from poisonshield.api.pictures import (
+    Paths,
+    Pictures,
+    add_learned,
+    fill_prompt,
+    load_pictures,
+    pick_matching,
+    refuse_among,
+)
 from poisonshield.batch import Batch
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.engine.processes import choose_device
-from poisonshield.files import write_whole
+from poisonshield.files import Lock, tell_of_disk, write_whole
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.timesteps import Profile, choose_t_min, timestep_profile
 
@@ -45,6 +54,7 @@ def profile(
     Also writes profile.png. Raises ConfigError, DataError, ShapeError.
     """
     out, where = Path(out), choose_device(device)
+    refuse_among(out, images, None if _is_purifier(reference) else reference, masks)
     model = LatentDiffusion.load(pipeline).to(where)
     rows, word = add_learned(model, embedding, token)
     size = size or model.unet.config.sample_size * model.factor
@@ -65,20 +75,25 @@ def profile(
     files: dict[str, Any] = {"pipeline": str(pipeline), "embedding": str(embedding), "reference": _name(reference)}
     limits = {"size": size, **settings, "tau": tau, "min_pressure": min_pressure, "pictures": pictures.names}
     record = _make_plain(files | {"prompt": prompt} | limits | {"t_min": t_min} | list_measures(found))
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "profile.json", json.dumps(record, indent=1, allow_nan=False))
-    draw_profile(out / "profile.png", found, tau=tau, t_min=t_min)
+    with Lock(out, what="profile"), tell_of_disk(out):
+        write_drawn(out / "profile.png", lambda at: draw_profile(at, found, tau=tau, t_min=t_min))
+        write_whole(out / "profile.json", json.dumps(record, indent=1, allow_nan=False))
     return record
 
 
 def _load_reference(reference: Paths, pictures: Pictures, *, size: int, seed: int) -> Tensor:
     """The same pictures clean, x [B, 3, S, S] in [0, 1]; or, for a text such as jpeg:25, purified."""
-    if not isinstance(reference, str) or ":" not in reference or Path(reference).exists():
+    if not _is_purifier(reference):
         return pick_matching(pictures, load_pictures(reference, size=size), "reference").x
-    purifier = build_purifier(purifier_block(reference), seed=seed)
+    purifier = build_purifier(purifier_block(str(reference)), seed=seed)
     purified = None if purifier is None else purifier.before(Batch(pictures.names, pictures.x)).x
     assert purified is not None  # a text names a purifier, which gives pixels for pixels
     return purified
+
+
+def _is_purifier(reference: Paths | None) -> bool:
+    """Whether it is a text such as jpeg:25."""
+    return isinstance(reference, str) and ":" in reference and not Path(reference).exists()
 
 
 def list_measures(found: Profile) -> dict[str, Any]:

@@ -21,14 +21,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from poisonshield.api.photos import Photo, find_photos, read_masks, read_photo
+from poisonshield.api.photos import Photo, find_photos, read_masks, read_photo, refuse_among_originals, refuse_file
+from poisonshield.data.masks import sort_masks
+from poisonshield.data.summary import Summary
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.files import flush, write_whole
+from poisonshield.files import Lock, draft_of, flush, read_bounded, tell_of_disk, write_whole
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.attack.presets import resolve
 from poisonshield.poisons.diffusion.base import DiffusionPoison
+from poisonshield.runs.parts.concept_sets import refuse_long_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 
 STATE = ".poisonshield-state"
 ENDING = ".poison.json"
+_MAX_MANIFEST = 2**24  # bytes
 
 TINY_NOTE = (
     "note: `tiny` is a pipeline of rendered shapes. What is made with it protects against nothing real:\n"
@@ -70,6 +74,9 @@ def protect(
 ) -> list[Path]:
     """The PNG files written, one for each of `images` (files, or folders of them), in their order.
 
+    Of several, a file that cannot be read is passed over, and at the end, when the others are done, a DataError names
+    it. Methods whose pictures depend on each other (coupled) refuse it before they begin.
+
     out: a folder, or for one picture a name that ends in .png.
     method, preset: as in poisons/diffusion/attack/presets.py; "advdm" if neither is given.
     eps_levels, steps, prompt, settings ("key=value"): in place of the preset's.
@@ -78,9 +85,10 @@ def protect(
     tile: larger sides are attacked in tiles, 0 never.
     measure: also write the objective before and after into the manifest.
     overwrite: replace pictures that were made otherwise.
-    say: gets a line for each photo.
+    say: gets a line for each photo, and lines on what was read and left out.
 
-    Raises ConfigError, DataError for files that are not whole 8-bit RGB or grey pictures, BudgetError, CheckpointError.
+    Raises ConfigError, DataError for files that are not whole 8-bit RGB or grey pictures, BudgetError, CheckpointError,
+    StorageError, and BusyError while another process writes into the folder.
     """
     given: dict[str, Any] = {"eps_levels": eps_levels, "steps": steps, "prompt": prompt}
     given = {name: value for name, value in given.items() if value is not None} | _parse_settings(settings)
@@ -88,8 +96,10 @@ def protect(
         given.setdefault("tile", tile)
     cls: type[DiffusionPoison]
     cls, config = resolve(method or (None if preset else "advdm"), preset, given)
-    paths = find_photos(images)
+    paths, failed = _find_readable(list(map(Path, images)), say)
     outs = _choose_places(paths, out)
+    if out.suffix.lower() != ".png" or out.is_dir():
+        refuse_among_originals(out, [*map(Path, images), *paths])
     network = LatentDiffusion.load(model, dtype=_pick_dtype(dtype)).to(choose_device(device))
     extra: dict[str, Any] = {}
     if target is not None:
@@ -102,16 +112,73 @@ def protect(
             f"{cls.name} trains no surrogate: leave reference and class images out, or take fsmg or aspl."
         )
     poison = cls(config, model=network, seed=seed, **extra)
+    refuse_long_prompts(poison)
+    if failed and poison.coupled:
+        raise _failure(failed, len(paths))
     size = len(paths) if poison.coupled else micro_batch
     places = list(zip(paths, outs, strict=True))
     if not poison.coupled:  # hours may lie between the first photo and the last: look at all of them before
         for path, place in places:
             _check_ahead(poison, read_photo(path, place), mask, overwrite=overwrite)
-    for start in range(0, len(paths), size):
-        photos = [read_photo(path, place) for path, place in places[start : start + size]]
-        masks = read_masks(photos, mask)
-        _protect(poison, photos, masks, preset, micro_batch=micro_batch, measure=measure, overwrite=overwrite, say=say)
+    how: dict[str, Any] = {"micro_batch": micro_batch, "measure": measure, "overwrite": overwrite, "say": say}
+    with Lock(outs[0].parent, what="set of protected photos"), tell_of_disk(out):
+        for start in range(0, len(paths), size):
+            photos = [read_photo(path, place) for path, place in places[start : start + size]]
+            _protect(poison, photos, read_masks(photos, mask), preset, **how)
+    if failed:
+        raise _failure(failed, len(paths))
     return outs
+
+
+def _find_readable(given: Sequence[Path], say: Callable[[str], None]) -> tuple[list[Path], dict[Path, DataError]]:
+    """The photos that can be read, and of the others why not.
+
+    Raises ConfigError for a photo that is given twice, DataError for one that is missing, and if none can be read.
+    """
+    summary = Summary(", ".join(map(str, given)))
+    failed: dict[Path, DataError] = {}
+    _, masks = sort_masks(Path(path.name) for path in given if path.is_file())
+    found: list[Path] = []
+    for path in given:
+        try:
+            if (name := Path(path.name)) in masks and path.is_file():
+                raise DataError(f"{path} is the mask of {masks[name]} by its name. Give it with --mask.")
+            found += find_photos([path], summary)
+        except DataError as err:
+            if not path.is_file():
+                raise
+            failed[path] = err
+    _refuse_twice(found)
+    for path in found:
+        try:
+            read_photo(path, path)
+        except DataError as err:
+            failed[path] = err
+    readable = [path for path in found if path not in failed]
+    if not readable:
+        raise _failure(failed, 0) if failed else DataError("no pictures were given. Give files or folders of them.")
+    for line in (*summary.lines(), *(f"not done: {err}" for err in failed.values())):
+        say(line)
+    return readable, failed
+
+
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    """Raise ConfigError for a file that is there twice, also through a link."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if (place := path.resolve()) in seen:
+            other = seen[place]
+            told = f"{path} was given twice" if other == path else f"{other} and {path} are one file"
+            raise ConfigError(f"{told}. Give each photo once.")
+        seen[place] = path
+
+
+def _failure(failed: Mapping[Path, DataError], done: int) -> DataError:
+    """What is said of files that were not done, and why."""
+    if len(failed) == 1 and not done:
+        return next(iter(failed.values()))
+    reasons = "".join(f"\n  {err}" for err in failed.values())
+    return DataError(f"{len(failed)} of {len(failed) + done} files were not protected:{reasons}")
 
 
 def _protect(
@@ -172,7 +239,7 @@ def _measure_objective(
 
 def _write(photo: Photo, result: Tensor, record: dict[str, Any], poison: DiffusionPoison) -> None:
     """The PNG and its manifest in place, after the file was read back: same pixels, budget kept."""
-    draft = photo.out.with_name(f".{photo.out.name}.tmp")
+    draft = draft_of(photo.out)
     try:
         _to_image(result, photo.alpha).save(draft, format="PNG", icc_profile=photo.profile)
         stored = read_photo(draft, photo.out, format="PNG")
@@ -201,10 +268,10 @@ def _is_done(photo: Photo, name: str) -> bool:
     if not photo.out.exists():
         return False
     try:
-        record = json.loads(manifest_of(photo.out).read_text())
+        record = json.loads(read_bounded(manifest_of(photo.out), max_bytes=_MAX_MANIFEST, what="manifest"))
         if record["identity"] == name and record["png_sha256"] == hashlib.sha256(photo.out.read_bytes()).hexdigest():
             return True
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # DataError is a ValueError
         pass
     raise ConfigError(f"{photo.out} exists and was made otherwise. Choose another folder, or give --overwrite.")
 
@@ -237,10 +304,13 @@ def _choose_places(paths: Sequence[Path], out: Path) -> list[Path]:
         outs = [out]
     else:
         outs = [out / f"{p.stem}.png" for p in paths]
+    refuse_file(outs[0].parent)
     by_place: dict[Path, Path] = {}
     for path, place in zip(paths, outs, strict=True):
         if place in by_place:
-            raise ConfigError(f"{by_place[place]} and {path} would both become {place}. Rename one of them.")
+            raise ConfigError(
+                f"{by_place[place]} and {path} would both become {place}. Rename one, or protect them into two folders."
+            )
         by_place[place] = path
         if place.resolve() == path.resolve():
             raise ConfigError(f"{place} is the picture itself. Give another folder: the original is needed to measure.")

@@ -3,15 +3,17 @@
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from poisonshield.api.pictures import Paths, add_learned, fill_prompt, load_pictures, pick_matching
+from poisonshield.api.photos import write_drawn
+from poisonshield.api.pictures import Paths, add_learned, fill_prompt, load_pictures, pick_matching, refuse_among
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError
-from poisonshield.files import write_whole
+from poisonshield.files import Lock, tell_of_disk, write_whole
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sensitivity import Mode, Sensitivity, semantic_sensitivity
@@ -55,6 +57,7 @@ def sensitivity(
     if norm not in NORMS:
         raise ConfigError(f"norm {norm!r} is unknown. Known: {', '.join(NORMS)}.")
     out, where = Path(out), choose_device(device)
+    refuse_among(out, images, reference, masks)
     model = LatentDiffusion.load(pipeline).to(where)
     rows, word = add_learned(model, embedding, token)
     size = size or model.unet.config.sample_size * model.factor
@@ -90,12 +93,13 @@ def sensitivity(
         "prompt": prompt,
     }
     record |= {"size": size, "norm": norm, **settings, "pictures": _list_numbers(shown["images"].names, found)}
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "sensitivity.json", json.dumps(record, indent=1, allow_nan=False))
-    for i, name in enumerate(shown["images"].names):
-        sets = {k: (shown[k].x[i], found[k].maps[i].cpu()) for k in found}
-        draw_maps(out / f"{name}.png", sets, timesteps=timesteps, mode=mode, norm=norm)
-    draw_totals(out / "totals.png", found)
+    with Lock(out, what="set of maps"), tell_of_disk(out):
+        for i, name in enumerate(shown["images"].names):
+            sets = {k: (shown[k].x[i], found[k].maps[i].cpu()) for k in found}
+            draw = partial(draw_maps, sets=sets, timesteps=timesteps, mode=mode, norm=norm)
+            write_drawn(out / f"{name}.png", draw)
+        write_drawn(out / "totals.png", partial(draw_totals, found=found))
+        write_whole(out / "sensitivity.json", json.dumps(record, indent=1, allow_nan=False))
     return record
 
 

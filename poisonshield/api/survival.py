@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.api.photos import Photo, find_photos, read_photo
+from poisonshield.api.photos import Photo, find_photos, read_photo, refuse_file
 from poisonshield.batch import Batch
+from poisonshield.data.pictures import is_picture
+from poisonshield.data.summary import Summary
 from poisonshield.defenses.purify.named import build_purifier, parse_purifier, purifier_block
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.parts.survival import Picture, Poisoned, Purified, Report, edges_of, measure
-from poisonshield.files import write_whole
+from poisonshield.files import tell_of_disk, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,12 @@ def survival(
     seed: of purifiers' noise, which depends on the stem and so is the same for a clean picture and a poisoned one.
     out: a JSON file. Raises ConfigError, and DataError for pictures without a clean one of their size.
     """
+    if out is not None and (is_picture(out) or out.is_dir()):
+        raise ConfigError(
+            f"{out} is a {'folder' if out.is_dir() else 'picture'} by its name. Give a name for a JSON file."
+        )
+    if out is not None:
+        refuse_file(out.parent)
     blocks = choose_purifiers(purifiers, model)
     originals = _read_folder(Path(clean))
     folders = {str(folder): _match(_read_folder(Path(folder)), originals, Path(clean)) for folder in poisoned}
@@ -69,7 +77,8 @@ def survival(
         poisons=tuple(Poisoned(folder=folder, purifiers=tuple(rows)) for folder, rows in found.items()),
     )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        with tell_of_disk(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, report.model_dump_json(indent=1) + "\n")
     return report
 
@@ -144,7 +153,11 @@ def _read_folder(folder: Path) -> dict[str, Photo]:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Give folders of pictures; poisoned ones have the stems of clean ones.")
     photos: dict[str, Photo] = {}
-    for path in find_photos([folder]):
+    summary = Summary(str(folder))
+    found = find_photos([folder], summary)
+    for line in summary.lines():
+        log.info(line)
+    for path in found:
         if path.stem in photos:
             raise DataError(f"{photos[path.stem].path} and {path} have one stem, and pictures are matched by it.")
         photos[path.stem] = read_photo(path, path)

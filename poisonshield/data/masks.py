@@ -5,8 +5,10 @@ palettes with colours, transparency and 16 bits are refused instead of converted
 """
 
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -16,7 +18,13 @@ from poisonshield.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-_WORD = re.compile(r"(?:^|[^a-z])masks?(?:[^a-z]|$)")
+AnyPath = TypeVar("AnyPath", bound=PurePath)
+
+_WORD = re.compile(r"(?:^|[^a-z])mask(?:s|labels?)?(?:[^a-z]|$)")
+_SURE = (".mask", "-masklabel")
+"""Ends of the stem that no photo has: ours, and OneTrainer's."""
+_LIKELY = ("_mask", "-mask", "_masklabel")
+"""Ends that a photo of a mask may have too, so they count only beside a photo that is called like the rest."""
 
 _WANTED = "8-bit grey or black and white is wanted. Convert it first."
 
@@ -26,14 +34,35 @@ def is_mask_folder(name: str) -> bool:
     return bool(_WORD.search(name.lower()))
 
 
-def stem_of_mask(path: PurePath) -> str | None:
-    """The stem of the picture that a file masks, or None if it is no mask. path: within the concept's folder.
+def sort_masks(files: Iterable[AnyPath]) -> tuple[list[AnyPath], dict[AnyPath, str]]:
+    """The photos among picture files, and the masks, each with the stem of the photo that it belongs to.
 
-    `<stem>.mask.png` anywhere, and any picture file in a folder of masks.
+    files: paths within the folder of one concept. Masks are `<stem>.mask.png` and `<stem>-masklabel.png` anywhere,
+    `<stem>_mask.png` and `<stem>-mask.png` beside a photo `<stem>`, and everything in folders of masks.
     """
-    if path.stem.lower().endswith(".mask"):
-        return path.stem[: -len(".mask")]
-    return path.stem if any(is_mask_folder(part) for part in path.parts[:-1]) else None
+    files = list(files)
+    beside: dict[PurePath, set[str]] = defaultdict(set)
+    for path in files:
+        beside[path.parent].add(path.stem)
+    masks: dict[AnyPath, str] = {}
+    for path in files:
+        stem = _without(path.stem, _SURE)
+        if stem is None and (likely := _without(path.stem, _LIKELY)) in beside[path.parent]:
+            stem = likely
+        if stem is not None:
+            masks[path] = stem
+    in_folders = [path for path in files if any(map(is_mask_folder, path.parts[:-1])) and path not in masks]
+    photos = [path for path in files if path not in masks and path not in in_folders]
+    stems = {path.stem for path in photos}
+    for path in in_folders:
+        masks[path] = path.stem if path.stem in stems else _without(path.stem, _LIKELY) or path.stem
+    return photos, masks
+
+
+def _without(stem: str, endings: tuple[str, ...]) -> str | None:
+    """The stem without one of these at its end, None if it has none."""
+    found = next((end for end in endings if stem.lower().endswith(end)), None)
+    return None if found is None else stem[: -len(found)]
 
 
 def read_mask(source: Path | bytes, *, name: str, size: tuple[int, int]) -> "Image.Image":

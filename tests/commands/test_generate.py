@@ -1,6 +1,8 @@
 """`poisonshield generate` on a random pipeline's folder: pictures, sheet, record, and what is refused."""
 
+import errno
 import json
+import os
 
 import numpy
 import pytest
@@ -9,7 +11,8 @@ from PIL import Image
 
 from poisonshield import world
 from poisonshield.api.generate import fill_prompts, generate
-from poisonshield.errors import ConfigError, DataError
+from poisonshield.errors import BusyError, ConfigError, DataError, StorageError
+from poisonshield.files import LOCK
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sampler import sample, start_noise
@@ -121,7 +124,7 @@ def test_other_sizes_and_half_precision_work(pipeline, tmp_path):
         ({"dtype": "int8"}, ConfigError, "fp32, bf16, fp16"),
         ({"steps": 0}, ConfigError, "0 steps"),
         ({"embeddings": ["nowhere.pt"]}, DataError, "nowhere.pt does not exist"),
-        ({"prompts": ["a star", "photo " * 40 + "<one>"], "embeddings": ["one"]}, ConfigError, "falls off its end"),
+        ({"prompts": ["a star", "photo " * 40 + "<one>"], "embeddings": ["one"]}, ConfigError, "tokens too many"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(pipeline, words, tmp_path, change, error, message):
@@ -130,6 +133,48 @@ def test_mistakes_are_refused_before_anything_is_written(pipeline, words, tmp_pa
     with pytest.raises(error, match=message):
         generate(pipeline, tmp_path / "out", **({"prompts": ["a star"]} | FAST | change))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_long_prompt_is_named_with_how_much_is_too_long(pipeline, tmp_path):
+    """Row "prompt beyond the token limit": also without a learned word, and in the switch's prompt."""
+    with pytest.raises(ConfigError, match="the prompt 'photo photo .* is 18 tokens too many: it has 42 .* reads 24"):
+        generate(pipeline, tmp_path / "out", prompts=["a star", " ".join(["photo"] * 40)], **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"switch": 5000, "switch_word": "ring"}, {"guidance": float("nan")}])
+def test_settings_of_drawing_are_refused_before_anything_is_written(pipeline, words, tmp_path, change):
+    with pytest.raises(ConfigError, match="switch at timestep|no number"):
+        generate(pipeline, tmp_path / "out", embeddings=[words / "one.safetensors"], **(FAST | change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_no_draft(pipeline, tmp_path, monkeypatch):
+    """Row "full or read-only disk", for `generate`."""
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(StorageError, match="cannot be written: the disk is full"):
+        generate(pipeline, tmp_path / "out", prompts=["a star"], **FAST)
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(pipeline, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(ConfigError, match="out is a file, and a folder is wanted"):
+        generate(pipeline, tmp_path / "out", prompts=["a star"], **FAST)
+
+
+def test_two_commands_do_not_write_into_one_folder(pipeline, tmp_path):
+    """Row "two runs in one folder", for `generate`."""
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "5", "boot": "b"}))
+    with pytest.raises(BusyError, match="process 1 on elsewhere writes this set of pictures"):
+        generate(pipeline, tmp_path, prompts=["a star"], **FAST)
+
+
+@pytest.mark.parametrize("record", ["{", '{"prompts": 3}', "[" * 100_000])
+def test_a_record_that_is_none_is_refused_in_words(pipeline, tmp_path, record):
+    (tmp_path / "generate.json").write_text(record)
+    with pytest.raises(DataError, match="generate.json is no record of pictures"):
+        generate(pipeline, tmp_path, prompts=["a star"], overwrite=True, **FAST)
 
 
 def test_pictures_are_not_written_over_unless_asked(pipeline, tmp_path):

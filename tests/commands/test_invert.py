@@ -189,7 +189,7 @@ def test_pictures_while_learning_do_not_depend_on_where_a_run_was_stopped(tmp_pa
         ),
         (["data.concepts=[mauve ring]"], "not of the rendered world"),
         (["data.poison={name: advdn}"], "Did you mean advdm"),
-        (["model.pipeline=nowhere"], "vae/config.json is missing"),
+        (["model.pipeline=nowhere"], "nowhere is no folder"),
         (["data.poison_masks=file"], "data.poison is null"),
         (["data.mask_reference=file"], "szt makes no mask to compare"),
         (["defenses=[{name: szt, mask: null}]", "data.mask_reference=file"], "szt makes no mask to compare"),

@@ -1,5 +1,9 @@
 """`poisonshield masks`: files that training reads, a sheet, empty masks by name, and what is refused."""
 
+import errno
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +16,8 @@ from poisonshield.batch import Batch
 from poisonshield.cli import app
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.defenses.diffusion.masks.attention import Attention
-from poisonshield.errors import ConfigError, DataError
+from poisonshield.errors import BusyError, ConfigError, DataError, StorageError
+from poisonshield.files import LOCK
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 
 QUICK = {"purifier": None, "size": 32}
@@ -134,10 +139,10 @@ def test_what_cannot_be_is_refused(photos, tmp_path):
         with pytest.raises(ConfigError, match=said):
             ask(**how)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(DataError, match="holds no photo"):
+    with pytest.raises(DataError, match="holds no picture"):
         ask("box", tmp_path / "bare")
     disc(photos / "plate" / "a.jpg")
-    with pytest.raises(DataError, match="two photos called a"):
+    with pytest.raises(DataError, match="have one name"):
         ask("box")
 
 
@@ -177,3 +182,52 @@ def test_settings_of_a_mask_are_given_with_its_name(photos, tmp_path, text):
 def test_a_text_that_names_no_mask_is_refused_in_words(photos, tmp_path, text, said):
     with pytest.raises(ConfigError, match=said):
         masks(photos, tmp_path / "out", mask=text, **QUICK)
+
+
+def test_what_is_read_and_left_out_is_told(photos, tmp_path):
+    """Rows "00-masklabel.png beside 00.png" and "`IMG.txt` captions", for `poisonshield masks`."""
+    Image.new("L", (64, 64), 255).save(photos / "plate" / "a-masklabel.png")
+    (photos / "plate" / "a.txt").write_text("a white plate")
+    (photos / "plate" / "film.mp4").write_bytes(b"x")
+    asked = ["masks", str(photos), "--mask", "box", "--size", "32", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0 and "read 2 concepts, 4 photos" in result.output
+    assert "2 mask files, in whose place others are made" in result.output and "plate/film.mp4" in result.output
+    folder = tmp_path / "out" / CONCEPTS / "plate"
+    assert sorted(p.name for p in folder.iterdir()) == ["a.mask.png", "a.png", "a.txt", "b.mask.png", "b.webp"]
+    read = load_concepts(tmp_path / "out" / CONCEPTS, size=64, masks="file")
+    assert read[1].images[0].caption == "a white plate"
+
+
+@pytest.mark.parametrize("place", [".", "out", "link"])
+def test_masks_are_not_written_among_the_photos(photos, tmp_path, place):
+    """Row "`protect toy -o toy`", for `masks`: also through a link, and into a folder below."""
+    (tmp_path / "link").symlink_to(photos)
+    out = tmp_path / "link" if place == "link" else photos / place
+    with pytest.raises(ConfigError, match="folder of the originals"):
+        masks(photos, out, mask="box", **QUICK)
+    assert not (photos / "out").exists() and not (photos / CONCEPTS).exists()
+
+
+def test_an_unreadable_photo_is_told_before_anything_is_written(photos, tmp_path):
+    (photos / "plate" / "b.webp").write_bytes(b"RIFF")
+    with pytest.raises(DataError, match="b.webp: 4 bytes are not a whole"):
+        masks(photos, tmp_path / "out", mask="box", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_no_draft(photos, tmp_path, monkeypatch):
+    """Row "full or read-only disk", for `masks`."""
+    full = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="cannot be written: the disk is full"):
+        masks(photos, tmp_path / "out", mask="box", **QUICK)
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+def test_two_commands_do_not_write_into_one_folder(photos, tmp_path):
+    """Row "two runs in one folder", for `masks`: a fresh lock from another host."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "5", "boot": "b"}))
+    with pytest.raises(BusyError, match="process 1 on elsewhere writes this set of masks"):
+        masks(photos, tmp_path / "out", mask="box", **QUICK)

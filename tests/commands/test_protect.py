@@ -1,5 +1,6 @@
 """`protect` on real files: same size, same stem, lossless, budget on the file, manifest, and what it refuses."""
 
+import errno
 import hashlib
 import json
 
@@ -13,7 +14,8 @@ from poisonshield import world
 from poisonshield.api import protect as command
 from poisonshield.api.protect import STATE, TINY_NOTE, manifest_of, protect
 from poisonshield.cli import app
-from poisonshield.errors import BudgetError, ConfigError, DataError
+from poisonshield.errors import BudgetError, BusyError, ConfigError, DataError, StorageError
+from poisonshield.files import LOCK
 from poisonshield.world import small_pipeline as small
 
 
@@ -222,7 +224,7 @@ def test_a_stopped_command_goes_on_and_a_finished_one_is_left_alone(pipeline, tm
 
 
 def test_what_stops_the_last_photo_stops_the_command_before_the_first(pipeline, tmp_path):
-    """A stale output, a missing mask and an unreadable file all come to light before hours are spent."""
+    """A stale output and a missing mask come to light before hours are spent."""
     sources = [write(tmp_path / "in" / f"{n}.png", seed=i) for i, n in enumerate("ab")]
     how, out = {"method": "vae", "model": pipeline}, tmp_path / "out"
     protect(sources[1:], out, steps=1, **how)
@@ -232,9 +234,6 @@ def test_what_stops_the_last_photo_stops_the_command_before_the_first(pipeline, 
     write(masks / "a.png", mode="L")
     with pytest.raises(DataError, match="b.png has no mask"):
         protect(sources, tmp_path / "masked", steps=1, mask=masks, **how)
-    (tmp_path / "in" / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError, match="c.png: 8 bytes are not a whole"):
-        protect([tmp_path / "in"], tmp_path / "broken", steps=1, **how)
     assert not [*tmp_path.glob("*/a.poison.json")]
 
 
@@ -251,6 +250,102 @@ def test_nothing_half_written_is_left(pipeline, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         protect([source], tmp_path / "out", method="vae", steps=1, model=pipeline)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [STATE]
+
+
+def test_of_several_photos_those_that_can_be_read_are_done_and_the_others_named(pipeline, tmp_path):
+    """Row "2 of 6 photos protected, rc 0": every file is done or named, and the status says it."""
+    folder = tmp_path / "in"
+    good = [write(folder / f"{n}.png", seed=i) for i, n in enumerate("ab")]
+    (folder / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "d.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(12))
+    (folder / "film.mp4").write_bytes(b"x")
+    write(folder / "a-masklabel.png", mode="L")
+    asked = ["protect", str(folder), "-o", str(tmp_path / "out"), "--method", "vae", "--steps", "1"]
+    result = CliRunner().invoke(app, [*asked, "--model", str(pipeline)])
+    assert result.exit_code == 1 and isinstance(result.exception, DataError)
+    told = str(result.exception)
+    assert told.startswith("2 of 4 files were not protected") and "c.png: 8 bytes" in told and "d.heic" in told
+    assert "left out: 1 files that are no pictures by their ending: film.mp4" in result.output
+    assert "1 masks of photos by their names: a-masklabel.png" in result.output
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["a.png", "a.poison.json", "b.png", "b.poison.json"]
+    with pytest.raises(DataError, match="(?s)1 of 2 files were not protected.*no picture by its name"):
+        protect([good[0], folder / "film.mp4"], tmp_path / "again", method="vae", steps=1, model=pipeline)
+    assert (tmp_path / "again" / "a.png").is_file()
+
+
+def test_a_poison_of_all_photos_together_begins_with_all_or_none(pipeline, tmp_path):
+    sources = [write(tmp_path / "in" / "a.png", (16, 16)), tmp_path / "in" / "b.png"]
+    sources[1].write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(DataError, match="1 of 2 files were not protected"):
+        protect(sources, tmp_path / "out", method="aspl", steps=1, model=pipeline)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["toy", "link", "toy/out"])
+def test_the_folder_of_the_originals_is_refused(pipeline, tmp_path, place):
+    """Row "`protect toy -o toy`": also through a link, and below it."""
+    source = write(tmp_path / "toy" / "a.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "toy")
+    with pytest.raises(ConfigError, match="the folder of the originals"):
+        protect([tmp_path / "toy"], tmp_path / place, method="vae", steps=1, model=pipeline)
+    if place != "toy/out":
+        with pytest.raises(ConfigError, match="the folder of the originals"):
+            protect([source], tmp_path / place, method="vae", steps=1, model=pipeline)
+    assert [p.name for p in (tmp_path / "toy").iterdir()] == ["a.jpg"]
+
+
+def test_a_photo_that_is_given_twice_is_named(pipeline, tmp_path):
+    """Row "`protect X X` would both become"."""
+    source = write(tmp_path / "in" / "a.jpg")
+    (tmp_path / "in" / "b.jpg").symlink_to(source)
+    with pytest.raises(ConfigError, match="a.jpg was given twice. Give each photo once"):
+        protect([source, source], tmp_path / "out", model=pipeline)
+    with pytest.raises(ConfigError, match="a.jpg was given twice"):
+        protect([source, source.parent], tmp_path / "out", model=pipeline)
+    with pytest.raises(ConfigError, match="a.jpg and .*b.jpg are one file"):
+        protect([source.parent], tmp_path / "out", model=pipeline)
+
+
+@pytest.mark.parametrize(
+    "how", [{"prompt": "photo " * 40}, {"method": "aspl", "settings": ["class_prompt=" + "photo " * 40]}]
+)
+def test_prompts_beyond_the_token_limit_are_refused_before_anything_starts(pipeline, tmp_path, how):
+    """Row "prompt beyond the token limit, in generate and protect"."""
+    with pytest.raises(ConfigError, match="the prompt .*18 tokens too many: it has 42"):
+        protect([write(tmp_path / "in" / "a.png")], tmp_path / "out", model=pipeline, **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_in_words_and_leaves_no_draft(pipeline, tmp_path, monkeypatch):
+    """Row "full or read-only disk in import, poison, protect, generate"."""
+    source = write(tmp_path / "in" / "a.png")
+    full = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(command, "flush", full)
+    with pytest.raises(StorageError, match="cannot be written: the disk is full"):
+        protect([source], tmp_path / "out", method="vae", steps=1, model=pipeline)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [STATE]
+
+
+def test_a_file_in_the_place_of_a_folder_and_a_manifest_that_is_none_are_worded(pipeline, tmp_path):
+    source = write(tmp_path / "in" / "a.png")
+    (tmp_path / "notes.txt").write_text("x")
+    for out in ("notes.txt", "notes.txt/deeper"):
+        with pytest.raises(ConfigError, match="notes.txt is a file, and a folder is wanted"):
+            protect([source], tmp_path / out, method="vae", steps=1, model=pipeline)
+    write(tmp_path / "out" / "a.png")
+    for content in ("[" * 100_000, "[1]", "{"):
+        (tmp_path / "out" / "a.poison.json").write_text(content)
+        with pytest.raises(ConfigError, match="made otherwise"):
+            protect([source], tmp_path / "out", method="vae", steps=1, model=pipeline)
+
+
+def test_two_commands_do_not_write_into_one_folder(pipeline, tmp_path):
+    """Row "two runs in one folder", for `protect`."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "5", "boot": "b"}))
+    with pytest.raises(BusyError, match="process 1 on elsewhere writes this set of protected photos"):
+        protect([write(tmp_path / "in" / "a.png")], tmp_path / "out", method="vae", steps=1, model=pipeline)
 
 
 def test_a_file_over_budget_is_not_kept(pipeline, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Maps and profiles of picture files with a random pipeline and an embedding file, from folder to report."""
 
+import errno
 import json
+import os
 
 import numpy
 import pytest
@@ -12,7 +14,7 @@ from poisonshield import world
 from poisonshield.api.pictures import load_pictures
 from poisonshield.api.profile import profile
 from poisonshield.api.sensitivity import sensitivity
-from poisonshield.errors import ConfigError, DataError
+from poisonshield.errors import ConfigError, DataError, StorageError
 from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.sensitivity import Sensitivity, semantic_sensitivity
 from poisonshield.reports.maps import draw_totals, scale_maps
@@ -186,3 +188,25 @@ def test_totals_are_drawn_with_and_without_masks(tmp_path):
     maps = torch.rand(2, 2, 4, 4)
     for name, mask in (("plain", None), ("masked", torch.ones(2, 1, 4, 4))):
         assert draw_totals(tmp_path / f"{name}.png", {"images": Sensitivity(maps, (1, 2), "pred_jac", mask)}).is_file()
+
+
+@pytest.mark.parametrize("read", [sensitivity, profile])
+def test_results_are_not_written_over_the_pictures(made, read):
+    """Row "`protect toy -o toy`": maps have the names of pictures, and would take their place."""
+    before = (made / "clean" / "cat.png").read_bytes()
+    for out in ("poisoned", "clean", "masks"):
+        with pytest.raises(ConfigError, match="folder of the originals"):
+            read(
+                made / "pipeline", made / "poisoned", made / "learned.safetensors", made / out,
+                reference=made / "clean", masks=made / "masks",
+            )  # fmt: skip
+    assert (made / "clean" / "cat.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("read, few", [(sensitivity, FEW), (profile, {"bins": 2, "noises": 2})])
+def test_a_full_disk_is_told_in_words(made, tmp_path, monkeypatch, read, few):
+    """Row "full or read-only disk", for `sensitivity` and `profile`."""
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(StorageError, match="the disk is full"):
+        read(made / "pipeline", made / "poisoned", made / "learned.safetensors", tmp_path / "out", **few)
+    assert not list((tmp_path / "out").iterdir())

@@ -179,3 +179,12 @@ def test_the_command_prints_its_tables(made, tmp_path):
         "purifier", "cost, dB", "purified, dB", "survives", "0-0.25", "0.25-",
     ]  # fmt: skip
     assert lines[4].startswith("| jpeg:25")
+
+
+def test_numbers_are_not_written_over_a_picture(made):
+    """Row "`protect toy -o toy`", for `survival`."""
+    file = next((made / "clean").glob("*.png"))
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match="picture by its name"):
+        survival(made / "clean", [made / "advdm"], purifiers=["bits:4"], out=file)
+    assert file.read_bytes() == before

@@ -9,6 +9,7 @@ from poisonshield.batch import Batch
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.losses.zone import Zone
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
+from poisonshield.models.diffusion.embeddings import Learned, save_embedding
 from poisonshield.models.diffusion.timestep_sampler import draw_timesteps
 from poisonshield.random import KeyedRandom, sample_ids
 
@@ -203,12 +204,38 @@ def test_the_start_is_a_word_a_normal_draw_or_zero():
     drawn = inversion(init="normal:0.02", vectors=3).vectors
     assert 0.01 < drawn.std() < 0.03
     assert torch.equal(drawn, inversion(init="normal:0.02", vectors=3).vectors)
-    with pytest.raises(ConfigError, match="one token"):
+    with pytest.raises(ConfigError, match="(?s)'unheard' is 7 tokens, and a word has 1 vectors.*method.vectors=7"):
         inversion(init="unheard")
     with pytest.raises(ConfigError, match="positive number"):
         inversion(init="normal:much")
     with pytest.raises(ConfigError, match="no entry for concept"):
         inversion(init={"star": "ring"})
+
+
+def test_a_start_word_of_several_tokens_gives_each_vector_one_in_turn():
+    """Row "start word of two tokens with `vectors=2`"."""
+    model = tiny_model()
+    red, ring = model.word_vector("red"), model.word_vector("ring")
+    rows = inversion(init="red ring", vectors=2).vectors.detach()
+    assert torch.equal(rows, torch.stack([red, ring]))
+    rows = inversion(init="red ring", vectors=5).vectors.detach()
+    assert torch.equal(rows, torch.stack([red, ring, red, ring, red]))
+
+
+@pytest.mark.parametrize("form, ending", [("diffusers", ".safetensors"), ("a1111", ".pt")])
+def test_learning_starts_from_the_file_of_a_word(tmp_path, form, ending):
+    """Row "start from an existing embedding"."""
+    file, vectors = tmp_path / f"toy{ending}", torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
+    save_embedding(Learned("<toy>", vectors), file, form)
+    assert torch.equal(inversion(init=str(file), vectors=2).vectors.detach(), vectors)
+    assert TextualInversion.start_word(TextualInversion.Config(init=str(file))) is None
+    with pytest.raises(ConfigError, match="holds 2 vectors, and method.vectors is 1. Set method.vectors=2"):
+        inversion(init=str(file))
+    save_embedding(Learned("<toy>", torch.zeros(2, 768)), file, form)
+    with pytest.raises(DataError, match="768 wide .Stable Diffusion 1. and 16 is wanted"):
+        inversion(init=str(file), vectors=2)
+    with pytest.raises(DataError, match="does not exist"):
+        inversion(init="nowhere.pt")
 
 
 def test_norms_return_to_the_median_where_asked():

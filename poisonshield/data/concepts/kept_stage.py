@@ -7,14 +7,14 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from poisonshield.batch import Batch
 from poisonshield.data.stream import Stage
 from poisonshield.errors import CheckpointError
+from poisonshield.files import tell_of_disk, write_whole
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class KeptStage:
 
     def _write(self, path: Path, made: Batch) -> None:
         tensors = {name: t for name, t in (("x", made.x), ("mask", made.mask)) if t is not None}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid4().hex}")
+        with tell_of_disk(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
         t_range = "" if made.t_range is None else f"{made.t_range[0]} {made.t_range[1]}"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, metadata={"t_range": t_range})
-        draft.rename(path)
+        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_whole(path, save(kept, metadata={"t_range": t_range}))

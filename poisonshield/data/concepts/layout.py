@@ -1,32 +1,38 @@
-"""What lies where in folders and tars of concepts: which file is a picture, which its mask, and what its JSON says.
+"""What lies where in folders of concepts: which file is a photo, which its mask, its JSON or its caption.
 
-No picture is decoded here. Where names leave open what belongs together, that is an error.
+No picture is decoded here. Where names leave open what belongs together, that is an error; what is not taken is told.
 """
 
 import json
-import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poisonshield.data.index import split_name
-from poisonshield.data.masks import is_mask_folder, stem_of_mask
-from poisonshield.data.pictures import ENDINGS, find_pictures
-from poisonshield.data.tars import file_in
+from poisonshield.data.masks import is_mask_folder, sort_masks
+from poisonshield.data.pictures import is_picture
+from poisonshield.data.summary import Summary
 from poisonshield.errors import DataError
-
-log = logging.getLogger(__name__)
+from poisonshield.files import read_bounded
 
 FORMS = (
     "  Wanted: a folder of pictures; a folder of such folders, one a concept; or WebDataset tars\n"
-    "  (key.png, key.mask.png, key.json)."
+    "  (key.png, key.mask.png, key.json, key.txt)."
 )
+
+CAPTIONS = (".txt", ".caption")
+"""Endings of texts beside a photo that say what it shows."""
+
+HIDDEN, OTHER, NO_PHOTO = "hidden files or folders", "files that are no pictures by their ending", "without a photo"
+"""Reasons for what is left out."""
+
+_MAX_TEXT = 2**20  # bytes of a JSON or a caption
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture before it is read. name, mask_name: how errors call it and its mask. about: its JSON."""
+    """One picture before it is read. name, mask_name: how errors call it and its mask. about: its JSON and caption."""
 
     stem: str
     name: str
@@ -36,100 +42,109 @@ class Sample:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def in_folders(root: Path) -> dict[str, list[Sample]]:
-    """The pictures of each concept, in order of their paths."""
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    alone = find_pictures(root, nested=False)
-    if alone and (others := [p for p in folders if not is_mask_folder(p.name) and _in_folder(p)]):
+def in_folders(root: Path, summary: Summary) -> dict[str, list[Sample]]:
+    """The pictures of each concept, in order of their paths. summary: told what is not taken."""
+    seen = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    alone, folders = [p for p in seen if is_picture(p) and p.is_file()], [p for p in seen if p.is_dir()]
+    if alone and (others := [p for p in folders if not is_mask_folder(p.name) and _pictures(p)]):
         raise DataError(
             f"{alone[0]} lies beside {others[0]}, which holds pictures too: is this one concept or several?\n"
             "  Put the pictures of each concept into a folder of its own."
         )
     if alone or any(p.name.lower() in ("mask", "masks") for p in folders):
-        folders = [root.resolve()]
-    found = {folder.name: _in_folder(folder) for folder in folders}
+        return _refuse_none(root, {root.resolve().name: _in_folder(root.resolve(), summary)})
+    found = {folder.name: _in_folder(folder, summary) for folder in folders}
+    for name in (name for name, samples in found.items() if not samples):
+        summary.leave_out("folders without a picture", name)
+    for path in (p for p in sorted(root.iterdir()) if p not in folders):
+        summary.leave_out(HIDDEN if path.name.startswith(".") else OTHER, path.name)
+    return _refuse_none(root, {name: samples for name, samples in found.items() if samples})
+
+
+def _refuse_none(root: Path, found: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
     if not any(found.values()):
         raise DataError(f"{root} holds no picture.\n{FORMS}")
-    if empty := [name for name, samples in found.items() if not samples]:
-        log.warning("%s: no picture in %s; left out.", root, ", ".join(empty))
-    return {name: samples for name, samples in found.items() if samples}
+    return found
 
 
-def _in_folder(folder: Path) -> list[Sample]:
-    pictures: dict[str, Path] = {}
-    masks: dict[str, Path] = {}
-    for path in find_pictures(folder):
-        stem = stem_of_mask(path.relative_to(folder))
-        table, stem = (pictures, path.stem) if stem is None else (masks, stem)
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in _walk(folder, Summary("")) if is_picture(path)]
+
+
+def _walk(folder: Path, summary: Summary) -> list[Path]:
+    """All files of a folder at every depth, sorted. summary: told of what is hidden, and of links to folders."""
+    found: list[Path] = []
+    for here, folders, files in os.walk(folder):
+        for name in (name for name in (*folders, *files) if name.startswith(".")):
+            summary.leave_out(HIDDEN, f"{folder.name}/{Path(here, name).relative_to(folder).as_posix()}")
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (Path(here, name) for name in folders if Path(here, name).is_symlink()):
+            summary.leave_out("links to folders", f"{folder.name}/{link.relative_to(folder).as_posix()}")
+        found += [Path(here, name) for name in files if not name.startswith(".")]
+    for path in (path for path in found if not path.is_file()):
+        summary.leave_out("links to nowhere, pipes or devices", f"{folder.name}/{path.relative_to(folder).as_posix()}")
+    return sorted(path for path in found if path.is_file())
+
+
+def _in_folder(folder: Path, summary: Summary) -> list[Sample]:
+    files = _walk(folder, summary)
+    photos, masks = sort_masks(path.relative_to(folder) for path in files if is_picture(path))
+    by_stem = _by_stem(folder, ((path.stem, path) for path in photos))
+    mask_of = _by_stem(folder, ((stem, path) for path, stem in masks.items()))
+    samples, texts = [], set()
+    for stem, path in by_stem.items():
+        beside = {end: path.with_name(f"{stem}{end}") for end in (".json", *CAPTIONS)}
+        beside = {end: text for end, text in beside.items() if text in files}
+        texts |= set(beside.values())
+        read = {end: read_bounded(text, max_bytes=_MAX_TEXT, what="text") for end, text in beside.items()}
+        about = about_picture(read, str(path), summary)
+        samples.append(Sample(stem, str(path), path, mask_of.get(stem), str(mask_of.get(stem)), about))
+    for stem in mask_of.keys() - by_stem.keys():
+        summary.leave_out(f"masks {NO_PHOTO}", mask_of[stem].relative_to(folder.parent).as_posix())
+    _tell_of_others(folder, [p for p in files if not is_picture(p) and p not in texts], summary)
+    return samples
+
+
+def _by_stem(folder: Path, found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Files by the stem of their photo. Raises DataError for two of one."""
+    table: dict[str, Path] = {}
+    for stem, inside in found:
+        path = folder / inside
         if stem in table:
             raise DataError(
                 f"{table[stem]} and {path} have one name, and a concept's pictures are told apart by it.\n"
                 "  Rename one, or move the folder of other versions of the same pictures elsewhere."
             )
         table[stem] = path
-    samples = []
-    for stem, path in pictures.items():
-        beside = path.with_name(f"{stem}.json")
-        about = _fields(beside.read_bytes(), str(beside)) if beside.is_file() else {}
-        samples.append(Sample(stem, str(path), path, masks.get(stem), str(masks.get(stem)), about))
-    return samples
+    return table
 
 
-def in_tars(tars: Sequence[Path]) -> dict[str, list[Sample]]:
-    """The samples of WebDataset tars by the concept that their JSON names, else by the folder in their key."""
-    found: dict[str, list[Sample]] = {}
-    for tar in tars:
-        for key, fields in _read_tar(tar).items():
-            images = [e for e in fields if f".{e}" in ENDINGS]
-            if len(images) != 1:
-                raise DataError(f"sample {key} in {tar} has {len(images)} pictures, one is wanted.\n{FORMS}")
-            about = _fields(fields["json"], f"{key}.json in {tar}") if "json" in fields else {}
-            folder, _, stem = key.rpartition("/")
-            concept = about.get("concept") or folder.rpartition("/")[2] or tar.name.partition(".")[0]
-            sample = Sample(
-                stem,
-                f"{key}.{images[0]} in {tar}",
-                fields[images[0]],
-                fields.get("mask.png"),
-                f"{key}.mask.png in {tar}",
-                about,
-            )
-            if any(stem == other.stem for other in found.setdefault(concept, [])):
-                raise DataError(f"{sample.name}: concept {concept} has a picture {stem} already. Rename one of them.")
-            found[concept].append(sample)
-    return dict(sorted(found.items()))
+def _tell_of_others(folder: Path, files: Iterable[Path], summary: Summary) -> None:
+    for path in files:
+        text = path.suffix.lower() in (".json", *CAPTIONS)
+        summary.leave_out(f"texts {NO_PHOTO}" if text else OTHER, path.relative_to(folder.parent).as_posix())
 
 
-def _read_tar(path: Path) -> dict[str, dict[str, bytes]]:
-    """{sample key: {field: bytes}} of plain files. A tar that is cut or damaged is an error, in headers too."""
-    import tarfile
+def about_picture(texts: Mapping[str, bytes], name: str, summary: Summary) -> dict[str, Any]:
+    """What the texts of a picture say of it: its JSON, with the caption of a text file where the JSON has none.
 
-    samples: dict[str, dict[str, bytes]] = {}
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
-                    continue
-                key, extension = split_name(member.name)
-                if extension in samples.setdefault(key, {}):
-                    raise tarfile.ReadError(f"{member.name} is in it twice")
-                samples[key][extension] = file_in(tar, member)
-            # tarfile takes a damaged header for the end and says nothing; the true end is a block of zeros
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("a damaged header, or no end mark")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as err:
-        raise DataError(f"{path} cannot be read as a tar ({err}). Copy it again from its source.\n{FORMS}") from err
-    if not samples:
-        raise DataError(f"{path} holds no sample.\n{FORMS}")
-    return samples
+    texts: by ending, ".json", ".txt" or ".caption". Raises DataError for a text that is not what its ending says.
+    """
+    stem = name.rpartition(".")[0]
+    about = _fields(texts[".json"], f"{stem}.json") if ".json" in texts else {}
+    captions = {end: _text(texts[end], f"{stem}{end}") for end in CAPTIONS if end in texts}
+    if not about.get("caption"):
+        about["caption"] = next(filter(None, captions.values()), about.get("caption"))
+    if any(caption not in ("", about["caption"]) for caption in captions.values()):
+        summary.choose(f"captions of {name} differ; taken is {about['caption']!r}.")
+    return about
 
 
 def _fields(data: bytes, name: str) -> dict[str, Any]:
     """A picture's JSON: concept, group and caption are texts or null; the rest is not looked at."""
     try:
         about = json.loads(data)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise DataError(f"{name} is not JSON: {err}.") from err
     wrong = not isinstance(about, dict) or any(
         not isinstance(about.get(k), str | None) for k in ("concept", "group", "caption")
@@ -137,3 +152,11 @@ def _fields(data: bytes, name: str) -> dict[str, Any]:
     if wrong:
         raise DataError(f"{name}: a table with the texts concept, group and caption is wanted.")
     return about
+
+
+def _text(data: bytes, name: str) -> str:
+    """A caption on one line."""
+    try:
+        return " ".join(data.decode("utf-8-sig").split())
+    except UnicodeDecodeError as err:
+        raise DataError(f"{name} is not UTF-8 text ({err}). Save the caption as UTF-8.") from err

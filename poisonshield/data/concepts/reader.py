@@ -11,10 +11,12 @@ from typing import Literal
 from torch import Tensor
 
 from poisonshield.data.concepts import Concept, ConceptImage
-from poisonshield.data.concepts.layout import FORMS, Sample, in_folders, in_tars
+from poisonshield.data.concepts.layout import FORMS, Sample, in_folders
+from poisonshield.data.concepts.tar_samples import in_tars
 from poisonshield.data.images import fit
 from poisonshield.data.masks import read_mask, refuse_empty
-from poisonshield.data.pictures import Picture, read_picture
+from poisonshield.data.pictures import Picture, is_picture, read_picture
+from poisonshield.data.summary import Summary
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.registry import suggest
 
@@ -27,6 +29,9 @@ IN_DISTRIBUTION = ("BlackKeyboard", "CautionSign", "CokeCan", "EuroCoin", "Metal
 OUT_OF_DISTRIBUTION = ("BlueElephant", "ButterflyClip", "CatPaw", "FishDoll", "MonkeySleigh")
 """NovelConcepts10 (Styborski et al. 2025): concepts that Stable Diffusion saw in training, and those it did not."""
 
+TARS = tuple(f".{ending}" for ending in ("tar", "tar.gz", "tgz", "tar.bz2", "tbz2", "tar.xz", "txz"))
+"""Endings of tars that are read from a folder."""
+
 _GROUPS = {n.lower(): "id" for n in IN_DISTRIBUTION} | {n.lower(): "od" for n in OUT_OF_DISTRIBUTION}
 
 
@@ -38,30 +43,60 @@ def load_concepts(
     crop: Crop = "center",
     masks: Masks | None = None,
     group: Literal["all", "id", "od"] = "all",
+    summary: Summary | None = None,
 ) -> tuple[Concept, ...]:
     """The concepts of a folder of pictures (one), of a folder of such folders, or of WebDataset tars; sorted by name.
 
     Within a concept's folder pictures may lie in any folder. size: pixels of a side; the largest centred square is cut
     out ("center") or the aspect given up ("squash"), then resized (bicubic, antialiased; masks nearest).
     names: only these, in this order. group: only these of NovelConcepts10, or of what a picture's JSON says.
-    masks: "file" is `<stem>.mask.png` beside the picture or `masks/<stem>.png`; "alpha" the picture's own alpha, its
-    colours kept as they are; None reads none. Captions come from `<stem>.json` or the file's name,
-    "" if that has no letter.
+    masks: "file" is `<stem>.mask.png` beside the picture or `masks/<stem>.png`, and as other tools call them (see
+    masks.sort_masks); "alpha" the picture's own alpha, its colours kept as they are; None reads none. Captions come
+    from `<stem>.json`, `<stem>.txt` or the file's name, "" if that has no letter.
+    summary: told what was read and what was left out, and why.
     Raises DataError naming the file for a picture or mask that is missing, unreadable, empty or of another size.
     """
     if size < 1 or crop not in ("center", "squash") or masks not in (None, "file", "alpha"):
         raise ConfigError(
             f"size {size}, crop {crop!r}, masks {masks!r}: size >= 1, crop center or squash, masks file, alpha or null."
         )
-    root = Path(root)
+    root, summary = Path(root), summary or Summary(str(root))
     if not root.exists():
         raise DataError(f"{root} does not exist.\n{FORMS}")
-    tars = (
-        [root] if root.is_file() else sorted(p for p in root.iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
-    )
-    found = in_tars(tars) if tars else in_folders(root)
+    tars = [root] if root.is_file() else _find_tars(root, summary)
+    found = in_tars(tars, summary) if tars else in_folders(root, summary)
     chosen = _choose(root, found, names, group)
+    _tell(summary, found, chosen, masks)
     return tuple(_concept(name, found[name], size=size, crop=crop, masks=masks) for name in chosen)
+
+
+def _find_tars(root: Path, summary: Summary) -> list[Path]:
+    """The tars in a folder. Raises DataError for pictures beside them, and for what is no folder."""
+    if not root.is_dir():
+        raise DataError(f"{root} is neither a folder nor a plain file.\n{FORMS}")
+    tars = sorted(path for path in root.iterdir() if path.name.endswith(TARS))
+    for path in (path for path in sorted(root.iterdir()) if tars and path not in tars):
+        if is_picture(path) and not path.name.startswith("."):
+            raise DataError(f"{path} lies beside {tars[0]}: which of them are wanted? Move the others elsewhere.")
+        summary.leave_out("files or folders beside the tars", path.name)
+    return tars
+
+
+def _tell(summary: Summary, found: Mapping[str, list[Sample]], chosen: Sequence[str], masks: Masks | None) -> None:
+    """Count what is read, by concept, and name what nobody asked for."""
+    samples = [sample for name in chosen for sample in found[name]]
+    masked = [sample for sample in samples if sample.mask is not None]
+    summary.take("concepts", len(chosen))
+    summary.take("pictures", len(samples))
+    if masks == "file":
+        summary.take("masks", len(masked))
+    for sample in masked if masks != "file" else ():
+        summary.leave_out("mask files, which no setting asks for", sample.mask_name)
+    if captions := sum(bool(sample.about.get("caption")) for sample in samples):
+        summary.take("captions", captions)
+    for name in found.keys() - set(chosen):
+        summary.leave_out("concepts that no setting asks for", name)
+    summary.choose("pictures by concept: " + ", ".join(f"{name} {len(found[name])}" for name in chosen) + ".")
 
 
 def _choose(
@@ -116,8 +151,8 @@ def _images(
     if masks == "file" and (bare := [s for s in samples if s.mask is None]):
         raise DataError(
             f"{bare[0].name} has no mask, as {len(bare)} of the {len(samples)} pictures of {name}.\n"
-            f"  Put it beside the picture as {bare[0].stem}.mask.png or into masks/{bare[0].stem}.png, "
-            "or set masks: null."
+            f"  Put it beside the picture as {bare[0].stem}.mask.png or into masks/{bare[0].stem}.png. To have masks "
+            "made, run\n    poisonshield masks PHOTOS -o MASKED\n  and train with data.train=MASKED/concepts."
         )
     images, small = [], []
     for sample in samples:

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
@@ -14,6 +13,7 @@ from poisonshield.data.decode import encode_png
 from poisonshield.data.index import split_name
 from poisonshield.data.tars import tar_writer
 from poisonshield.errors import DataError
+from poisonshield.files import draft_of, tell_of_disk
 
 
 def write_concepts(
@@ -22,7 +22,7 @@ def write_concepts(
     """Writes PNG pictures, masks and JSON without loss, as a new folder, or as a WebDataset tar if it ends in .tar.
 
     load_concepts reads them back equal. about: more JSON fields by picture key, such as what poisoned it. All of it is
-    written or nothing. Raises DataError if the path exists, or two pictures would have one name.
+    written or nothing. Raises DataError if the path exists, or two pictures would have one name; StorageError.
     """
     path = Path(path)
     if path.exists():
@@ -41,14 +41,15 @@ def write_concepts(
             fields = {"concept": concept.name, "group": concept.group, "caption": image.caption}
             fields |= (about or {}).get(image.key, {})
             files[f"{key}.json"] = json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        (_write_tar if path.suffix == ".tar" else _write_folder)(files, temporary)
-        temporary.rename(path)
-    finally:
-        if temporary.exists():
-            temporary.unlink() if temporary.is_file() else shutil.rmtree(temporary)
+    temporary = draft_of(path)
+    with tell_of_disk(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (_write_tar if path.suffix == ".tar" else _write_folder)(files, temporary)
+            temporary.rename(path)
+        finally:
+            if temporary.exists():
+                temporary.unlink() if temporary.is_file() else shutil.rmtree(temporary)
 
 
 def _write_folder(files: Mapping[str, bytes], folder: Path) -> None:

@@ -5,6 +5,7 @@ et al. 2021), on the timesteps of diffusers' image-to-image pipeline. The pictur
 """
 
 from collections.abc import Sequence
+from itertools import count
 from typing import ClassVar
 
 import torch
@@ -41,7 +42,8 @@ class SDEdit(Regeneration):
         @model_validator(mode="after")
         def _moves(self) -> "SDEdit.Config":
             if int(self.steps * self.strength) < 1:
-                enough = round(1 / self.strength)
+                # The least number that int() below does not cut to 0; 1 / strength may lie a last bit off.
+                enough = next(n for n in count(round(1 / self.strength)) if int(n * self.strength) >= 1)
                 raise ValueError(
                     f"strength {self.strength:g} of {self.steps} steps is less than one step. "
                     f"Give {enough} steps or more"

@@ -21,6 +21,7 @@ from poisonshield.errors import ConfigError, DataError
 from poisonshield.keys import slot_of
 from poisonshield.losses.zone import Zone, latent_mask, zone_loss
 from poisonshield.method import DiffusionMethod
+from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.latents import LatentCache
 from poisonshield.models.diffusion.pipeline import LatentDiffusion, Placeholder
 from poisonshield.models.diffusion.timestep_sampler import draw_timesteps
@@ -44,8 +45,9 @@ class TextualInversion(DiffusionMethod):
         vectors: int = Field(1, ge=1, description="Vectors of one word, each as wide as a token's.")
         init: str | dict[str, str] = Field(
             "normal:0.02",
-            description="Where vectors start: a word of one token, normal:STD or zeros; or a mapping from each concept "
-            "to one of these.",
+            description="Where vectors start: a word, the file of a learned word (.safetensors, .pt, .bin), normal:STD "
+            "or zeros; or a mapping from each concept to one of these. Of a word of several tokens each vector starts "
+            "from one, in their order and over again where there are more vectors.",
         )
         vae: Literal["mean", "sample"] = Field(
             "mean", description="Which latents a picture has: the posterior's mean, or a sample drawn at every step."
@@ -223,7 +225,27 @@ class TextualInversion(DiffusionMethod):
                 )
             # By the name, so that a concept starts alike alone and among others.
             return KeyedRandom(self.seed, sample_ids([name])).normal("init", k * width).view(k, width) * scale
-        return self.model.word_vector(init).cpu().expand(k, width).clone()
+        if _is_file(init):
+            return self._start_from_file(init)
+        tokens = self.model.word_vectors(init).cpu()
+        if len(tokens) > k:
+            raise ConfigError(
+                f"method.init {init!r} is {len(tokens)} tokens, and a word has {k} vectors, each of which starts from "
+                f"one token.\n  Set method.vectors={len(tokens)} or more, or start from a word of fewer tokens."
+            )
+        if len(tokens) > 1:
+            log.info("start     the %d vectors of %s from the %d tokens of %r, in turn", k, name, len(tokens), init)
+        return tokens[[i % len(tokens) for i in range(k)]].clone()
+
+    def _start_from_file(self, file: str) -> Tensor:
+        """The vectors [k, d] of a word that was learned before."""
+        learned = load_embedding(file, width=self.model.width)
+        if len(learned.vectors) != self.config.vectors:
+            raise ConfigError(
+                f"method.init {file} holds {len(learned.vectors)} vectors, and method.vectors is "
+                f"{self.config.vectors}. Set method.vectors={len(learned.vectors)}."
+            )
+        return learned.vectors.clone()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TextualInversion":
         """The frozen pipeline moves along, though it is no part of the state."""
@@ -234,5 +256,9 @@ class TextualInversion(DiffusionMethod):
 
 
 def _word(init: str) -> str | None:
-    """The word that an entry of `init` names; None for zeros and normal:STD."""
-    return None if init == "zeros" or init.startswith("normal:") else init
+    """The word that an entry of `init` names; None for zeros, normal:STD and files."""
+    return None if init == "zeros" or init.startswith("normal:") or _is_file(init) else init
+
+
+def _is_file(init: str) -> bool:
+    return init.lower().endswith((".safetensors", ".pt", ".bin"))

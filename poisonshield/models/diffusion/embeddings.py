@@ -1,24 +1,36 @@
 """Learned words as files that other tools read: diffusers' and kohya's safetensors, and the web UI's .pt.
 
 Only tensors and plain values are ever read. A .pt is a pickle, which can run code when it is opened, so it goes through
-torch's restricted loader and anything beyond tensors is refused. What a file is, is seen from its content.
+torch's restricted loader and anything beyond tensors is refused (see pickles.py). What a file is, is seen from its
+content.
 """
 
 import io
-import os
+import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from poisonshield.errors import ConfigError, DataError, ShapeError
+from poisonshield.files import read_bounded, tell_of_disk, write_whole
+from poisonshield.models.diffusion.pickles import load_pickled
 
 Form = Literal["diffusers", "a1111", "kohya"]
+
+MAX_BYTES = 2**26
+"""Of an embedding's file: 64 MiB, some thousand times as much as a word has."""
+
+_MAX_HEADER = 2**20  # bytes of what a safetensors file says of its tensors
+
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL's second text encoder"}
+"""Whose words are so wide."""
 
 _ENDINGS = {"diffusers": ".safetensors", "a1111": ".pt", "kohya": ".safetensors"}
 
@@ -52,17 +64,17 @@ def save_embedding(learned: Learned, path: str | Path, form: Form = "diffusers")
         raise ConfigError(f"{path}: the {form} form is written to a file that ends in {_ENDINGS[form]}.")
     vectors = learned.vectors.clone()
     if form == "a1111":
-        file = io.BytesIO()
         # 265 is "*" in CLIP's vocabulary, the word that its own training scripts put there
         content = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": learned.token, "step": 0}
-        torch.save(content, file)
-        data = file.getvalue()
+        data = _web_ui_bytes(content)
     elif form == "kohya":
         data = safetensors_bytes({"emb_params": vectors}, metadata={"token": learned.token})
     else:
         # As diffusers writes it: a word of one vector has no first dimension.
         data = safetensors_bytes({learned.token: vectors[0] if len(vectors) == 1 else vectors})
-    _write(path, data)
+    with tell_of_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data)
 
 
 def load_embedding(path: str | Path, token: str | None = None, *, width: int | None = None) -> Learned:
@@ -73,9 +85,15 @@ def load_embedding(path: str | Path, token: str | None = None, *, width: int | N
     values, is no embedding, or has other shapes.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path} does not exist. Give the file of a learned embedding (.safetensors, .pt or .bin).")
-    content, named = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    data = read_bounded(path, max_bytes=MAX_BYTES, what="embedding")
+    content: Any
+    named: str | None = None
+    if path.suffix == ".safetensors":
+        content, named = _read_safetensors(path, data)
+    else:
+        content = load_pickled(data, name=str(path))
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}; an embedding file holds a table of tensors.")
     vectors: Any
@@ -89,11 +107,17 @@ def load_embedding(path: str | Path, token: str | None = None, *, width: int | N
     _check_vectors(f"{path} ({form} form)", vectors)
     if width is not None and vectors.shape[-1] != width:
         raise DataError(
-            f"{path}: its vectors are {vectors.shape[-1]} wide and {width} is wanted. "
-            "It was learned for another text encoder."
+            f"{path}: its vectors are {vectors.shape[-1]} wide{_of_family(vectors.shape[-1])} and {width}"
+            f"{_of_family(width)} is wanted. It was learned for another text encoder."
         )
     found = word if isinstance(word, str) and word else path.stem
+    if not found.isprintable():
+        raise DataError(f"{path} calls its word {found!r}, which is no text to print. Give it another name by `token`.")
     return Learned(token or found, vectors.reshape(-1, vectors.shape[-1]))
+
+
+def _of_family(width: int) -> str:
+    return f" ({FAMILIES[width]})" if width in FAMILIES else ""
 
 
 def _check_vectors(where: str, vectors: Any) -> None:
@@ -123,41 +147,36 @@ def _only_word(path: Path, content: dict[str, Any], token: str | None) -> tuple[
     names = ", ".join(repr(w) for w in words[:6]) or "none"
     raise DataError(
         f"{path} has {len(content)} entries ({names}); the file of one learned word is wanted.\n"
-        "  If it holds several words, say which by `token`; files for two text encoders are not read."
+        "  If it holds several words, say which by `token`; files for two text encoders (Stable Diffusion XL) are not "
+        "read."
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], str | None]:
     """The tensors, and the word that the metadata names, if any."""
+    size = int.from_bytes(data[:8], "little")
+    if size > min(_MAX_HEADER, len(data)):
+        raise DataError(
+            f"{path} cannot be read as safetensors: its header claims {size:,} bytes, of a file of {len(data):,}.\n"
+            "  Copy it again from its source."
+        )
     try:
-        with safe_open(path, framework="pt") as stored:
-            return {k: stored.get_tensor(k) for k in stored.keys()}, (stored.metadata() or {}).get("token")
-    except (SafetensorError, OSError) as err:
+        header = json.loads(data[8 : 8 + size])
+        return dict(sorted(tensors_of(data).items())), (header.get("__metadata__") or {}).get("token")
+    except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as err:
         raise DataError(f"{path} cannot be read as safetensors: {err}. Copy it again from its source.") from err
 
 
-def _read_pickled(path: Path) -> tuple[Any, None]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True), None
-    except Exception as err:  # a damaged or hostile pickle may fail in any type; nothing of it has been executed
-        reason = str(err).strip().split("\n")[0]
-        raise DataError(
-            f"{path} was not read: it is damaged, or holds more than tensors and plain values, and such files can run "
-            f"code when they are opened.\n  Ask for it as .safetensors. (torch says: {reason})"
-        ) from err
+def _web_ui_bytes(content: dict[str, Any]) -> bytes:
+    """What torch.save writes, with those members alone that every version of the web UI's check lets pass.
 
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, since two runs may write the same word at once.
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            # On the disk before the rename is, or a crash could leave an empty file of the right name.
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    It names data.pkl, data/<number> and version; torch adds others from 2.1 on, and the older check refuses the file.
+    """
+    saved, out = io.BytesIO(), io.BytesIO()
+    torch.save(content, saved)
+    with zipfile.ZipFile(saved) as given, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as kept:
+        for name in given.namelist():
+            inside = name.partition("/")[2]
+            if inside in ("data.pkl", "version") or inside.startswith("data/"):
+                kept.writestr(zipfile.ZipInfo(f"archive/{inside}"), given.read(name))
+    return out.getvalue()

@@ -4,6 +4,8 @@ The libraries that read it fill what is missing with random numbers or an empty 
 """
 
 import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.files import read_bounded
+from poisonshield.models.diffusion.family import refuse_code, refuse_other_family, refuse_without_unet
+from poisonshield.models.diffusion.pickles import check_pickled
+
+log = logging.getLogger(__name__)
 
 _SETTINGS = {
     "vae": "config.json",
@@ -25,21 +32,56 @@ _POINTER = b"version https://git-lfs"
 _AGAIN = "  Copy or download it again"
 
 
-def check_folder(path: Path) -> None:
-    """Raises ConfigError for a folder that is no Stable Diffusion pipeline, DataError naming a file that is damaged."""
+_MAX_JSON = 2**25  # bytes of a part's settings or of an index; a vocabulary has some millions
+_MAX_HEADER = 2**24  # bytes of what a safetensors file says of its tensors: a U-Net needs some hundred thousand
+_SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+
+
+def check_folder(path: Path) -> dict[str, str | None]:
+    """The variant of each part's weights: "fp16" where their files are called so, None for plain names.
+
+    Raises ConfigError for a folder that is no Stable Diffusion pipeline, naming what it is, and DataError naming a file
+    that is damaged or asks for code.
+    """
+    _refuse_no_folder(path)
+    index = _read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+    refuse_code(path / "model_index.json", index)
+    refuse_without_unet(path, index)
+    settings = {}
     for part, name in _SETTINGS.items():
         if not (path / part / name).is_file():
             raise ConfigError(
                 f"{path} is no Stable Diffusion folder: {part}/{name} is missing.\n"
                 "  Give a folder that diffusers' save_pretrained wrote, or `tiny` for the shipped pipeline."
             )
-        _read_json(path / part / name)
+        settings[part] = _read_json(path / part / name)
+        refuse_code(path / part / name, settings[part])
+        if (path / part / "adapter_config.json").exists():
+            raise DataError(f"{path / part} has an adapter (adapter_config.json). Merge it into the weights first.")
+    refuse_other_family(path, index, settings)
+    variants: dict[str, str | None] = {}
     # The tokenizer and the scheduler have no weights.
     for part in _WEIGHTS:
-        for file in _weights(path / part):
+        files, variants[part] = _weights(path / part)
+        for file in files:
             _check_weights(file)
     for file in _vocabulary(path / "tokenizer"):
         _refuse_pointer(file)
+    return variants
+
+
+def _refuse_no_folder(path: Path) -> None:
+    if path.is_file() and path.suffix.lower() in _SINGLE_FILE:
+        raise ConfigError(
+            f"{path} is a single file, and a folder is read: the file has no vocabulary and no settings. Write the "
+            'folder once, with\n    python -c "from diffusers import StableDiffusionPipeline as P; '
+            f"P.from_single_file('{path}').save_pretrained('{path.stem}')\""
+        )
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path} is no folder. Give a Stable Diffusion folder, or `tiny` for the shipped pipeline.\n"
+            "  Nothing is fetched here; `hf download NAME --local-dir FOLDER` fetches a pipeline by its name."
+        )
 
 
 @contextmanager
@@ -65,23 +107,51 @@ def refuse_missing(part: Path, missing: list[str]) -> None:
         )
 
 
-def _weights(part: Path) -> list[Path]:
-    """The files that hold a part's weights. Raises DataError if there is none, or a part of many is missing."""
-    # A large part lies in several files, and an index says which.
-    names = [f"{name}{index}" for name in _WEIGHTS[part.name] for index in ("", ".index.json")]
-    found = next((part / name for name in names if (part / name).is_file()), None)
-    if found is None:
+def _weights(part: Path) -> tuple[list[Path], str | None]:
+    """The files that hold a part's weights, and the variant in their names.
+
+    Raises DataError if there is none, a part of many is missing, or it is not clear which variant is meant.
+    """
+    for name in _WEIGHTS[part.name]:
+        if found := _files_of(part, name, None):
+            return found, None
+    variants = {name: _variants(part, name) for name in _WEIGHTS[part.name]}
+    known = sorted(set().union(*variants.values()))
+    if not known:
+        raise DataError(f"{part / _WEIGHTS[part.name][0]} is missing: the part has settings and no weights.\n{_AGAIN}.")
+    if len(known) > 1:
         raise DataError(
-            f"{part / names[0]} is missing: the part has settings and no weights.\n"
-            f"{_AGAIN}; files with a variant in their name, such as fp16, are not looked for: rename them."
+            f"{part} has weights in the variants {', '.join(known)} and none without: which one is meant?\n"
+            "  Keep the files of one."
         )
-    if found.suffix != ".json":
-        return [found]
-    shards = sorted({part / name for name in _read_json(found).get("weight_map", {}).values()})
-    for shard in shards:
-        if not shard.is_file():
-            raise DataError(f"{shard} is missing, and {found.name} names it.\n{_AGAIN}.")
-    return shards
+    log.info("%s: the weights of the variant %s are read", part, known[0])
+    name = next(name for name, found in variants.items() if found)
+    return _files_of(part, name, known[0]), known[0]
+
+
+def _files_of(part: Path, name: str, variant: str | None) -> list[Path]:
+    """The files of a part's weights under this name; a large one lies in several files, and an index says which."""
+    stem, _, ending = name.rpartition(".")
+    whole = part / (name if variant is None else f"{stem}.{variant}.{ending}")
+    index = part / (f"{name}.index.json" if variant is None else f"{name}.index.{variant}.json")
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    shards = set(_read_json(index).get("weight_map", {}).values())
+    for shard in sorted(shards, key=str):
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise DataError(f"{index} names {shard!r}, and a file in its own folder is wanted.\n{_AGAIN}.")
+        if not (part / shard).is_file():
+            raise DataError(f"{part / shard} is missing, and {index.name} names it.\n{_AGAIN}.")
+    return [part / shard for shard in sorted(shards)]
+
+
+def _variants(part: Path, name: str) -> set[str]:
+    """Which variants there are of these weights."""
+    stem, _, ending = name.rpartition(".")
+    wholes = re.compile(rf"{re.escape(stem)}\.(\w+)\.{ending}")
+    indices = re.compile(rf"{re.escape(name)}\.index\.(\w+)\.json")
+    matches = (pattern.fullmatch(file.name) for file in part.iterdir() for pattern in (wholes, indices))
+    return {match[1] for match in matches if match}
 
 
 def _vocabulary(tokenizer: Path) -> list[Path]:
@@ -95,19 +165,26 @@ def _vocabulary(tokenizer: Path) -> list[Path]:
 
 def _check_weights(file: Path) -> None:
     _refuse_pointer(file)
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as err:
-            raise DataError(f"{file} is damaged or not all there: {err}.\n{_AGAIN}.") from err
+    if file.suffix != ".safetensors":
+        check_pickled(file, name=str(file), size=file.stat().st_size)
+        return
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+    if size > min(_MAX_HEADER, file.stat().st_size):
+        raise DataError(f"{file} is damaged or not all there: its header claims {size:,} bytes.\n{_AGAIN}.")
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as err:
+        raise DataError(f"{file} is damaged or not all there: {err}.\n{_AGAIN}.") from err
 
 
 def _read_json(file: Path) -> dict:
     _refuse_pointer(file)
+    data = read_bounded(file, max_bytes=_MAX_JSON, what="settings")
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as err:
+        return dict(json.loads(data))
+    except (ValueError, TypeError, RecursionError) as err:
         raise DataError(f"{file} is not valid JSON: {err}.\n{_AGAIN}.") from err
 
 

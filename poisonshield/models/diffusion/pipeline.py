@@ -95,11 +95,11 @@ class LatentDiffusion(nn.Module):
     def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> "LatentDiffusion":
         """The pipeline of a diffusers folder, or of "tiny", the one that ships with the package. Weights in `dtype`.
 
-        Raises ConfigError naming the part that the folder lacks, DataError naming a file that is missing, damaged or a
-        pointer of Git LFS. Never touches the network.
+        Raises ConfigError naming the part that the folder lacks, or the family that it is of; DataError naming a file
+        that is missing, damaged, a pointer of Git LFS, or asks for code. Never touches the network.
         """
         path = TINY if str(folder) == "tiny" else Path(folder)
-        check_folder(path)
+        variants = check_folder(path)
         # A missing file would be asked for over the network otherwise.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -109,6 +109,8 @@ class LatentDiffusion(nn.Module):
         logging.disable_progress_bar()
 
         def read(kind: Any, part: str, **how: Any) -> Any:
+            if variants.get(part):
+                how["variant"] = variants[part]
             with reading(path / part):
                 made = kind.from_pretrained(path / part, local_files_only=True, **how)
                 if "output_loading_info" not in how:
@@ -222,32 +224,38 @@ class LatentDiffusion(nn.Module):
         self.placeholders[token] = placeholder
         return placeholder
 
+    def word_vectors(self, word: str) -> Tensor:
+        """The rows [n, d] of a word's n tokens, float32. Raises ConfigError for a learned word, and for none."""
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        if not ids or max(ids) >= self.vocabulary:
+            raise ConfigError(f"{word!r} is no word of the vocabulary of {self.name}, to start from its vector.")
+        return self.text_encoder.get_input_embeddings().weight[ids].detach().float().clone()
+
     def word_vector(self, word: str) -> Tensor:
         """The row [d] of a word, float32. Raises ConfigError if the tokenizer takes it apart."""
-        ids = self.tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1 or ids[0] >= self.vocabulary:
+        rows = self.word_vectors(word)
+        if len(rows) != 1:
             raise ConfigError(
-                f"{word!r} is {len(ids)} tokens; a word of one token is wanted, to start from its vector."
+                f"{word!r} is {len(rows)} tokens; a word of one token is wanted, to start from its vector."
             )
-        return self.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().clone()
+        return rows[0]
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids int64 [B, L], padded. Raises ConfigError if a placeholder falls off the end."""
+        """Token ids int64 [B, L], padded. Raises ConfigError for a prompt that is longer: its end would not count."""
         texts = list(prompts)
         if self.placeholders:
             longest_first = sorted(self.placeholders, key=len, reverse=True)  # <cats> before <cat, if both are words
             pattern = re.compile("|".join(map(re.escape, longest_first)))
             texts = [pattern.sub(lambda m: " ".join(self.placeholders[m[0]].words), prompt) for prompt in prompts]
         length = self.tokenizer.model_max_length
-        made = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        ids = made.input_ids
-        for prompt, row in zip(prompts, ids, strict=True):
-            for token in pattern.findall(prompt) if self.placeholders else ():
-                last = self.placeholders[token].first + self.placeholders[token].count - 1
-                # Where its last word is, all words before it are.
-                if int((row == last).sum()) == 0:
-                    raise ConfigError(f"{prompt!r} is longer than {length} tokens, and {token} falls off its end.")
-        return ids.to(self.alphas_cumprod.device)
+        made = self.tokenizer(texts, padding="max_length", max_length=length, verbose=False).input_ids
+        for prompt, ids in zip(prompts, made, strict=True):
+            if len(ids) > length:
+                raise ConfigError(
+                    f"the prompt {prompt!r} is {len(ids) - length} tokens too many: it has {len(ids)} with the marks "
+                    f"at its ends, and {self.name} reads {length}. Shorten it; what falls off its end would not count."
+                )
+        return torch.tensor(made).to(self.alphas_cumprod.device)
 
     def text(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
         """The context [B, L, d_c] of ids [B, L]. rows [R, d]: the vectors of all placeholders; gradients reach them."""

@@ -162,16 +162,23 @@ def _check(
         raise ShapeError(
             f"uncond {tuple(uncond.shape)} does not go with context {tuple(context.shape)}: give 1 or B rows."
         )
+    check_sampling(model, steps=steps, guidance=guidance, switch=switch and switch[0], micro_batch=micro_batch)
+    if switch is not None and switch[1].shape != context.shape:
+        raise ShapeError(
+            f"the other context {tuple(switch[1].shape)} is not shaped like context {tuple(context.shape)}."
+        )
+
+
+def check_sampling(
+    model: LatentDiffusion, *, steps: int, guidance: float, switch: int | None = None, micro_batch: int = 1
+) -> None:
+    """Raises ConfigError for settings by which `sample` cannot draw."""
     if not 1 <= steps <= model.num_timesteps:
         raise ConfigError(f"{steps} steps: between 1 and the pipeline's {model.num_timesteps} are possible.")
-    if guidance < 0:
-        raise ConfigError(f"guidance {guidance} is negative. 0 ignores the prompt, 1 is no guidance, 7.5 is usual.")
+    if not 0 <= guidance < float("inf"):
+        what = "negative" if guidance < 0 else "no number"
+        raise ConfigError(f"guidance {guidance} is {what}. 0 ignores the prompt, 1 is no guidance, 7.5 is usual.")
     if micro_batch < 1:
         raise ConfigError(f"micro_batch {micro_batch}: at least 1 picture at a time.")
-    if switch is not None:
-        if switch[1].shape != context.shape:
-            raise ShapeError(
-                f"the other context {tuple(switch[1].shape)} is not shaped like context {tuple(context.shape)}."
-            )
-        if not 0 <= switch[0] <= model.num_timesteps:
-            raise ConfigError(f"switch at timestep {switch[0]}: it must lie in 0 to {model.num_timesteps}.")
+    if switch is not None and not 0 <= switch <= model.num_timesteps:
+        raise ConfigError(f"switch at timestep {switch}: it must lie in 0 to {model.num_timesteps}.")

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.writer import write_concepts
 from poisonshield.engine.checkpoint import together
 from poisonshield.errors import ConfigError
-from poisonshield.files import write_whole
+from poisonshield.files import draft_of, write_whole
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.base import DiffusionPoison
@@ -97,6 +96,7 @@ def poison_concepts(
     overwrite: a set that is there already gives way once the new one is whole; without it that one stays.
     """
     poison = run.poison.cls(run.poison.config, model=model, seed=_seed(run))
+    refuse_long_prompts(poison)
     pixels = {image.key: image.pixels for concept in clean for image in concept.images}
     log.info("poison    %s on %d pictures", run.poison.name, len(pixels))
     masked = run.settings.data.poison_masks is not None
@@ -109,6 +109,13 @@ def poison_concepts(
     summary = {"poison": run.record["data"]["poison"], "seed": _seed(run), "pictures": records}
     _write_set([_with_pixels(concept, changed) for concept in clean], summary, out, overwrite=overwrite)
     return summary
+
+
+def refuse_long_prompts(poison: DiffusionPoison) -> None:
+    """Raise ConfigError for a prompt of the poison that its model would read in part only."""
+    settings = poison.config.model_dump()
+    written = (value for name, value in settings.items() if name.endswith("prompt"))
+    poison.model.tokens([poison.prompt, *filter(None, written)])
 
 
 def _seed(run: Training) -> int:
@@ -129,20 +136,23 @@ def _perturb(poison: DiffusionPoison, part: tuple[Concept, ...], *, masked: bool
 
 def _write_set(concepts: list[Concept], summary: dict[str, Any], out: Path, *, overwrite: bool) -> None:
     """Write beside `out`, then rename. A set that is there already gives way with overwrite, else stays."""
-    whole = out.with_name(f"{out.name}.{uuid4().hex}.tmp")
+    whole, aside = draft_of(out), draft_of(out)
     try:
         write_concepts(concepts, whole)
         write_whole(whole / "manifest.json", json.dumps(summary, indent=1))
         if overwrite and out.exists():
-            shutil.rmtree(out)
+            out.rename(aside)
         try:
             whole.rename(out)
         except OSError:  # another writer was first
             if not out.is_dir():
                 raise
     finally:
-        if whole.exists():
-            shutil.rmtree(whole)
+        if aside.exists() and not out.exists():  # what was there is not lost to a failure
+            aside.rename(out)
+        for folder in (whole, aside):
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 def _with_pixels(concept: Concept, pixels: Mapping[str, Tensor]) -> Concept:

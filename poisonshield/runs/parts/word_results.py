@@ -110,7 +110,7 @@ def finish(
 
     training: by concept, how it was trained: what describe_training gave, or the row of an earlier time.
     """
-    write_embeddings(method, folder)
+    files = write_embeddings(method, folder)
     pictures = {name: generate(run, method, name, t_min=training[name]["t_min"]) for name in method.placeholders}
     write_pictures(folder.path / "pictures", pictures)
     sheet = {f"{c.name}, trained on": stack_pixels(c) for c in trained_on}
@@ -134,6 +134,10 @@ def finish(
     settings = {**run.record["generate"], "evaluate": run.record["evaluate"]}
     write_whole(folder.path / "evaluation.json", json.dumps({"settings": settings}, indent=1))
     log.info("results   %s", folder.results)
+    for (name, placeholder), file in zip(method.placeholders.items(), files, strict=True):
+        log.info("word      %s, learned from %s: %s", placeholder.token, name, file)
+        pipeline = run.settings.model.pipeline
+        log.info("next      poisonshield generate --model %s --embedding %s -o pictures", pipeline, file)
 
 
 def describe_training(

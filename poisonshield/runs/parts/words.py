@@ -14,9 +14,11 @@ from poisonshield import collectives
 from poisonshield.batch import Batch
 from poisonshield.data.concepts import Concept, ConceptImage
 from poisonshield.data.concepts.kept_stage import KeptStage
+from poisonshield.data.concepts.prompts import TEMPLATES
 from poisonshield.data.concepts.reader import load_concepts
 from poisonshield.data.concepts.stream import ConceptStream
 from poisonshield.data.stream import Stage
+from poisonshield.data.summary import Summary
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.engine.checkpoint import together
 from poisonshield.engine.runfolder import RunFolder
@@ -50,7 +52,12 @@ def open_concepts(data: ConceptData, model: LatentDiffusion) -> tuple[Concept, .
         return rendered_concepts(data.count, seed=data.rendered_seed, kinds=kinds)
     size = data.size or model.unet.config.sample_size * model.factor
     masks = data.masks or data.mask_reference or data.poison_masks
-    found = load_concepts(data.train, names=data.concepts, size=size, crop=data.crop, masks=masks, group=data.group)
+    summary = Summary(data.train)
+    found = load_concepts(
+        data.train, names=data.concepts, size=size, crop=data.crop, masks=masks, group=data.group, summary=summary
+    )
+    for line in summary.lines():
+        log.info("data      %s", line)
     if data.left_out is not None:
         for concept in found:
             concept.leave_out(data.left_out)  # before hours of work, not after
@@ -93,7 +100,7 @@ def build_defenses(run: Training, method: DiffusionMethod) -> list[Defense]:
 def build_inversion(run: Training, model: LatentDiffusion, names: list[str]) -> tuple[DiffusionMethod, list[Defense]]:
     """The method with all defenses around it, and the defenses.
 
-    Raises ConfigError for two placeholders that differ by <> alone.
+    Raises ConfigError for two placeholders that differ by <> alone, and for prompts that the model would cut off.
     """
     data = run.settings.data
     tokens = {name: choose_token(data, name) for name in names}
@@ -104,10 +111,26 @@ def build_inversion(run: Training, model: LatentDiffusion, names: list[str]) -> 
             f"Set data.tokens.{twice}."
         )
     method = run.method.cls(run.method.config, model=model, tokens=tokens, seed=run.seed, samples=data.batch_size)
+    generate = run.settings.generate
+    model.tokens([p.replace("{}", t) for p in (*generate.recon, *generate.compose) for t in tokens.values()])
+    model.tokens([p.replace("{}", t) for p in _templates(data) for t in tokens.values()])
     defenses = build_defenses(run, method)
     for defense in defenses:
         method = defense.wrap(method)
     return method, defenses
+
+
+def _templates(data: ConceptData) -> Sequence[str]:
+    """The texts around a word that pictures are learned under."""
+    return TEMPLATES if isinstance(data.prompts, str) else data.prompts
+
+
+def refuse_long_captions(data: ConceptData, method: DiffusionMethod, concepts: tuple[Concept, ...]) -> None:
+    """Raise ConfigError for a caption that makes a prompt longer than the model reads."""
+    if data.prompts == "caption":
+        for concept in concepts:
+            prompts = [t.replace("{}", method.placeholders[concept.name].token) for t in _templates(data)]
+            method.model.tokens([f"{prompt}, {image.caption}" for image in concept.images for prompt in prompts])
 
 
 def apply_defenses(defenses: Sequence[Defense], batch: Batch) -> Batch:
@@ -223,6 +246,7 @@ def build_trainer(
     watch: Callable[[], Mapping[str, float | None]] | None = None,
 ) -> Trainer:
     """What trains the method on these concepts; surveys are settled and pictures prepared when it is there."""
+    refuse_long_captions(run.settings.data, method, concepts)
     prepared = locate_prepared(run, method.model, concepts, folder.path)
     settle_surveys(defenses, concepts, method, prepared)
     return run.trainer(method, build_concept_stream(run, concepts, method, defenses, prepared), folder, watch)

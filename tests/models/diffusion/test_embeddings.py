@@ -1,14 +1,18 @@
 """Learned words as files: read back equal, read by diffusers, and nothing in a file is ever executed."""
 
+import errno
 import os
 import pickle
+import pickletools
+import re
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from poisonshield.errors import ConfigError, DataError, ShapeError
+from poisonshield.errors import ConfigError, DataError, ShapeError, StorageError
 from poisonshield.models.diffusion.embeddings import Learned, load_embedding, save_embedding
 from poisonshield.world.small_pipeline import write_pipeline
 
@@ -154,7 +158,7 @@ def test_what_is_no_embedding_is_refused_by_file_name(tmp_path, content, told):
 
 def test_another_width_is_refused(tmp_path):
     save_embedding(learned(1, 16), tmp_path / "w.safetensors")
-    with pytest.raises(DataError, match="16 wide and 768"):
+    with pytest.raises(DataError, match="16 wide and 768 .Stable Diffusion 1. is wanted"):
         load_embedding(tmp_path / "w.safetensors", width=768)
 
 
@@ -193,3 +197,90 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_embedding(learned(3), tmp_path / "w.safetensors")
     assert len(load_embedding(tmp_path / "w.safetensors").vectors) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+OLD_RULE = re.compile(r"^([^/]+)/(data/\d+|data\.pkl|version)$")
+NEW_RULE = re.compile(r"^([^/]+)/((data/\d+)|version|byteorder|.data/serialization_id|data\.pkl)$")
+
+
+@pytest.mark.parametrize("rule", [OLD_RULE, NEW_RULE], ids=["older", "newer"])
+def test_the_web_ui_finds_only_members_that_its_check_allows(tmp_path, rule):
+    """Row "`convert --form a1111`": names of members as the check of either version wants them, one tensor, one pickle.
+
+    The pickle names only what its list of globals has.
+    """
+    save_embedding(learned(2), tmp_path / "w.pt", "a1111")
+    with zipfile.ZipFile(tmp_path / "w.pt") as members:
+        names = members.namelist()
+        pickled = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        assert all(map(rule.match, names)) and len(pickled) == 1 and not members.testzip()
+        named = {a for code, a, _ in pickletools.genops(members.read(pickled[0])) if code.name == "GLOBAL"}
+    assert named == {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
+    # what torch itself writes is what the older check refuses
+    torch.save({}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as members:
+        assert not all(map(OLD_RULE.match, members.namelist()))
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older torch"])
+def test_a_small_file_with_a_large_tensor_is_refused_before_it_is_made(tmp_path, ending, zipped):
+    """Row "1.6 KB `.pt`, a tensor of stride 0": 12 GB if it were made whole."""
+    file = tmp_path / f"w{ending}"
+    torch.save({"<s>": torch.ones(1).expand(10**9, 3)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DataError, match="(?s)w.*claim larger tensors than they hold, one of them .1000000000, 3"):
+        load_embedding(file)
+
+
+def test_compressed_and_doubled_members_are_refused(tmp_path):
+    """A further instance: torch would unpack a compressed member to whatever it becomes."""
+    torch.save({"<s>": torch.zeros(1, 2**16)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as given:
+        members = {name: given.read(name) for name in given.namelist()}
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as out:
+        for name, data in members.items():
+            out.writestr(name, data)
+    with pytest.raises(DataError, match="(?s)packed.pt.*members are compressed or overlap"):
+        load_embedding(tmp_path / "packed.pt")
+
+
+def test_values_that_only_cost_memory_are_refused(tmp_path):
+    """A further instance: torch's restricted loader makes bytearray(n) for any n, and enters lists within lists."""
+    torch.save({"<s>": bytearray(8)}, tmp_path / "bytes.pt")
+    with pytest.raises(DataError, match="it names '.*bytearray'"):
+        load_embedding(tmp_path / "bytes.pt")
+    deep = [torch.zeros(1)]
+    for _ in range(60):
+        deep = [deep, deep]
+    torch.save({"<s>": deep}, tmp_path / "deep.pt")
+    with pytest.raises(DataError, match="deep.pt .*vectors are list"):
+        load_embedding(tmp_path / "deep.pt")
+
+
+def test_files_beyond_bounds_are_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(DataError, match="no plain file"):
+        load_embedding(tmp_path / "pipe.pt")
+    (tmp_path / "w.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(DataError, match="header claims 1,099,511,627,776 bytes"):
+        load_embedding(tmp_path / "w.safetensors")
+    monkeypatch.setattr("poisonshield.models.diffusion.embeddings.MAX_BYTES", 100)
+    save_embedding(learned(), tmp_path / "large.safetensors")
+    with pytest.raises(DataError, match="larger than 100 bytes"):
+        load_embedding(tmp_path / "large.safetensors")
+
+
+def test_a_word_with_control_characters_is_refused(tmp_path):
+    """Row "escape sequences reach the terminal", for the word that a file names."""
+    torch.save({"<s>\x1b[31m": torch.zeros(16)}, tmp_path / "w.bin")
+    with pytest.raises(DataError, match="no text to print") as caught:
+        load_embedding(tmp_path / "w.bin")
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(StorageError, match="the disk is full"):
+        save_embedding(learned(), tmp_path / FILES[form], form)
+    assert not list(tmp_path.iterdir())

@@ -53,7 +53,7 @@ def test_known_words_and_long_prompts_are_refused():
         model.add_placeholder("<sks>")
     with pytest.raises(ConfigError, match="lower case"):
         model.add_placeholder("<SKS>")
-    with pytest.raises(ConfigError, match="falls off its end"):
+    with pytest.raises(ConfigError, match="tokens too many"):
         model.tokens(["photo " * 30 + "<sks>"])
     with pytest.raises(ConfigError, match="no vectors"):
         model.prompts(["a <sks>"])
