@@ -213,6 +213,22 @@ class Lock:
                 return
 
 
+@contextmanager
+def writing(folder: Path, *, what: str, names: Iterable[str], ours: Iterable[str] = ()) -> Iterator[None]:
+    """While open, files of these names may be written into a folder, by this process alone.
+
+    what: how errors call the lot. ours: names that count as made here although no list says so.
+    Raises BusyError, StorageError, and ConfigError if one of the names is there and was not made here.
+    """
+    with Lock(folder, what=what), tell_of_disk(folder):
+        made, names = MadeList(folder), list(names)
+        if ours := list(ours):
+            made.add(ours)
+        made.refuse_others(names)
+        made.add(names)
+        yield
+
+
 def _is_within(name: str) -> bool:
     return bool(name) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 

@@ -21,7 +21,7 @@ from poisonshield.api.photos import refuse_file, write_drawn, write_png
 from poisonshield.engine.checkpoint import sha256
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.files import Lock, read_bounded, tell_of_disk, write_whole
+from poisonshield.files import read_bounded, write_whole, writing
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.models.diffusion.sampler import check_sampling, latent_shape, sample, start_noise
@@ -30,6 +30,8 @@ from poisonshield.reports.sheets import draw_sheet, to_image
 log = logging.getLogger(__name__)
 
 RECORD = "generate.json"
+SHEET = "sheet.png"
+_OTHERS = (SHEET, RECORD)
 
 _MAX_RECORD = 2**26  # bytes
 
@@ -95,7 +97,9 @@ def generate(
     check_sampling(model, steps=steps, guidance=guidance, switch=switch, micro_batch=micro_batch)
     made: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
-    with Lock(out, what="set of pictures"), tell_of_disk(out):
+    names = [file for number, row in enumerate(rows) for file in _name_files(number, row.folder, count)]
+    ours = [*(str(file.relative_to(out)) for file in old), *(_OTHERS if (out / RECORD).is_file() else ())]
+    with writing(out, what="set of pictures", names=[*names, *_OTHERS], ours=ours):
         for number, (row, context, other) in enumerate(zip(rows, contexts, below, strict=True)):
             keys = [f"{row.written}/{i}" for i in range(count)]
             x = sample(
@@ -108,13 +112,14 @@ def generate(
                 micro_batch=micro_batch,
             )
             made[f"{number}: {row.text}"] = x
-            files = _write(out, f"{number:02d}-{row.folder}", x)
+            files = _name_files(number, row.folder, count)
+            _write(out, files, x)
             entry = {"written": row.written, "spoken": row.text, "below_switch": row.below_switch, "files": files}
             entries.append(entry)
             log.info("%3d/%d  %s", number + 1, len(rows), row.text)
         for file in old - {out / f for e in entries for f in e["files"]}:
             file.unlink(missing_ok=True)
-        write_drawn(out / "sheet.png", lambda at: draw_sheet(at, made))
+        write_drawn(out / SHEET, lambda at: draw_sheet(at, made))
         settings = {
             "count": count,
             "steps": steps,
@@ -196,10 +201,12 @@ def _list_recorded(out: Path) -> set[Path]:
     return {file for file in files if file.resolve().is_relative_to(out.resolve())}
 
 
-def _write(out: Path, folder: str, x: Tensor) -> list[str]:
-    """The files of a row's pictures, by their paths from `out`."""
-    (out / folder).mkdir(parents=True, exist_ok=True)
-    files = [f"{folder}/{i:03d}.png" for i in range(len(x))]
+def _name_files(number: int, folder: str, count: int) -> list[str]:
+    """The files of a row's pictures, by their paths from the folder of all."""
+    return [f"{number:02d}-{folder}/{i:03d}.png" for i in range(count)]
+
+
+def _write(out: Path, files: Sequence[str], x: Tensor) -> None:
     for file, picture in zip(files, x, strict=True):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
         write_png(out / file, to_image(picture))
-    return files

@@ -26,7 +26,7 @@ from poisonshield.defenses.diffusion.szt import MASKS
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.files import Lock, tell_of_disk, write_whole
+from poisonshield.files import write_whole, writing
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.reports.sheets import draw_sheet
 
@@ -89,7 +89,7 @@ def masks(
         read_photo(path, place)  # an unreadable one is told before anything is written
     found = Masks(out / SHEET, summary=summary)
     rows: dict[str, list[Tensor]] = {}
-    with Lock(out, what="set of masks"), tell_of_disk(out):
+    with writing(out, what="set of masks", names=_name_files(out, places)):
         for name, files in concepts.items():
             for i, path in enumerate(files):
                 photo = read_photo(path, places[path])
@@ -202,6 +202,22 @@ def _find_mask(
     return F.interpolate(made, tuple(full), mode="bilinear", align_corners=False)[0, 0] >= 0.5
 
 
+def _name_files(out: Path, places: Mapping[Path, Path]) -> list[str]:
+    """What is written, by paths from `out`: the sheet, masks, and copies where nothing equal is there."""
+    copies = [copy for photo, place in places.items() for copy in _list_copies(photo, place)]
+    changed = [to for source, to in copies if not (to.is_file() and to.read_bytes() == source.read_bytes())]
+    files = [out / SHEET, *map(_mask_beside, places.values()), *changed]
+    return [file.relative_to(out).as_posix() for file in files]
+
+
+def _list_copies(photo: Path, place: Path) -> Iterator[tuple[Path, Path]]:
+    """(file, copy) of a photo and the texts beside it."""
+    for ending in (photo.suffix, ".json", *CAPTIONS):
+        source, copy = photo.with_suffix(ending), place.with_suffix(ending)
+        if source.is_file() and source.resolve() != copy.resolve():
+            yield source, copy
+
+
 def _mask_beside(photo: Path) -> Path:
     """Where the mask of a photo lies."""
     return photo.with_name(f"{photo.stem}.mask.png")
@@ -212,10 +228,8 @@ def _write(photo: Photo, mask: Tensor | None) -> None:
     from PIL import Image
 
     photo.out.parent.mkdir(parents=True, exist_ok=True)
-    for ending in (photo.path.suffix, ".json", *CAPTIONS):
-        source, place = photo.path.with_suffix(ending), photo.out.with_suffix(ending)
-        if source.is_file() and source.resolve() != place.resolve():
-            write_whole(place, source.read_bytes())
+    for source, copy in _list_copies(photo.path, photo.out):
+        write_whole(copy, source.read_bytes())
     if mask is None:
         _mask_beside(photo.out).unlink(missing_ok=True)
     else:

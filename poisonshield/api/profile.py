@@ -22,9 +22,11 @@ from poisonshield.api.pictures import (
 from poisonshield.batch import Batch
 from poisonshield.defenses.purify.named import build_purifier, purifier_block
 from poisonshield.engine.processes import choose_device
-from poisonshield.files import Lock, tell_of_disk, write_whole
+from poisonshield.files import MadeList, write_whole, writing
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.timesteps import Profile, choose_t_min, timestep_profile
+
+_FILES = ("profile.png", "profile.json")
 
 
 def profile(
@@ -55,6 +57,7 @@ def profile(
     """
     out, where = Path(out), choose_device(device)
     refuse_among(out, images, None if _is_purifier(reference) else reference, masks)
+    MadeList(out).refuse_others(_FILES)
     model = LatentDiffusion.load(pipeline).to(where)
     rows, word = add_learned(model, embedding, token)
     size = size or model.unet.config.sample_size * model.factor
@@ -75,7 +78,7 @@ def profile(
     files: dict[str, Any] = {"pipeline": str(pipeline), "embedding": str(embedding), "reference": _name(reference)}
     limits = {"size": size, **settings, "tau": tau, "min_pressure": min_pressure, "pictures": pictures.names}
     record = _make_plain(files | {"prompt": prompt} | limits | {"t_min": t_min} | list_measures(found))
-    with Lock(out, what="profile"), tell_of_disk(out):
+    with writing(out, what="profile", names=_FILES):
         write_drawn(out / "profile.png", lambda at: draw_profile(at, found, tau=tau, t_min=t_min))
         write_whole(out / "profile.json", json.dumps(record, indent=1, allow_nan=False))
     return record

@@ -117,6 +117,8 @@ def protect(
         raise _failure(failed, len(paths))
     size = len(paths) if poison.coupled else micro_batch
     places = list(zip(paths, outs, strict=True))
+    for place in outs if overwrite else ():
+        _refuse_other_picture(place)
     if not poison.coupled:  # hours may lie between the first photo and the last: look at all of them before
         for path, place in places:
             _check_ahead(poison, read_photo(path, place), mask, overwrite=overwrite)
@@ -263,12 +265,33 @@ def manifest_of(png: Path) -> Path:
     return png.with_name(f"{png.stem}{ENDING}")
 
 
+def _refuse_other_picture(place: Path) -> None:
+    """Raise ConfigError if something is where the picture or its manifest goes and is not what protect wrote."""
+    beside = manifest_of(place)
+    try:
+        if not beside.exists() and not place.exists():
+            return
+        known = _read_manifest(place)["png_sha256"]
+        if not place.exists() or hashlib.sha256(place.read_bytes()).hexdigest() == known:
+            return
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # DataError is a ValueError
+        pass
+    raise ConfigError(
+        f"{place if place.exists() else beside} is there and is not what protect wrote, so it is not replaced.\n"
+        "  Choose another folder, or move it away."
+    )
+
+
+def _read_manifest(png: Path) -> dict[str, Any]:
+    return json.loads(read_bounded(manifest_of(png), max_bytes=_MAX_MANIFEST, what="manifest"))
+
+
 def _is_done(photo: Photo, name: str) -> bool:
     """Whether the output is there, whole, and made in the very same way. Raises ConfigError if it is something else."""
     if not photo.out.exists():
         return False
     try:
-        record = json.loads(read_bounded(manifest_of(photo.out), max_bytes=_MAX_MANIFEST, what="manifest"))
+        record = _read_manifest(photo.out)
         if record["identity"] == name and record["png_sha256"] == hashlib.sha256(photo.out.read_bytes()).hexdigest():
             return True
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # DataError is a ValueError

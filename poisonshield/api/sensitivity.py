@@ -13,7 +13,7 @@ from poisonshield.api.photos import write_drawn
 from poisonshield.api.pictures import Paths, add_learned, fill_prompt, load_pictures, pick_matching, refuse_among
 from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError
-from poisonshield.files import Lock, tell_of_disk, write_whole
+from poisonshield.files import MadeList, write_whole, writing
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sensitivity import Mode, Sensitivity, semantic_sensitivity
@@ -64,6 +64,8 @@ def sensitivity(
     shown = {"images": load_pictures(images, size=size, masks=masks)}
     if reference is not None:
         shown = {"reference": pick_matching(shown["images"], load_pictures(reference, size=size), "reference"), **shown}
+    files = [*(f"{name}.png" for name in shown["images"].names), "totals.png", "sensitivity.json"]
+    MadeList(out).refuse_others(files)
     settings: dict[str, Any] = {
         "mode": mode,
         "wrt": wrt,
@@ -93,7 +95,7 @@ def sensitivity(
         "prompt": prompt,
     }
     record |= {"size": size, "norm": norm, **settings, "pictures": _list_numbers(shown["images"].names, found)}
-    with Lock(out, what="set of maps"), tell_of_disk(out):
+    with writing(out, what="set of maps", names=files):
         for i, name in enumerate(shown["images"].names):
             sets = {k: (shown[k].x[i], found[k].maps[i].cpu()) for k in found}
             draw = partial(draw_maps, sets=sets, timesteps=timesteps, mode=mode, norm=norm)

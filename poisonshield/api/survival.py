@@ -16,7 +16,7 @@ from poisonshield.data.summary import Summary
 from poisonshield.defenses.purify.named import build_purifier, parse_purifier, purifier_block
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.evals.diffusion.parts.survival import Picture, Poisoned, Purified, Report, edges_of, measure
-from poisonshield.files import tell_of_disk, write_whole
+from poisonshield.files import MadeList, write_whole, writing
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def survival(
         )
     if out is not None:
         refuse_file(out.parent)
+        MadeList(out.parent).refuse_others([out.name])
     blocks = choose_purifiers(purifiers, model)
     originals = _read_folder(Path(clean))
     folders = {str(folder): _match(_read_folder(Path(folder)), originals, Path(clean)) for folder in poisoned}
@@ -77,9 +78,8 @@ def survival(
         poisons=tuple(Poisoned(folder=folder, purifiers=tuple(rows)) for folder, rows in found.items()),
     )
     if out is not None:
-        with tell_of_disk(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, report.model_dump_json(indent=1) + "\n")
+        with writing(out.parent, what="set of numbers", names=[out.name]):
+            write_whole(out, report.model_dump_json(indent=1) + "\n")
     return report
 
 

@@ -29,7 +29,9 @@ STRANGERS = (
     "notes.txt", ".hidden", "holiday.jpg", "a.png", "a.json", "config.yaml.bak", "shard-00000.tar", "shard-00009.tar",
     "checkpoints/theirs.pt", "checkpoints/step-x/w.pt", "export/theirs.txt", "validation/theirs.txt",
     "pictures/holiday.jpg", "tensorboard/theirs", "train/theirs.txt", "test/theirs.txt", "masks/theirs.png",
-    "concepts/theirs.txt", "poisoned/theirs.txt", "ball/theirs.png", "vespr/theirs.txt", "kill-0/theirs.txt",
+    "sheet.png", "totals.png", "sensitivity.json", "profile.json", "survival.json", "generate.json",
+    "00-a-ring/000.png", "masks.png", "concepts/ball/a.mask.png", "concepts/theirs.txt",
+    "poisoned/theirs.txt", "ball/theirs.png", "vespr/theirs.txt", "kill-0/theirs.txt",
 )  # fmt: skip
 """Names such as commands use, and others."""
 
