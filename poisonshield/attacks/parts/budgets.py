@@ -14,6 +14,7 @@ from torch import Tensor
 from poisonshield.attacks.parts.gradients import per_sample
 from poisonshield.errors import BudgetError
 from poisonshield.ops import pgd_random_start_, pgd_step_
+from poisonshield.ops.check import levels_hint
 from poisonshield.random import KeyedRandom, stream_of
 
 
@@ -55,9 +56,14 @@ class Budget(ABC):
 
 
 class Linf(Budget):
-    """Every pixel moves at most eps. Steps are gradient signs."""
+    """Every pixel moves at most eps, which is at most 1. Steps are gradient signs."""
 
     norm = "linf"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps > 1:
+            raise BudgetError(f"eps {self.eps:g} is outside [0, 1]: budgets are in pixel units.{levels_hint(self.eps)}")
 
     def measure(self, delta: Tensor) -> Tensor:
         """Largest absolute element."""
