@@ -9,6 +9,7 @@ from pydantic import Field
 from poisonshield.config import Settings
 from poisonshield.evals.base import Evaluation, Number, Subject
 from poisonshield.evals.parts.features import Features, check_features
+from poisonshield.ops.check import check_number
 
 
 class KNN(Evaluation[Subject]):
@@ -50,6 +51,8 @@ def knn(
     more similar in sum. weighted: a vote counts exp(cosine / temperature). Source: Wu et al. 2018, 1805.01978.
     Raises DataError for no samples or a label outside the classes; either side may lack classes.
     """
+    check_number("k", k, least=1, whole=True)
+    check_number("temperature", temperature, above=0)
     check_features(train, test, num_classes)
     bank = F.normalize(train.h, dim=1)
     k = min(k, len(bank))

@@ -14,6 +14,7 @@ from torch import Tensor
 from poisonshield.config import Settings
 from poisonshield.evals.base import Evaluation, Number, Subject
 from poisonshield.evals.parts.features import Features, check_features
+from poisonshield.ops.check import check_number
 
 
 class Linear(Evaluation[Subject]):
@@ -61,6 +62,8 @@ def linear(
 
     weight_decay multiplies half the squared weights, per mean loss. Costs `iterations` passes over the features.
     """
+    check_number("weight_decay", weight_decay, least=0)
+    check_number("iterations", iterations, least=1, whole=True)
     check_features(train, test, num_classes)
     h, test_h = _standardize(train.h, test.h)
     weight = h.new_zeros(num_classes, h.shape[1], requires_grad=True)
@@ -99,6 +102,11 @@ def linear_sweep(
     weight_decay pulls weights and biases. The schedule is `probe_rate`'s. Choosing a rate by these numbers is choosing
     on the test set: report all, or give held-out features as `test`.
     """
+    for rate in learning_rates:
+        check_number("a learning rate", rate, above=0)
+    check_number("weight_decay", weight_decay, least=0)
+    check_number("epochs", epochs, least=1, whole=True)
+    check_number("batch_size", batch_size, least=1, whole=True)
     check_features(train, test, num_classes)
     h, test_h = (torch.cat([x, x.new_ones(len(x), 1)], 1) for x in _standardize(train.h, test.h))  # bias as a feature
     rates = h.new_tensor(list(learning_rates)).view(-1, 1, 1)  # [L, 1, 1]

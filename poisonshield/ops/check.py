@@ -28,6 +28,11 @@ def levels_hint(value: float) -> str:
     return f" Did you mean {value:g}/255?" if 1 < value <= 255 else ""
 
 
+def is_number(value: Any, *, whole: bool = False) -> bool:
+    """Whether it is a number of Python, or of numpy, and no bool; whole: an integer."""
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+
+
 def readable(x: Tensor) -> bool:
     """Whether its numbers can be looked at without waiting: on the CPU, neither traced nor fake."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
@@ -63,7 +68,7 @@ def check_number(
         if not readable(value):
             return
         value = value.detach().item()
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+    if not is_number(value, whole=whole):
         raise TypeError(f"{name} is {kind(value)}. Give {_wanted(least, above, most, below, whole, infinite)}.")
     inside = least <= value <= most and (above == -math.inf or value > above) and (below == math.inf or value < below)
     if not inside or not (infinite or -math.inf < value < math.inf):
@@ -86,6 +91,28 @@ def check_interval(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {value!r}. Give two numbers, (low, high).")
     if not value[1] >= value[0]:
         raise ConfigError(f"{name} {value} is empty. Give (low, high).")
+
+
+def check_reach(x: Tensor, interval: tuple[float, float], name: str = "x", *, way_out: str = "") -> None:
+    """Raises ShapeError for pixels on the CPU that lie in another space than interval (low, high).
+
+    A value a little outside is none of its affair; one that is further below than the interval is wide, or twice as far
+    above, comes from 8-bit levels or from normalization. An infinite one is no sign of either.
+    """
+    if not readable(x) or not x.is_floating_point() or not x.numel():
+        return
+    # In the order of memory: reading across it takes four times as long.
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    least, most = (float(v) for v in (x.detach().permute(0, 2, 3, 1) if last else x.detach()).aminmax())
+    low, high = interval
+    if not (-math.inf < least < 2 * low - high or math.inf > most > 3 * high - 2 * low):
+        return
+    levels = least >= 0 and most <= 255
+    advice = "Divide 8-bit levels by 255" if levels else "Normalize inside the model, or say how x is normalized"
+    raise ShapeError(
+        f"{name} reaches from {least:.4g} to {most:.4g}, and pixels here are in ({low:g}, {high:g}): another space.\n"
+        f"  {advice}{way_out}."
+    )
 
 
 def check_tensor(name: str, value: Any, wanted: str) -> None:
@@ -161,6 +188,6 @@ def word(x: Tensor, value: Any, name: str) -> Tensor:
         if value.dtype != torch.int64 or value.numel() != 1 or value.device != x.device:
             raise ShapeError(f"{name} is {kind(value)}. Give an integer, or one int64 on {x.device}.")
         return value.reshape(())
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+    if not is_number(value, whole=True) and not isinstance(value, torch.SymInt):
         raise TypeError(f"{name} is {kind(value)}. Give an integer, or one int64 on {x.device}.")
     return torch.full((), ((value + 2**63) % 2**64) - 2**63, dtype=torch.int64, device=x.device)

@@ -151,6 +151,21 @@ def test_probes_refuse_what_they_cannot_count(probe, train, test, classes, words
         probe(train, test, num_classes=classes)
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: knn(SOME, SOME, num_classes=2, k=0), "k 0"),
+        (lambda: knn(SOME, SOME, num_classes=2, weighted=True, temperature=0), "temperature 0"),
+        (lambda: linear(SOME, SOME, num_classes=2, weight_decay=-1), "weight_decay -1"),
+        (lambda: linear_sweep(SOME, SOME, num_classes=2, learning_rates=[0.0]), "a learning rate 0.0"),
+        (lambda: linear_sweep(SOME, SOME, num_classes=2, learning_rates=[0.1], epochs=0), "epochs 0"),
+    ],
+)
+def test_settings_that_configs_refuse_are_refused_by_hand_too(call, words):
+    with pytest.raises(ConfigError, match=words):
+        call()
+
+
 def test_no_samples_have_no_number():
     method = subject(classes=4).method
     assert classifier(method, []) is None

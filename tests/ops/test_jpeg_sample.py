@@ -154,6 +154,7 @@ def test_a_data_loader_with_workers_uses_it():
         (lambda: JPEG(50, p=float("nan")), ConfigError, "not a probability"),
         (lambda: JPEG(50, p="x"), ConfigError, "not a probability"),
         (lambda: JPEG(50, value_range=(1, 0)), ConfigError, "empty"),
+        (lambda: JPEG((1, 9), generator=5), TypeError, "generator is a int. Give a torch.Generator"),
         (lambda: JPEG(50, clamp_grad=2), ConfigError, "clamp_grad 2"),
     ],
 )

@@ -49,9 +49,9 @@ def test_radii_that_fit_the_clip_are_taken(allowed):
 def test_pixels_in_another_space_are_refused_with_the_way_out(call):
     """A: `JPEG(...)(x * 255)`; normalized pixels too, and both in channels-last memory."""
     normalized = (X - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
-    for x, words in ((X * 255, "Divide 8-bit levels by 255"), (normalized, "Give mean and std")):
+    for x, words in ((X * 255, "Divide 8-bit levels by 255"), (normalized, "Normalize inside the model, or say how")):
         for layout in (torch.contiguous_format, torch.channels_last):
-            with pytest.raises(ShapeError, match=rf"x reaches from .* value_range is \(0, 1\)[^!]*{words}"):
+            with pytest.raises(ShapeError, match=rf"x reaches from .* are in \(0, 1\)[^!]*{words}"):
                 call(x.to(memory_format=layout))
 
 

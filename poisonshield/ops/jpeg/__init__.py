@@ -5,7 +5,6 @@ smooth backward. Saved for the backward: x and the tables, nothing else.
 """
 
 import inspect
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 from poisonshield.errors import ConfigError, GradientError, ShapeError
 from poisonshield.ops import dispatch
-from poisonshield.ops.check import check_number, check_out_dtype
+from poisonshield.ops.check import check_number, check_out_dtype, check_reach, is_number
 from poisonshield.ops.jpeg import exact, reference
 from poisonshield.ops.jpeg.inputs import (
     affine_of,
     check_pixels,
     check_quality,
-    check_reach,
     check_settings,
     check_space,
     tables_of,
@@ -28,6 +26,8 @@ from poisonshield.ops.jpeg.reference import JpegArguments, JpegGradientArguments
 from poisonshield.ops.jpeg.sample import change_images
 from poisonshield.ops.jpeg.tables import jpeg_tables
 from poisonshield.ops.library import Op
+
+_WAY_OUT = " (mean and std, or value_range); check=False leaves this check out, and far values are clamped"
 
 __all__ = ["JPEG", "jpeg", "jpeg_coefficients", "jpeg_tables"]
 
@@ -91,7 +91,7 @@ def jpeg(
     tables = tables_of(x, quality, qtables, whole=mode == "exact")
     affine = affine_of(x, value_range, mean, std)
     if check and mean is None:
-        check_reach(x, value_range)
+        check_reach(x, value_range, way_out=_WAY_OUT)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or tables.requires_grad)
     if rounding == "hard" and needs_grad:
         raise GradientError(
@@ -130,7 +130,7 @@ def jpeg_coefficients(
     check_pixels(x, mode)
     tables, affine = tables_of(x, quality, qtables, whole=mode == "exact"), affine_of(x, value_range, mean, std)
     if check and mean is None:
-        check_reach(x, value_range)
+        check_reach(x, value_range, way_out=_WAY_OUT)
     with torch.no_grad():
         if mode == "exact":
             luma, chroma = exact.exact_coefficients(reference.to_pixels(x, affine), tables, subsampling)
@@ -164,6 +164,10 @@ class JPEG(nn.Module):
     ) -> None:
         super().__init__()
         _check_module(quality, p, settings)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator is a {type(generator).__name__}. Give a torch.Generator, or None for torch's own."
+            )
         self.quality, self.p, self.generator, self.settings = quality, p, generator, settings
 
     def forward(self, *inputs: Any) -> Any:
@@ -207,7 +211,11 @@ class JPEG(nn.Module):
 
     def _source(self, x: Tensor) -> dict[str, Any]:
         """Where random numbers for x come from. torch does not trace a generator, not even None, with a traced size."""
-        return {"device": x.device} if self.generator is None else {"device": x.device, "generator": self.generator}
+        if self.generator is None:
+            return {"device": x.device}
+        if self.generator.device != x.device:
+            raise ConfigError(f"the generator is on {self.generator.device} and x on {x.device}. Move one of them.")
+        return {"device": x.device, "generator": self.generator}
 
     def extra_repr(self) -> str:
         """Quality, p and the settings, as they were given."""
@@ -230,8 +238,8 @@ def _check_module(quality: Any, p: Any, settings: dict[str, Any]) -> None:
     mode = settings.get("mode", "smooth")
     check_settings(JpegSettings(**given), mode)
     check_space(settings.get("value_range", (0.0, 1.0)))
-    ends = quality if isinstance(quality, tuple) else (quality, quality)
-    if len(ends) != 2 or not all(isinstance(q, Real) and not isinstance(q, bool) for q in ends):
+    ends: tuple[Any, ...] = quality if isinstance(quality, tuple) else (quality, quality)
+    if len(ends) != 2 or not all(is_number(q) for q in ends):
         raise TypeError(f"quality is {quality!r}. Give a number, or a range as two whole numbers (low, high).")
     if not 0 <= ends[0] <= ends[1] <= 100:
         raise ConfigError(f"quality {quality} is not within 1..100, low before high.")
@@ -239,7 +247,7 @@ def _check_module(quality: Any, p: Any, settings: dict[str, Any]) -> None:
         check_quality(end, whole=mode == "exact")
         if isinstance(quality, tuple):
             check_number("an end of a range of qualities", end, whole=True)
-    if not isinstance(p, Real) or not 0 <= p <= 1:
+    if not is_number(p) or not 0 <= p <= 1:
         raise ConfigError(f"p {p} is not a probability.")
 
 

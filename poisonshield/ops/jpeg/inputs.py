@@ -4,7 +4,6 @@ Numbers on a CUDA device are not looked at, so that nothing waits for it.
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from poisonshield.ops.check import (
     check_interval,
     check_number,
     check_tensor,
+    is_number,
     kind,
     readable,
     statistics,
@@ -38,28 +38,6 @@ def check_pixels(x: Tensor, mode: str) -> None:
         raise TypeError(f"x is {x.dtype}. Give float pixels in [0, 1]; uint8 is for mode='exact'.")
     if x.dim() != 4 or x.shape[1] != 3 or 0 in x.shape[1:]:
         raise ShapeError(f"x has shape {tuple(x.shape)}. Give RGB pixels [B, 3, H, W] with H and W at least 1.")
-
-
-def check_reach(x: Tensor, value_range: tuple[float, float]) -> None:
-    """Raises ShapeError for pixels on the CPU that lie in another space than value_range.
-
-    A value a little outside is clamped; one that is further below than the range is wide, or twice as far above, comes
-    from 8-bit levels or from normalization. An infinite one is no sign of either.
-    """
-    if not readable(x) or not x.is_floating_point() or not x.numel():
-        return
-    # In the order of memory: reading across it takes four times as long.
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    least, most = (float(v) for v in (x.detach().permute(0, 2, 3, 1) if last else x.detach()).aminmax())
-    low, high = value_range
-    if not (-math.inf < least < 2 * low - high or math.inf > most > 3 * high - 2 * low):
-        return
-    levels = least >= 0 and most <= 255
-    way_out = "Divide 8-bit levels by 255" if levels else "Give mean and std, or value_range, where x is normalized"
-    raise ShapeError(
-        f"x reaches from {least:.4g} to {most:.4g}, and value_range is ({low:g}, {high:g}): another space.\n"
-        f"  {way_out}; check=False leaves this check out, and far values are clamped."
-    )
 
 
 def check_settings(settings: JpegSettings, mode: str) -> None:
@@ -101,8 +79,8 @@ def tables_of(x: Tensor, quality: Tensor | float | int, qtables: Tensor | None, 
 
 def check_quality(quality: Any, whole: bool) -> None:
     """Raises TypeError or ConfigError for a quality of Python that JPEG does not have. whole: libjpeg's are."""
-    if not isinstance(quality, Real) or isinstance(quality, bool):
-        raise TypeError(f"quality is {kind(quality)}. Give a number from 1 to 100.")
+    if not is_number(quality):
+        raise TypeError(f"quality is {kind(quality)}. Give a number from 1 to 100, or a tensor [B].")
     if not 0 <= quality <= 100:
         raise ConfigError(f"quality {quality} is outside 1..100 (0 counts as 1).")
     if whole and quality != int(quality):
@@ -111,8 +89,6 @@ def check_quality(quality: Any, whole: bool) -> None:
 
 def _quality_tensor(x: Tensor, quality: Tensor | float | int, whole: bool) -> Tensor:
     if not isinstance(quality, Tensor):
-        if not isinstance(quality, Real):
-            raise TypeError(f"quality is {kind(quality)}. Give a number or a tensor [B].")
         check_quality(quality, whole)
         return torch.full((1,), quality, dtype=torch.float32, device=x.device)
     check_tensor("quality", quality, "numbers from 1 to 100")

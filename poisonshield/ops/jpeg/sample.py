@@ -19,7 +19,7 @@ Change = Callable[[Tensor], Tensor]
 def change_images(sample: Any, change: Change) -> Any:
     """The sample, of the same structure, with `change` applied to its images. Raises TypeError where there is none."""
     leaves = list(_leaves(sample))
-    images = [v for v in leaves if isinstance(v, (*_pillow(), *_tv_tensors("Image", "Video")))]
+    images: list[Any] = [v for v in leaves if isinstance(v, (*_pillow(), *_tv_tensors("Image", "Video")))]
     if not images:
         images = [v for v in leaves if isinstance(v, Tensor) and not isinstance(v, _tv_tensors("TVTensor"))][:1]
     if not images:

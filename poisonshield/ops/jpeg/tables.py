@@ -3,13 +3,11 @@
 Row-major and not transposed: the luminance table is not symmetric, and a transposed copy of it is a common error.
 """
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
 from poisonshield.errors import ConfigError, ShapeError
-from poisonshield.ops.check import check_tensor, readable
+from poisonshield.ops.check import check_tensor, is_number, kind, readable
 
 LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -41,8 +39,8 @@ def jpeg_tables(quality: Tensor | float | int, base: Tensor | None = None) -> Te
     for NaN and tables outside 1..65535, ShapeError.
     """
     if not isinstance(quality, Tensor):
-        if not isinstance(quality, Real) or isinstance(quality, bool):
-            raise TypeError(f"quality is a {type(quality).__name__}. Give a number or a tensor [B].")
+        if not is_number(quality):
+            raise TypeError(f"quality is {kind(quality)}. Give a number or a tensor [B].")
         quality = torch.as_tensor(quality)
     check_tensor("quality", quality, "numbers from 1 to 100")
     if quality.dim() > 1:

@@ -5,7 +5,6 @@ graphs) and needs no autograd. Source: Madry et al. 2018.
 """
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -19,9 +18,11 @@ from poisonshield.ops.check import (
     check_floats,
     check_interval,
     check_number,
+    check_reach,
     check_tensor,
     check_without_gradient,
     has_memory,
+    is_number,
     kind,
     levels_hint,
     readable,
@@ -137,6 +138,8 @@ def pgd_random_start_(
     elif not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64 or sample_ids.shape != x_adv.shape[:1]:
         raise ShapeError(f"sample_ids is {kind(sample_ids)}. Give int64 [{x_adv.shape[0]}].")
     check_device(x_adv, sample_ids, "sample_ids", owner="x_adv")
+    if mean is None and clip[1] - clip[0] < math.inf:
+        check_reach(clean, clip, "clean")  # once an attack; a step is not worth the time
     normalized = statistics(x_adv, mean, std, channels=x_adv.shape[1], owner="x_adv")
     mean, std = normalized or (None, None)
     arguments = StartArguments(
@@ -224,7 +227,7 @@ def _check_radius(value: float, name: str, most: float) -> None:
 def _per_sample(x_adv: Tensor, value: float | Tensor, name: str, *, most: float) -> Tensor:
     """float [B] on the device: float64 only where x_adv is. Raises BudgetError outside 0..most."""
     dtype = torch.promote_types(x_adv.dtype, torch.float32)
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if not isinstance(value, Tensor) and is_number(value):
         _check_radius(value, name, most)
         return torch.full((x_adv.shape[0],), value, dtype=dtype, device=x_adv.device)
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
