@@ -13,7 +13,8 @@ from torch import Tensor
 
 from poisonshield.attacks.parts.budgets import Budget
 from poisonshield.config import Settings
-from poisonshield.errors import ConfigError
+from poisonshield.errors import ConfigError, ShapeError
+from poisonshield.ops.check import check_floats, check_reach, kind
 from poisonshield.random import KeyedRandom
 
 Objective = Callable[..., Tensor]
@@ -96,9 +97,13 @@ class Attack(ABC):
 
         start: where the first ascent begins. It must lie inside the budget and replaces the random start; restarts stay
         random. success: a point that it accepts is kept before any other. Raises ConfigError for a norm or an option
-        that the attack does not have.
+        that the attack does not have, TypeError and ShapeError for pixels that are none.
         """
         self.check(norm=budget.norm, success=success)
+        check_floats("x", x, "float pixels [B, 3, H, W] in [0, 1]")
+        check_reach(x, (0, 1))
+        if start is not None and (not isinstance(start, Tensor) or start.shape != x.shape):
+            raise ShapeError(f"start is {kind(start)}. Give a tensor of the shape of x, {tuple(x.shape)}.")
         return self.ascend(
             objective, x.detach(), budget, rng, start=None if start is None else start.detach(), success=success
         )

@@ -76,6 +76,13 @@ class Evaluation(ABC, Generic[S]):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def lacks(self, subject: S) -> str | None:
+        """What the subject would need for this to mean something, as words for the log; None if it has everything.
+
+        Where it lacks something the evaluation is not called, and its numbers are None.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, subject: S) -> dict[str, Any]:
         """{key: value} for each of `numbers`, None where it does not apply; and details, which are lists and dicts."""
@@ -105,9 +112,10 @@ class Samples(Protocol):
 class Subject:
     """A trained classifier or encoder and its samples: all that an evaluation may look at.
 
-    num_classes: K. seed: the run's, of everything that is drawn. poisoned: whether the run
-    itself poisons its samples, so that `samples.clean` differs from `samples.train`. legacy: whether numbers are drawn
-    as VESPR's authors do. Features are computed when first asked for, once.
+    num_classes: K; 1 for images without labels, which are all of one class. seed: the run's, of everything that is
+    drawn. poisoned: whether the run itself poisons its samples, so that `samples.clean` differs from `samples.train`.
+    legacy: whether numbers are drawn as VESPR's authors do. tested: whether there are test images; without them
+    `samples.test` gives nothing. Features are computed when first asked for, once.
     """
 
     method: SSLMethod
@@ -116,6 +124,20 @@ class Subject:
     seed: int = 0
     poisoned: bool = False
     legacy: bool = False
+    tested: bool = True
+
+    def without_classes(self) -> str | None:
+        """Why an accuracy would mean nothing, or None."""
+        if self.num_classes > 1:
+            return None
+        return (
+            "the samples are all of one class, as images without labels are, and whatever the features, all would be "
+            "right; for accuracies train on labelled images"
+        )
+
+    def without_test(self) -> str | None:
+        """Why nothing can be measured on test images, or None."""
+        return None if self.tested else "there are no test images; for numbers on them set data.test"
 
     @property
     def device(self) -> torch.device:

@@ -21,15 +21,22 @@ class Classifier(Evaluation[Subject]):
         Number("train_top1", "classifier, training images", "%", "higher", digits=1),
     )
 
+    def lacks(self, subject: Subject) -> str | None:
+        """Two classes or more."""
+        return subject.without_classes()
+
     def __call__(self, subject: Subject) -> dict[str, Any]:
-        """None for a method without a classifier."""
+        """None for a method without a classifier, and for test images where there are none."""
         samples = {"test_top1": subject.samples.test, "train_top1": subject.samples.train}
-        return {key: classifier(subject.method, batches()) for key, batches in samples.items()}
+        if not subject.tested:
+            del samples["test_top1"]
+        found = {key: classifier(subject.method, batches()) for key, batches in samples.items()}
+        return {"test_top1": None, **found}
 
 
 @torch.no_grad()
 def classifier(method: SSLMethod, batches: Iterable[Batch]) -> float | None:
-    """Top-1 accuracy in percent of `method.logits`, evaluation mode; None for a method without a classifier."""
+    """Top-1 accuracy in percent of `method.logits`, evaluation mode; None without a classifier or samples."""
     training = method.training
     method.eval()
     right = total = 0
@@ -43,4 +50,4 @@ def classifier(method: SSLMethod, batches: Iterable[Batch]) -> float | None:
             total += len(batch)
     finally:
         method.train(training)
-    return 100.0 * right / total
+    return 100.0 * right / total if total else None

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from poisonshield.config import Settings
 from poisonshield.evals.base import Evaluation, Number, Subject
-from poisonshield.evals.parts.features import Features
+from poisonshield.evals.parts.features import Features, check_features
+from poisonshield.ops.check import check_number
 
 
 class KNN(Evaluation[Subject]):
@@ -24,6 +25,10 @@ class KNN(Evaluation[Subject]):
         k: int = Field(20, ge=1, description="Neighbours that vote.")
         weighted: bool = Field(False, description="Nearer neighbours count more; otherwise each has one vote.")
         temperature: float = Field(0.07, gt=0, description="Of weighted votes: one counts exp(cosine / temperature).")
+
+    def lacks(self, subject: Subject) -> str | None:
+        """Two classes or more, and test images."""
+        return subject.without_classes() or subject.without_test()
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Of the subject's queries, by its bank."""
@@ -44,7 +49,11 @@ def knn(
 
     All training samples are used. By default each neighbour has one vote, and ties go to the class whose neighbours are
     more similar in sum. weighted: a vote counts exp(cosine / temperature). Source: Wu et al. 2018, 1805.01978.
+    Raises DataError for no samples or a label outside the classes; either side may lack classes.
     """
+    check_number("k", k, least=1, whole=True)
+    check_number("temperature", temperature, above=0)
+    check_features(train, test, num_classes)
     bank = F.normalize(train.h, dim=1)
     k = min(k, len(bank))
     right = torch.zeros((), dtype=torch.int64, device=bank.device)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from poisonshield.config import Settings
 from poisonshield.evals.base import Evaluation, Number, Subject
-from poisonshield.evals.parts.features import Features
+from poisonshield.evals.parts.features import Features, check_features
+from poisonshield.ops.check import check_number
 
 
 class Linear(Evaluation[Subject]):
@@ -31,6 +32,10 @@ class Linear(Evaluation[Subject]):
             (), description="Learning rates of SGD probes, one probe each; none by default."
         )
         epochs: int = Field(100, ge=1, description="Epochs of the SGD probes.")
+
+    def lacks(self, subject: Subject) -> str | None:
+        """Two classes or more, and test images."""
+        return subject.without_classes() or subject.without_test()
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """And, under "sweep", {learning rate: top-1} of the SGD probes, if the settings ask for some."""
@@ -57,6 +62,9 @@ def linear(
 
     weight_decay multiplies half the squared weights, per mean loss. Costs `iterations` passes over the features.
     """
+    check_number("weight_decay", weight_decay, least=0)
+    check_number("iterations", iterations, least=1, whole=True)
+    check_features(train, test, num_classes)
     h, test_h = _standardize(train.h, test.h)
     weight = h.new_zeros(num_classes, h.shape[1], requires_grad=True)
     bias = h.new_zeros(num_classes, requires_grad=True)
@@ -94,6 +102,12 @@ def linear_sweep(
     weight_decay pulls weights and biases. The schedule is `probe_rate`'s. Choosing a rate by these numbers is choosing
     on the test set: report all, or give held-out features as `test`.
     """
+    for rate in learning_rates:
+        check_number("a learning rate", rate, above=0)
+    check_number("weight_decay", weight_decay, least=0)
+    check_number("epochs", epochs, least=1, whole=True)
+    check_number("batch_size", batch_size, least=1, whole=True)
+    check_features(train, test, num_classes)
     h, test_h = (torch.cat([x, x.new_ones(len(x), 1)], 1) for x in _standardize(train.h, test.h))  # bias as a feature
     rates = h.new_tensor(list(learning_rates)).view(-1, 1, 1)  # [L, 1, 1]
     target = F.one_hot(train.y, num_classes).to(h.dtype)  # [N, K]
@@ -123,5 +137,6 @@ def probe_rate(epoch: int, epochs: int) -> float:
 
 def _standardize(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both [N, D] with the training set's mean 0 and standard deviation 1 in each column."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    spread = train.std(0) if len(train) > 1 else torch.ones_like(train[0])  # one sample has no deviation
+    mean, std = train.mean(0), spread.clamp(min=1e-6)
     return (train - mean) / std, (test - mean) / std

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from poisonshield.attacks import PGD, Linf, frozen_stats
 from poisonshield.batch import Batch
 from poisonshield.config import Pixels, Settings
+from poisonshield.errors import DataError
 from poisonshield.evals.base import Evaluation, Number, Subject
-from poisonshield.evals.parts.features import pixels_and_labels
 
 SMALLEST = 1e-6  # distances are taken to be at least this, so that x' = x has a ratio of 0
 
@@ -42,6 +42,10 @@ class Lipschitz(Evaluation[Subject]):
         step_size: Pixels = Field(0.6 / 255, description="Change of a pixel in one step.")
         steps: int = Field(10, ge=0, description="Steps of one ascent.")
         restarts: int = Field(5, ge=1, description="Ascents from different random starts; the best counts.")
+
+    def lacks(self, subject: Subject) -> str | None:
+        """Test images."""
+        return subject.without_test()
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """Of the features as they are, and of l2-normalized ones."""
@@ -80,7 +84,7 @@ def local_lipschitz(
     found = []
     with frozen_stats(encoder):
         for batch in batches:
-            pixels, _ = pixels_and_labels(batch)
+            pixels = batch.pixels()
             with torch.no_grad():
                 h = _features(encoder, pixels, normalize)
             best = h.new_zeros(len(batch))
@@ -94,6 +98,8 @@ def local_lipschitz(
             with torch.no_grad():
                 objective(x_adv)  # the last point; the attack itself looks at it only to compare restarts
             found.append(best.double())
+    if not found:
+        raise DataError("there are no samples to measure a Lipschitz constant of.")
     return float(torch.cat(found).mean())
 
 

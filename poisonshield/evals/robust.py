@@ -41,6 +41,10 @@ class Robust(Evaluation[Subject]):
         )
         samples: int | None = Field(None, ge=1, description="Test images, drawn with the run's seed; null for all.")
 
+    def lacks(self, subject: Subject) -> str | None:
+        """Two classes or more, and test images."""
+        return subject.without_classes() or subject.without_test()
+
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """None for a method without a classifier."""
         config = self.config
@@ -62,9 +66,10 @@ def robust(
 ) -> float | None:
     """Top-1 accuracy in percent after an attack on the first max_samples (None: all); None without a classifier.
 
-    loss: cross-entropy, or the negative score of the true class, as VESPR's authors evaluate. An attack that takes
-    `success` is told which pixels the classifier gets wrong, and so keeps them; a sample then counts as right if it
-    withstands every restart. An upper bound of the true robust accuracy, as every attack's result is.
+    None without samples too. loss: cross-entropy, or the negative score of the true class, as VESPR's authors evaluate.
+    An attack that takes `success` is told which pixels the classifier gets wrong, and so keeps them; a sample then
+    counts as right if it withstands every restart. An upper bound of the true robust accuracy, as every attack's
+    result is.
     """
     right = total = 0
     with frozen_stats(method):
@@ -83,7 +88,7 @@ def robust(
             x_adv = attack(victim.objective, x, budget, rng, success=success)
             right += int((~victim.is_wrong(x_adv)).sum())
             total += len(y)
-    return 100.0 * right / total
+    return 100.0 * right / total if total else None
 
 
 class _Victim:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poisonshield.losses.pairs import Views, gather_views, pairs
+from poisonshield.losses.pairs import Views, check_samples, gather_views, pairs
+from poisonshield.ops.check import check_choice, check_number
 from poisonshield.ops.precision import outside_autocast
 
 
@@ -34,9 +35,13 @@ def barlow(
     rows. legacy: as in the VESPR authors' code. The upper triangle counts twice and the lower one not at all, although
     X is not symmetric; deviations are unbiased, without epsilon; hsic adds 1 to the zeroed triangle too, a constant.
     """
+    check_number("off_diagonal", off_diagonal, least=0)
+    check_choice("scaling", scaling, ("columns", "rows"))
     target = online if target is None else target
     view_pairs = pairs(online, target, symmetrized=symmetrized)
-    p = [_scale(x, scaling, legacy) for x in gather_views(online, rank_sizes)]
+    gathered = gather_views(online, rank_sizes)
+    check_samples(gathered, 2 if legacy and scaling == "columns" else 1, "barlow")
+    p = [_scale(x, scaling, legacy) for x in gathered]
     m = p if target is online else [_scale(x, scaling, legacy) for x in gather_views(target, rank_sizes)]
     aim = -1.0 if hsic else 0.0
     total = p[0].new_zeros(())

@@ -22,7 +22,7 @@ Row c's softmax weights in C need row c's denominator, which rank 1 knows and se
 views. Nothing is sent in the backward pass, where a gather with gradient would send [B, D].
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,13 @@ from poisonshield import collectives
 from poisonshield.config import Settings
 from poisonshield.errors import ShapeError
 from poisonshield.losses.pairs import Views, pairs
+from poisonshield.ops.check import check_choice, check_number
 from poisonshield.ops.precision import at_least_float32, outside_autocast
 
+SAME_VIEWS = Literal["none", "others", "all"]
+
 SameView = Annotated[
-    Literal["none", "others", "all"],
+    SAME_VIEWS,
     Field(
         description="Keys of a query's own view in its denominator: none (MoCo v3), others (all but its own sample's, "
         "SimCLR), or all (its own sample's too, which then count as positives)."
@@ -76,8 +79,13 @@ def infonce(
     margin > 0 averages the loss with a copy whose positive cosines are lower, and negative ones higher, by the margin
     (implicit feature modification, Robinson et al. 2021). With same_view "all" the positives include a view's own keys,
     as in the VESPR authors' code. With ranks, the value is this rank's share such that the mean over ranks, and the
-    mean of the gradients, are those of the global batch. Raises ShapeError for unfit views.
+    mean of the gradients, are those of the global batch. Raises ShapeError for unfit views, ConfigError for settings
+    without a meaning.
     """
+    check_number("temperature", temperature, above=0)
+    check_number("negative_weight", negative_weight, least=0)
+    check_number("margin", margin, least=0)
+    check_choice("same_view", same_view, get_args(SAME_VIEWS))
     keys = queries if keys is None else keys
     view_pairs = pairs(queries, keys, symmetrized=symmetrized)
     if same_view != "none" and len(keys) != len(queries):
@@ -165,9 +173,11 @@ class _Similarities:
             parts[0] = parts[0].scatter_add(1, at, nearer)
             if self.same_view == "all":
                 parts[1] = parts[1].scatter_add(1, at, nearer)
-            elif self.same_view == "others":
-                parts[1] = parts[1].scatter(1, at, float("-inf"))  # a query is no negative of itself
-        return torch.cat(parts, dim=1) / self.temperature
+        logits = torch.cat(parts, dim=1) / self.temperature
+        if own is None or self.same_view != "others":
+            return logits
+        # A query is no negative of itself. After the division, so that a temperature may be learned.
+        return logits.scatter(1, own[:, None] + len(keys[0]), float("-inf"))
 
     def _gather_blocks(self) -> None:
         """Fills all_keys and all_queries, one [B, D] per view; among all keys this rank's own have their gradient."""

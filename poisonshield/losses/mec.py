@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poisonshield.losses.pairs import Views, gather_views, pairs
+from poisonshield.ops.check import check_number
 from poisonshield.ops.precision import outside_autocast
 
 
@@ -30,6 +31,8 @@ def mec(
 ) -> Tensor:
     """A scalar; online and target one [B, D] per view, target defaults to online. terms 2 and
     coding_length are the VESPR authors' form."""
+    check_number("distortion", distortion, above=0)
+    check_number("terms", terms, least=1, whole=True)
     target = online if target is None else target
     view_pairs = pairs(online, target, symmetrized=symmetrized)
     p = [F.normalize(x, dim=1) for x in gather_views(online, rank_sizes)]

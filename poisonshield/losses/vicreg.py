@@ -9,7 +9,8 @@ Each rank needs the statistics of the global batch: views are gathered with grad
 import torch
 from torch import Tensor
 
-from poisonshield.losses.pairs import Views, gather_views, pairs
+from poisonshield.losses.pairs import Views, check_samples, gather_views, pairs
+from poisonshield.ops.check import check_number
 from poisonshield.ops.precision import outside_autocast
 
 
@@ -30,9 +31,12 @@ def vicreg(
     legacy: as in the VESPR authors' code. The two variance terms are added, not averaged, the floor is max(var, 1e-6)
     in place of var + 1e-4, and for more than two views p_i's own terms count once, not once for each partner.
     """
+    for name, value in (("invariance", invariance), ("variance", variance), ("covariance", covariance)):
+        check_number(name, value, least=0)
     target = online if target is None else target
     view_pairs = pairs(online, target, symmetrized=symmetrized)
     p = gather_views(online, rank_sizes)
+    check_samples(p, 2, "vicreg")
     m = p if target is online else gather_views(target, rank_sizes)
 
     def spread(z: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poisonshield.errors import ConfigError, DataError, ShapeError
+from poisonshield.ops.check import check_number, check_tensor
 from poisonshield.ops.diffusion import masked_diffusion_loss
 from poisonshield.ops.precision import outside_autocast
 
 NORMS = ("per_image", "batch", "plain")
 RESIZES = ("area", "nearest", "max")
+_ROUNDING = 1e-4  # by which masks that were resized before may be over 1
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,9 @@ class Zone:
                 f"norm {self.norm!r} and resize {self.resize!r} are wanted among {', '.join(NORMS)} "
                 f"and {', '.join(RESIZES)}."
             )
-        if not 0 <= self.floor <= 1 or self.dilate < 0 or self.min_cells <= 0:
-            raise ConfigError(
-                f"floor {self.floor} must be in [0, 1], dilate {self.dilate} 0 or more, "
-                f"min_cells {self.min_cells} positive."
-            )
+        check_number("floor", self.floor, least=0, most=1)
+        check_number("dilate", self.dilate, least=0, whole=True)
+        check_number("min_cells", self.min_cells, above=0)
 
 
 @outside_autocast
@@ -56,8 +56,9 @@ def latent_mask(mask: Tensor, size: tuple[int, int], zone: Zone) -> Tensor:
     """The mask [B, 1, h, w] at the latents' size (h, w): resized, dilated, then m <- floor + (1 - floor) m.
 
     mask [B, 1, H, W], float in [0, 1] or bool. Raises ShapeError for another shape, and DataError with the row of a
-    mask of which nothing is left, whatever the floor.
+    mask that is outside [0, 1], or of which nothing is left, whatever the floor.
     """
+    check_tensor("mask", mask, "floats in [0, 1] or bools [B, 1, H, W]")
     if mask.dim() != 4 or mask.shape[1] != 1 or 0 in mask.shape[2:] or min(size) < 1:
         raise ShapeError(f"mask has shape {tuple(mask.shape)} and is wanted at {tuple(size)}. Give [B, 1, H, W].")
     m = mask if mask.is_floating_point() else mask.float()
@@ -69,13 +70,27 @@ def latent_mask(mask: Tensor, size: tuple[int, int], zone: Zone) -> Tensor:
         m = F.interpolate(m, size, mode="nearest")
     if zone.dilate:
         m = F.max_pool2d(m, 2 * zone.dilate + 1, stride=1, padding=zone.dilate)
-    empty = (m.flatten(1).amax(1) <= 0).nonzero()[:, 0].tolist()
-    if empty:
-        raise DataError(
-            f"the mask of row {empty[0]} is empty at the latents' size {tuple(size)}: nothing would be trained on."
-            + ("\n  resize: max keeps objects smaller than a latent cell." if bool((mask[empty[0]] > 0).any()) else "")
-        )
+    _check_rows(mask, m)
     return zone.floor + (1 - zone.floor) * m
+
+
+def _check_rows(mask: Tensor, m: Tensor) -> None:
+    """Raises DataError for a row of mask that is outside [0, 1], or of which m, at the latents' size, has nothing."""
+    rows, size = mask.flatten(1), tuple(m.shape[2:])
+    outside = ~((rows >= 0) & (rows <= 1 + _ROUNDING)).all(1)
+    bad = torch.stack((outside, m.flatten(1).amax(1) <= 0)).tolist()  # one wait for the device
+    for row, (is_outside, is_empty) in enumerate(zip(*bad, strict=True)):
+        if is_outside:
+            low, high = (float(v) for v in rows[row].aminmax())
+            raise DataError(
+                f"the mask of row {row} reaches from {low:g} to {high:g}, and masks are in [0, 1].\n"
+                "  Divide 8-bit levels by 255."
+            )
+        if is_empty:
+            raise DataError(
+                f"the mask of row {row} is empty at the latents' size {size}: nothing would be trained on."
+                + ("\n  resize: max keeps objects smaller than a latent cell." if bool((rows[row] > 0).any()) else "")
+            )
 
 
 def zone_loss(pred: Tensor, target: Tensor, mask: Tensor | None, zone: Zone) -> Tensor:
@@ -88,6 +103,7 @@ def zone_loss(pred: Tensor, target: Tensor, mask: Tensor | None, zone: Zone) -> 
     normalize = {"per_image": "per_sample", "batch": "global", "plain": "numel"}[zone.norm]
     weight = None
     if mask is not None:
+        check_tensor("mask", mask, "what latent_mask gives")
         if mask.shape != (len(pred), 1, *pred.shape[2:]):
             raise ShapeError(
                 f"mask has shape {tuple(mask.shape)} and pred {tuple(pred.shape)}. "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Settings
-from poisonshield.errors import DataError
+from poisonshield.errors import ConfigError, DataError
 from poisonshield.method import SSLMethod
 from poisonshield.models.backbones import Encoder
 from poisonshield.models.weights import Branch, load_encoder
@@ -51,6 +51,11 @@ class Supervised(SSLMethod):
 
     def __init__(self, config: Config, *, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
+        if num_classes < 2:
+            raise ConfigError(
+                "supervised training tells classes apart, and the data has one, as images without labels have.\n"
+                "  Use a self-supervised method, such as method.name: simclr."
+            )
         self.config, self.encoder = config, encoder
         self.head = nn.Linear(encoder.feature_dim, num_classes)
         if config.freeze_encoder:

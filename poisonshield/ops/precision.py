@@ -18,8 +18,8 @@ def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(first: Tensor | tuple[Tensor, ...], *args: Any, **settings: Any) -> Any:
-        tensor = first if isinstance(first, Tensor) else first[0] if len(first) else torch.empty(0)
-        with torch.autocast(tensor.device.type, enabled=False):
+        tensors = [first] if isinstance(first, Tensor) else [v for v in first or () if isinstance(v, Tensor)]
+        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
             return function(first, *args, **settings)
 
     return run

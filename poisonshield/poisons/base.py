@@ -175,6 +175,10 @@ class KeyedPoison(nn.Module, Poison):
 
         Every id draws a number; those with the smallest are chosen, so one number is all that a recipe has to keep.
         """
+        if not 0 <= ratio <= 1:
+            raise DataError(
+                f"poison {self.name} was asked for a ratio of {ratio}. Give a share of the samples, 0 to 1."
+            )
         lots = self._lots(ids).sort().values
         count = math.floor(ratio * len(ids) + 1e-9)  # 0.29 * 100 is 28.999... in binary
         self.last_drawn.fill_(int(lots[count - 1]) if count else -1)
@@ -198,8 +202,11 @@ class KeyedPoison(nn.Module, Poison):
         """The batch itself. Raises ShapeError for pixels of another shape or range, DataError for unknown labels."""
         x = checked_pixels(batch, owner=self.name, size=self.image_size)
         y = batch.y
-        if y is None or tuple(y.shape) != (len(batch),):
-            raise DataError(f"poison {self.name} needs one label per sample in batch.y; the batch has {y}.")
+        if y is None or tuple(y.shape) != (len(batch),) or y.dtype != torch.int64:
+            got = "none" if y is None else f"{y.dtype} {list(y.shape)}"
+            raise DataError(
+                f"poison {self.name} needs one label per sample in batch.y, int64 [{len(batch)}]; the batch has {got}."
+            )
         if len(x):
             first, last = (int(v) for v in y.aminmax())
             if first < 0 or last >= self.num_classes:
@@ -221,7 +228,7 @@ def checked_pixels(batch: Batch, *, owner: str, size: tuple[int, ...] | None = N
             way_out = "Build it with the image_size of the data, or resize the data first."
         raise ShapeError(f"poison {owner} got {got} for {len(batch)} keys; {wanted}.\n  {way_out}")
     low, high = (float(v) for v in x.aminmax()) if x.numel() else (0.0, 0.0)
-    if low < 0 or high > 1:
+    if not (low >= 0 and high <= 1):  # NaN too
         raise ShapeError(
             f"poison {owner} got pixels in [{low:.3g}, {high:.3g}]; it takes [0, 1].\n"
             "  Normalize inside the model, after the poison; divide 8-bit levels by 255."

@@ -64,7 +64,7 @@ class Convolution(KeyedPoison):
         """x * w_k scaled to a largest value of 1, minus x."""
         b, _, h, w = batch.x.shape
         size = self.filters.shape[-1]
-        levels = (batch.x * 255).round_().view(1, 3 * b, h, w)
+        levels = (batch.x * 255).round_().reshape(1, 3 * b, h, w)
         taps = self.filters[batch.y].repeat_interleave(3, dim=0)[:, None]  # [3B, 1, s, s]
         x = F.conv2d(levels, taps, padding=size // 2, groups=3 * b).view(b, 3, h, w)
         x = x / x.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1.0)  # a black image stays black

@@ -199,6 +199,12 @@ def test_ratio_poisons_exactly_the_asked_share_and_leaves_the_rest(make):
         assert torch.equal((poison.apply(some).x != some.x).flatten(1).any(1), changed[:5])
 
 
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+def test_a_ratio_that_is_no_share_is_refused(make, ratio):
+    with pytest.raises(DataError, match="Give a share of the samples, 0 to 1"):
+        make().choose(sample_ids(images().keys), ratio)
+
+
 def test_recipe_gives_the_same_pixels(make, tmp_path):
     from poisonshield.poisons.release.recipe import load_recipe, save_recipe
 
@@ -221,6 +227,11 @@ def test_recipe_gives_the_same_pixels(make, tmp_path):
         ({"x": torch.randn(COUNT, 3, *SIZE)}, ShapeError, "Normalize inside the model"),
         ({"y": torch.full((COUNT,), CLASSES)}, DataError, "labels 4 to 4"),
         ({"y": None}, DataError, "one label per sample"),
+        ({"y": torch.zeros(COUNT)}, DataError, "int64"),
+        ({"y": torch.zeros(2, dtype=torch.int64)}, DataError, "one label per sample"),
+        ({"x": torch.full((COUNT, 3, *SIZE), float("nan"))}, ShapeError, "it takes"),
+        ({"x": torch.rand(COUNT, 3, *SIZE).double()}, ShapeError, "float64"),
+        ({"x": (torch.rand(COUNT, 3, *SIZE) * 255).to(torch.uint8)}, ShapeError, "uint8"),
     ],
 )
 def test_unfit_batch_is_refused(make, change, error, words):

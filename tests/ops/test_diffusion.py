@@ -296,6 +296,7 @@ def test_timesteps_change_without_recompiling():
 
 X = torch.zeros(2, 4, 3, 3)
 TS = torch.tensor([0, 1])
+MASK, NAN = torch.ones(2, 1, 1, 1), float("nan")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +329,31 @@ TS = torch.tensor([0, 1])
         (lambda: masked_diffusion_loss(X, target=X, weight=torch.ones(3)), ShapeError, "one per sample"),
         (lambda: masked_diffusion_loss(X, target=X, mask=torch.ones(2, 3, 3)), ShapeError, "Resize it to the latents"),
         (lambda: masked_diffusion_loss(X, target=X, loss="huber", delta=0), ValueError, "delta 0"),
+        (lambda: q_sample(X, TS, ALPHAS * NAN, seed=1), ValueError, "Give shares of the signal"),
+        (lambda: q_sample(X, TS, ALPHAS + 1, seed=1), ValueError, "Give shares of the signal"),
+        (lambda: q_sample(X, [0, 1], ALPHAS, seed=1), ShapeError, "t is a list"),
+        (lambda: q_sample(X, TS, ALPHAS, seed="7"), TypeError, "seed is a str"),
+        (lambda: q_sample(X, TS, ALPHAS, seed=0.5), TypeError, "seed is a float"),
+        (lambda: q_sample(X, TS, ALPHAS, seed=1, out=[1]), TypeError, "out is a list"),
+        (lambda: q_sample(X, TS, ALPHAS, seed=1, out=X.int()), TypeError, "out is torch.int32"),
+        (lambda: q_sample(X, TS, ALPHAS, seed=1, out=X.to("meta")), ValueError, "out is on meta and x0 on cpu"),
+        (lambda: q_sample(X, TS, ALPHAS, seed=1, out_dtype=torch.int32), TypeError, "out_dtype torch.int32"),
+        (lambda: masked_diffusion_loss(X, target=X, mask=[1]), TypeError, "mask is a list"),
+        (lambda: masked_diffusion_loss(X, target=X, mask=MASK * NAN), ValueError, "negative or NaN"),
+        (lambda: masked_diffusion_loss(X, target=X, mask=-MASK), ValueError, "negative or NaN"),
+        (lambda: masked_diffusion_loss(X, target=X, mask=MASK + 1j), TypeError, "complex"),
+        (lambda: masked_diffusion_loss(X, target=X, weight=[1, 2]), TypeError, "weight is a list"),
+        (lambda: masked_diffusion_loss(X, target=X, weight=2.0), TypeError, "weight is a float"),
+        (lambda: masked_diffusion_loss(X, target=X, weight=torch.tensor([NAN, 1])), ValueError, "not finite"),
+        (lambda: masked_diffusion_loss(X, target=X, weight=torch.ones(2, device="meta")), ValueError, "on meta"),
+        (lambda: masked_diffusion_loss(X, target=X, weight=torch.ones(2) + 1j), TypeError, "complex"),
+        (lambda: masked_diffusion_loss(X, target=X, loss=None), ValueError, "Known: mse"),
+        (lambda: masked_diffusion_loss(X, target=X, loss="huber", delta=NAN), ValueError, "delta nan"),
+        (
+            lambda: masked_diffusion_loss(X, target=X, weight="min_snr", gamma=NAN, t=TS, alphas_cumprod=ALPHAS),
+            ValueError,
+            "gamma nan",
+        ),
         (
             lambda: masked_diffusion_loss(X, target=X, weight="min_snr", gamma=0, t=TS, alphas_cumprod=ALPHAS),
             ValueError,

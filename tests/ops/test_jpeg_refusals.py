@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from poisonshield.errors import GradientError, ShapeError
-from poisonshield.ops import JPEG, jpeg, jpeg_coefficients
+from poisonshield.ops import JPEG, jpeg, jpeg_coefficients, jpeg_tables
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -52,6 +52,37 @@ X = torch.zeros(2, 3, 8, 8)
             "mean requires gradients",
         ),
         (lambda: jpeg_coefficients(X, 50, subsampling="411"), ValueError, "Known: 420"),
+        (lambda: jpeg(X.to(torch.float8_e4m3fn), 50), TypeError, "float8"),
+        (lambda: jpeg(X.to_sparse(), 50), TypeError, "sparse"),
+        (lambda: jpeg(X, "50"), TypeError, "quality is a str"),
+        (lambda: jpeg(X, None), TypeError, "quality is a NoneType"),
+        (lambda: jpeg(X, float("inf")), ValueError, "inf is outside"),
+        (lambda: jpeg(X, torch.tensor([50.0, float("nan")])), ValueError, "nan is outside"),
+        (lambda: jpeg(X, torch.tensor([])), ShapeError, "for 2 images"),
+        (lambda: jpeg(X, torch.full((2, 1), 50)), ShapeError, "for 2 images"),
+        (lambda: jpeg(X, torch.tensor(50 + 1j)), TypeError, "complex"),
+        (lambda: jpeg(X, 50, clamp_grad=float("nan")), ValueError, "clamp_grad nan"),
+        (lambda: jpeg(X, 50, fourier_terms=2.5), TypeError, "fourier_terms is a float. Give a whole number"),
+        (lambda: jpeg(X, 50, out_dtype=torch.int64), TypeError, "out_dtype torch.int64"),
+        (lambda: jpeg(X, 50, out_dtype="float32"), TypeError, "out_dtype 'float32'"),
+        (lambda: jpeg(X, 50, value_range=(0, float("inf"))), ValueError, "endless"),
+        (lambda: jpeg(X, 50, value_range=(0, float("nan"))), ValueError, "is empty"),
+        (lambda: jpeg(X, 50, value_range=(0, 1, 2)), TypeError, "Give two numbers"),
+        (lambda: jpeg(X, 50, value_range=1.0), TypeError, "Give two numbers"),
+        (lambda: jpeg(X, 50, mean=[0.5] * 3, std=[0.5] * 3), ShapeError, "mean is a list"),
+        (lambda: jpeg(X, 50, mean=torch.full((3,), float("nan")), std=torch.ones(3)), ValueError, "not finite"),
+        (lambda: jpeg(X, 50, mean=torch.zeros(3), std=torch.full((3,), float("inf"))), ValueError, "not finite"),
+        (lambda: jpeg(X, 50, mean=torch.zeros(3, device="meta"), std=torch.ones(3)), ValueError, "mean is on meta"),
+        (lambda: jpeg(X, 50, qtables=[[1]]), TypeError, "qtables is a list"),
+        (lambda: jpeg(X, 50, qtables=torch.ones(2, 8, 8) + 1j), TypeError, "complex"),
+        (lambda: jpeg(X, 50, qtables=torch.ones(2, 8, 8).bool()), ValueError, "1..65535"),
+        (lambda: jpeg(X, 50, qtables=torch.full((2, 8, 8), float("nan"))), ValueError, "1..65535"),
+        (lambda: jpeg(X, 50, subsampling=["420"]), ValueError, "Known: 420, 444"),
+        (lambda: jpeg_tables("75"), TypeError, "quality is a str"),
+        (lambda: jpeg_tables(float("nan")), ValueError, "NaN"),
+        (lambda: jpeg_tables(torch.full((2, 2), 50)), ShapeError, "one each"),
+        (lambda: jpeg_tables(50, torch.full((2, 8, 8), float("nan"))), ValueError, "1..65535"),
+        (lambda: jpeg_coefficients(X.int(), 50), TypeError, "int32"),
         (lambda: JPEG((90, 10)), ValueError, "low before high"),
         (lambda: JPEG(50, p=2), ValueError, "not a probability"),
         (lambda: JPEG(50)(X[0, 0]), ShapeError, "Give"),

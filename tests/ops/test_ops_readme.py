@@ -20,6 +20,7 @@ def run(code):
 def test_the_transform_compresses_some_images():
     names = run(TRANSFORM)
     assert names["images"].shape == (8, 3, 64, 64)
+    assert names["image"].shape == (3, 64, 64) and names["label"] == 3
 
 
 def test_the_attack_raises_the_loss_inside_its_ball():

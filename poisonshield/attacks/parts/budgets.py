@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from poisonshield.attacks.parts.gradients import per_sample
-from poisonshield.errors import BudgetError
+from poisonshield.errors import BudgetError, ShapeError
 from poisonshield.ops import pgd_random_start_, pgd_step_
+from poisonshield.ops.check import is_number, kind, levels_hint
 from poisonshield.random import KeyedRandom, stream_of
 
 
 @dataclass(frozen=True)
 class Budget(ABC):
-    """A ball of radius `eps` (pixel units) around each sample. Raises BudgetError for a negative or NaN radius."""
+    """A ball of radius `eps` (pixel units) around each sample. Raises BudgetError for a radius that is none."""
 
     eps: float
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
+        if not is_number(self.eps) or not 0 <= self.eps < math.inf:
             raise BudgetError(f"eps {self.eps} is not a radius. Give a number >= 0 in pixel units, such as 8/255.")
 
     def start_(self, x_adv: Tensor, x: Tensor, rng: KeyedRandom, purpose: str) -> Tensor:
@@ -55,9 +56,14 @@ class Budget(ABC):
 
 
 class Linf(Budget):
-    """Every pixel moves at most eps. Steps are gradient signs."""
+    """Every pixel moves at most eps, which is at most 1. Steps are gradient signs."""
 
     norm = "linf"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps > 1:
+            raise BudgetError(f"eps {self.eps:g} is outside [0, 1]: budgets are in pixel units.{levels_hint(self.eps)}")
 
     def measure(self, delta: Tensor) -> Tensor:
         """Largest absolute element."""
@@ -89,7 +95,7 @@ class L1(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.quantile <= 1:
+        if not is_number(self.quantile) or not 0 <= self.quantile <= 1:
             raise BudgetError(f"quantile {self.quantile} is not a share. Give a number in [0, 1], such as 0.99.")
 
     def start_(self, x_adv: Tensor, x: Tensor, rng: KeyedRandom, purpose: str) -> Tensor:
@@ -140,7 +146,14 @@ class ChannelLinf(Budget):
     clip: bool = True
     norm: ClassVar[str] = "linf"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(is_number(s) and 0 < s < math.inf for s in self.scale):
+            raise BudgetError(f"scale {self.scale} must be positive numbers, one a channel.")
+
     def _scale(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != len(self.scale):
+            raise ShapeError(f"x is {kind(x)}, and scale has {len(self.scale)} numbers, one a channel.")
         return torch.tensor(self.scale, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
 
     def start_(self, x_adv: Tensor, x: Tensor, rng: KeyedRandom, purpose: str) -> Tensor:
@@ -171,5 +184,7 @@ NORMS = tuple(_BUDGETS)
 
 
 def budget(norm: Literal["linf", "l2", "l1"], eps: float) -> Budget:
-    """The budget of a norm's name."""
+    """The budget of a norm's name. Raises BudgetError for an unknown one."""
+    if norm not in _BUDGETS:
+        raise BudgetError(f"norm {norm!r} is unknown. Known: {', '.join(NORMS)}")
     return _BUDGETS[norm](eps)

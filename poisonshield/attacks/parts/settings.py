@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from poisonshield.attacks.base import Attack
 from poisonshield.attacks.parts.budgets import Budget, budget
 from poisonshield.config import Choice, From, Number, Settings
+from poisonshield.ops.check import levels_hint
 from poisonshield.registry import Registry
 
 ATTACKS = Registry("poisonshield.attacks", kind="attack")
@@ -68,5 +69,4 @@ class AttackConfig(Settings):
 
 def _check_pixels(value: float | None, info: ValidationInfo, name: str = "") -> None:
     if value is not None and info.data.get("norm") == "linf" and value > 1:
-        hint = f" Did you mean {value:g}/255?" if value <= 255 else ""
-        raise ValueError(f"{name}{value:g} is outside [0, 1]: budgets are in pixel units.{hint}")
+        raise ValueError(f"{name}{value:g} is outside [0, 1]: budgets are in pixel units.{levels_hint(value)}")

@@ -1,21 +1,51 @@
 """From what evaluations give to rows and tables: which numbers there are, in which order, and their values."""
 
+import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from poisonshield.config import Settings
-from poisonshield.evals.base import Number
+from poisonshield.evals.base import Evaluation, Number
 from poisonshield.evals.parts.blocks import classes, switched_on
+from poisonshield.evals.parts.features import NotFinite
 from poisonshield.registry import Registry
+
+log = logging.getLogger(__name__)
 
 Measured = dict[str, dict[str, Any] | None]
 """{evaluation: what it gave, or None if it was left out}."""
 
 
 def measure(subject: Any, settings: Settings, registry: Registry) -> Measured:
-    """What the evaluations that the settings switch on give for the subject, in the order of tables."""
+    """What the evaluations that the settings switch on give for the subject, in the order of tables.
+
+    None for one that lacks something, which the log says; None in place of a number that is not finite.
+    """
     found = switched_on(settings, registry)
-    return {name: None if evaluation is None else evaluation(subject) for name, evaluation in found.items()}
+    reasons = {name: None if evaluation is None else evaluation.lacks(subject) for name, evaluation in found.items()}
+    for reason in dict.fromkeys(filter(None, reasons.values())):
+        names = [name for name, given in reasons.items() if given == reason]
+        log.warning("left out (%s): %s.", ", ".join(names), reason)
+    return {
+        name: None if evaluation is None or reasons[name] else _ask(evaluation, subject)
+        for name, evaluation in found.items()
+    }
+
+
+def _ask(evaluation: Evaluation[Any], subject: Any) -> dict[str, Any] | None:
+    """What the evaluation gives, with None in place of what is not finite, which the log says."""
+    try:
+        given = evaluation(subject)
+    except NotFinite as err:
+        log.warning("left out (%s): %s.", evaluation.name, err)
+        return None
+    for number in evaluation.numbers:
+        value = given.get(number.key)
+        if value is not None and not math.isfinite(value):
+            log.warning("left out (%s): it came out as %s.", number.key, value)
+            given[number.key] = None
+    return given
 
 
 def numbers_of(registry: Registry) -> tuple[Number, ...]:

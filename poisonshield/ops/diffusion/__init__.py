@@ -9,8 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.errors import GradientError, ShapeError
+from poisonshield.errors import ConfigError, ShapeError
 from poisonshield.ops import dispatch
+from poisonshield.ops.check import (
+    check_choice,
+    check_device,
+    check_floats,
+    check_number,
+    check_out_dtype,
+    check_tensor,
+    check_without_gradient,
+    kind,
+    readable,
+    word,
+)
 from poisonshield.ops.diffusion.reference import LossArguments, NoisingArguments, NoisingGradientArguments
 from poisonshield.ops.library import Op, first_derivative
 
@@ -45,27 +57,27 @@ def q_sample(
     gradients).
     """
     _check_float(x0, "x0")
-    _check_t(x0, t, alphas_cumprod)
+    _check_t(x0, t, alphas_cumprod, "x0")
+    _check_out(x0, out)
+    check_out_dtype(out_dtype)
     if (noise is None) == (seed is None):
         raise ValueError("give either noise or seed.")
     if noise is not None:
-        _check_like(x0, noise, "noise")
-    _check_without_gradient(alphas_cumprod=alphas_cumprod)
+        _check_like(x0, noise, "noise", "x0")
+    check_without_gradient(alphas_cumprod=alphas_cumprod)
     arguments = NoisingArguments(
         x0=x0,
         t=t,
         alphas_cumprod=alphas_cumprod,
         noise=noise,
-        seed=_whole(x0, 0 if seed is None else seed, "seed"),
-        offset=_whole(x0, offset, "offset"),
-        stream=_whole(x0, _STREAM, "stream"),
+        seed=word(x0, 0 if seed is None else seed, "seed"),
+        offset=word(x0, offset, "offset"),
+        stream=word(x0, _STREAM, "stream"),
         return_noise=return_noise and noise is None,
         out_dtype=x0.dtype if out_dtype is None else out_dtype,
     )
     x_t, drawn = _q_sample(arguments, dispatch.requested(backend))
     if out is not None:
-        if out.shape != x_t.shape:
-            raise ShapeError(f"out has shape {tuple(out.shape)} and x0 {tuple(x0.shape)}. They must be equal.")
         if torch.is_grad_enabled() and x_t.requires_grad:
             raise ValueError("out= cannot carry gradients. Leave it out, or call under torch.no_grad().")
         x_t = out.copy_(x_t)
@@ -118,16 +130,15 @@ def masked_diffusion_loss(
         ("normalize", normalize, NORMALIZERS),
         ("reduction", reduction, REDUCTIONS),
     ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown. Known: {', '.join(known)}")
+        check_choice(name, value, known)
     _check_target(pred, target, x0, noise, t, alphas_cumprod, prediction_type, seed)
     if mask is not None:
         _check_mask(pred, mask)
     _check_weight(pred, weight, gamma, t, alphas_cumprod)
-    if loss == "huber" and not delta > 0:
-        raise ValueError(f"delta {delta} must be positive.")
+    if loss == "huber":
+        check_number("delta", delta, above=0, infinite=True)
     weights = None if isinstance(weight, str) else weight
-    _check_without_gradient(mask=mask, weight=weights, alphas_cumprod=alphas_cumprod)
+    check_without_gradient(mask=mask, weight=weights, alphas_cumprod=alphas_cumprod)
     if not grad_target:
         target, x0, noise = (None if v is None else v.detach() for v in (target, x0, noise))
     arguments = LossArguments(
@@ -138,9 +149,9 @@ def masked_diffusion_loss(
         t=t,
         alphas_cumprod=alphas_cumprod,
         prediction_type=prediction_type,
-        seed=_whole(pred, 0 if seed is None else seed, "seed"),
-        offset=_whole(pred, offset, "offset"),
-        stream=_whole(pred, _STREAM, "stream"),
+        seed=word(pred, 0 if seed is None else seed, "seed"),
+        offset=word(pred, offset, "offset"),
+        stream=word(pred, _STREAM, "stream"),
         mask=mask,
         weight=weights,
         gamma=float(gamma) if isinstance(weight, str) else 0.0,
@@ -152,41 +163,39 @@ def masked_diffusion_loss(
     losses, _ = _diffusion_loss(arguments, dispatch.requested(backend))
     # The op's losses sum to the mean.
     if reduction != "mean" and normalize != "global":
-        losses = losses * len(pred)
+        losses = losses * pred.shape[0]
     return losses if reduction == "none" else losses.sum()
 
 
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def _check_float(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} is {_kind(x)}. Give a float tensor [B, C, ...].")
+    check_floats(name, x, "a float tensor [B, C, ...]")
     if x.dim() < 2:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}. Give a batch [B, C, ...].")
 
 
-def _check_like(x: Tensor, other: Tensor, name: str) -> None:
+def _check_like(x: Tensor, other: Tensor, name: str, owner: str) -> None:
     _check_float(other, name)
     if other.shape != x.shape:
         raise ShapeError(f"{name} has shape {tuple(other.shape)}, and {tuple(x.shape)} is needed.")
-    if other.device != x.device:
-        raise ValueError(f"{name} is on {other.device}, and {x.device} is needed. Move one of them.")
+    check_device(x, other, name, owner=owner)
 
 
-def _check_t(x: Tensor, t: Tensor | None, alphas_cumprod: Tensor | None) -> None:
-    if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.shape != (len(x),):
-        raise ShapeError(f"t is {_kind(t)}. Give int64 [{len(x)}], a timestep per sample.")
+def _check_t(x: Tensor, t: Tensor | None, alphas_cumprod: Tensor | None, owner: str) -> None:
+    if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.shape != x.shape[:1]:
+        raise ShapeError(f"t is {kind(t)}. Give int64 [{x.shape[0]}], a timestep per sample.")
     if not isinstance(alphas_cumprod, Tensor) or not alphas_cumprod.is_floating_point() or alphas_cumprod.dim() != 1:
-        raise ShapeError(f"alphas_cumprod is {_kind(alphas_cumprod)}. Give floats [T], as a scheduler has them.")
-    for value, name in ((t, "t"), (alphas_cumprod, "alphas_cumprod")):
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, and {x.device} is needed. Move one of them.")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and len(t):
+        raise ShapeError(f"alphas_cumprod is {kind(alphas_cumprod)}. Give floats [T], as a scheduler has them.")
+    check_device(x, t, "t", owner=owner)
+    check_device(x, alphas_cumprod, "alphas_cumprod", owner=owner)
+    steps = alphas_cumprod.shape[0]
+    if readable(t) and t.shape[0]:
         low, high = int(t.min()), int(t.max())
-        if low < 0 or high >= len(alphas_cumprod):
-            raise ValueError(f"t reaches from {low} to {high}, and alphas_cumprod has 0..{len(alphas_cumprod) - 1}.")
+        if low < 0 or high >= steps:
+            raise ConfigError(f"t reaches from {low} to {high}, and alphas_cumprod has 0..{steps - 1}.")
+    if readable(alphas_cumprod) and steps:
+        least, most = (float(v) for v in alphas_cumprod.detach().aminmax())
+        if not (least >= 0 and most <= 1):
+            raise ConfigError(f"alphas_cumprod reaches from {least} to {most}. Give shares of the signal, in [0, 1].")
 
 
 def _check_target(
@@ -201,9 +210,9 @@ def _check_target(
 ) -> None:
     for value, name in ((target, "target"), (x0, "x0"), (noise, "noise")):
         if value is not None:
-            _check_like(pred, value, name)
+            _check_like(pred, value, name, "pred")
     if t is not None or alphas_cumprod is not None:
-        _check_t(pred, t, alphas_cumprod)
+        _check_t(pred, t, alphas_cumprod, "pred")
     if target is not None:
         if x0 is not None or noise is not None or seed is not None:
             raise ValueError("give either target, or x0, noise and seed to form it from; not both.")
@@ -222,44 +231,43 @@ def _check_target(
 
 
 def _check_mask(pred: Tensor, mask: Tensor) -> None:
-    if mask.is_complex() or mask.device != pred.device:
-        raise ValueError(f"mask is {_kind(mask)} on {mask.device}. Give floats or bools on {pred.device}.")
+    check_tensor("mask", mask, "floats or bools")
+    check_device(pred, mask, "mask", owner="pred")
     if mask.dim() != pred.dim() or any(m not in (1, n) for m, n in zip(mask.shape, pred.shape, strict=True)):
         raise ShapeError(
             f"mask {tuple(mask.shape)} does not broadcast to pred {tuple(pred.shape)}. Resize it to the latents first."
         )
+    if readable(mask) and mask.is_floating_point() and not bool((mask >= 0).all()):
+        raise ConfigError("mask has a negative or NaN entry. Give what each pixel counts, 0 for not at all.")
 
 
 def _check_weight(
     pred: Tensor, weight: Tensor | str | None, gamma: float, t: Tensor | None, alphas_cumprod: Tensor | None
 ) -> None:
+    if weight is None:
+        return
     if isinstance(weight, str):
         if weight != "min_snr":
-            raise ValueError(f"weight {weight!r} is unknown. Give 'min_snr' or a tensor [{len(pred)}].")
+            raise ConfigError(f"weight {weight!r} is unknown. Give 'min_snr' or a tensor [{pred.shape[0]}].")
         if t is None or alphas_cumprod is None:
-            raise ValueError("weight='min_snr' needs t and alphas_cumprod.")
-        if not gamma > 0:
-            raise ValueError(f"gamma {gamma} must be positive.")
-    elif weight is not None and weight.shape != (len(pred),):
-        raise ShapeError(f"weight has shape {tuple(weight.shape)}. Give [{len(pred)}], one per sample.")
+            raise ConfigError("weight='min_snr' needs t and alphas_cumprod.")
+        check_number("gamma", gamma, above=0)
+        return
+    check_tensor("weight", weight, f"'min_snr' or a tensor [{pred.shape[0]}]")
+    if weight.shape != pred.shape[:1]:
+        raise ShapeError(f"weight has shape {tuple(weight.shape)}. Give [{pred.shape[0]}], one per sample.")
+    check_device(pred, weight, "weight", owner="pred")
+    if readable(weight) and not bool(weight.isfinite().all()):
+        raise ConfigError(f"weight {weight.tolist()} is not finite.")
 
 
-def _check_without_gradient(**tensors: Tensor | None) -> None:
-    for name, value in tensors.items():
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise GradientError(
-                f"{name} requires gradients, and none would reach it. "
-                f"Give {name}.detach(), or call under torch.no_grad()."
-            )
-
-
-def _whole(x: Tensor, value: int | Tensor, name: str) -> Tensor:
-    """int64 [] on the device of x; 64 bits count, whatever the sign."""
-    if isinstance(value, Tensor):
-        if value.dtype != torch.int64 or value.numel() != 1 or value.device != x.device:
-            raise ShapeError(f"{name} is {_kind(value)}. Give an integer, or one int64 on {x.device}.")
-        return value.reshape(())
-    return torch.full((), ((value + 2**63) % 2**64) - 2**63, dtype=torch.int64, device=x.device)
+def _check_out(x0: Tensor, out: Tensor | None) -> None:
+    if out is None:
+        return
+    check_floats("out", out, "a float tensor of the shape of x0")
+    if out.shape != x0.shape:
+        raise ShapeError(f"out has shape {tuple(out.shape)} and x0 {tuple(x0.shape)}. They must be equal.")
+    check_device(x0, out, "out", owner="x0")
 
 
 def _noising_fake(args: NoisingArguments) -> tuple[Tensor, Tensor]:
@@ -284,7 +292,7 @@ def _noising_gradient_fake(args: NoisingGradientArguments) -> tuple[Tensor, Tens
 
 def _loss_fake(args: LossArguments) -> tuple[Tensor, Tensor]:
     pred = args.pred
-    losses = pred.new_empty(len(pred), dtype=torch.promote_types(pred.dtype, torch.float32))
+    losses = pred.new_empty(pred.shape[0], dtype=torch.promote_types(pred.dtype, torch.float32))
     return losses, torch.empty_like(pred) if args.pred_grad else pred.new_empty(0)
 
 

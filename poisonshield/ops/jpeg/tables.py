@@ -6,7 +6,8 @@ Row-major and not transposed: the luminance table is not symmetric, and a transp
 import torch
 from torch import Tensor
 
-from poisonshield.errors import ShapeError
+from poisonshield.errors import ConfigError, ShapeError
+from poisonshield.ops.check import check_tensor, is_number, kind, readable
 
 LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -34,9 +35,19 @@ def jpeg_tables(quality: Tensor | float | int, base: Tensor | None = None) -> Te
     """The luminance and chrominance tables that libjpeg writes for each quality: int32 [B, 2, 8, 8], in 1..255.
 
     quality: number or [B], 1..100; outside it is clamped, as libjpeg does. base: [2, 8, 8] or [B, 2, 8, 8] in place of
-    Annex K. For the gradient with respect to either, see `scaled_tables`.
+    Annex K. For the gradient with respect to either, see `scaled_tables`. Raises TypeError for other kinds, ConfigError
+    for NaN and tables outside 1..65535, ShapeError.
     """
-    return scaled_tables(torch.as_tensor(quality), base).round().to(torch.int32)
+    if not isinstance(quality, Tensor):
+        if not is_number(quality):
+            raise TypeError(f"quality is {kind(quality)}. Give a number or a tensor [B].")
+        quality = torch.as_tensor(quality)
+    check_tensor("quality", quality, "numbers from 1 to 100")
+    if quality.dim() > 1:
+        raise ShapeError(f"quality has shape {tuple(quality.shape)}. Give one number, or one each, [B].")
+    if readable(quality) and bool(quality.isnan().any()):
+        raise ConfigError(f"quality {quality.tolist()} has a NaN. Give numbers from 1 to 100.")
+    return scaled_tables(quality, base).round().to(torch.int32)
 
 
 def scaled_tables(quality: Tensor, base: Tensor | None = None) -> Tensor:
@@ -44,14 +55,22 @@ def scaled_tables(quality: Tensor, base: Tensor | None = None) -> Tensor:
 
     ds/dQ = -5000/Q^2 below 50, else -2; dq/ds = base/100 where the table is inside 1..255, else 0.
     """
+    if base is not None:
+        _check_base(base)
     dtype = torch.float64 if torch.float64 in (quality.dtype, None if base is None else base.dtype) else torch.float32
     q = quality.reshape(-1).to(dtype).clamp(1, 100)
     if base is None:
         base = torch.tensor((LUMINANCE, CHROMINANCE), dtype=dtype, device=q.device)
-    if base.dim() not in (3, 4) or base.shape[-3:] != (2, 8, 8):
-        raise ShapeError(f"qtables have shape {tuple(base.shape)}. Give (2, 8, 8), luminance first, or (B, 2, 8, 8).")
     scale = _floor(torch.where(q < 50, 5000 / q, 200 - 2 * q))[:, None, None, None]
     return _floor((base.to(dtype) * scale + 50) / 100).clamp(1, 255)  # [B, 2, 8, 8]
+
+
+def _check_base(base: Tensor) -> None:
+    check_tensor("qtables", base, "numbers [2, 8, 8] or [B, 2, 8, 8]")
+    if base.dim() not in (3, 4) or base.shape[-3:] != (2, 8, 8):
+        raise ShapeError(f"qtables have shape {tuple(base.shape)}. Give (2, 8, 8), luminance first, or (B, 2, 8, 8).")
+    if base.dtype == torch.bool or (readable(base) and not bool(((base >= 1) & (base <= 65535)).all())):
+        raise ConfigError("qtables must lie in 1..65535 (before scaling by quality).")
 
 
 def _floor(x: Tensor) -> Tensor:

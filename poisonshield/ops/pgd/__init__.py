@@ -4,14 +4,31 @@ One call replaces the seven to thirteen elementwise kernels of a hand-written st
 graphs) and needs no autograd. Source: Madry et al. 2018.
 """
 
-from numbers import Real
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 
 from poisonshield.errors import BudgetError, GradientError, ShapeError
 from poisonshield.ops import dispatch
+from poisonshield.ops.check import (
+    bring,
+    check_choice,
+    check_device,
+    check_floats,
+    check_interval,
+    check_number,
+    check_reach,
+    check_tensor,
+    check_without_gradient,
+    has_memory,
+    is_number,
+    kind,
+    levels_hint,
+    readable,
+    statistics,
+    word,
+)
 from poisonshield.ops.library import Op
 from poisonshield.ops.pgd.reference import StartArguments, StepArguments
 
@@ -47,32 +64,37 @@ def pgd_step_(
     levels: 255 snaps to the lattice of 8-bit images, towards clean, so that eps survives saving. Half precision is
     rounded so that the ball still holds.
 
+    Refused as no pixel units, 8 in place of 8/255: an eps larger than the clip is wide (for a Euclidean ball: than its
+    diagonal), and a step_size larger than twice that. clip=(-inf, inf) has no such bound.
+
     A zero gradient, or an l2 gradient of non-finite length, gives no step; a NaN element none in linf. NaN in x_adv or
     clean stays NaN. Numbers on a CUDA device are not checked, since that would wait for it. Raises TypeError,
-    ShapeError, BudgetError (radii), ValueError, GradientError (x_adv requires gradients: use torch.no_grad()).
+    ShapeError, BudgetError (radii), ConfigError, GradientError (x_adv, or a radius, requires gradients).
     """
     _check(x_adv, clean, norm, mask, levels, clip)
     if not isinstance(grad, Tensor) or not grad.is_floating_point():
-        raise TypeError(f"grad is {_kind(grad)}. Give a float tensor of the shape of x_adv.")
+        raise TypeError(f"grad is {kind(grad)}. Give a float tensor of the shape of x_adv.")
     _check_same(x_adv, grad, "grad")
     _check_separate(x_adv, grad, "grad")
-    step_size = _per_sample(x_adv, step_size, "step_size")
+    reach = _reach(x_adv, norm, clip)
+    step_size = _per_sample(x_adv, step_size, "step_size", most=2 * reach)
     if isinstance(targeted, Tensor):
-        if targeted.dtype != torch.bool or targeted.shape != (len(x_adv),):
-            raise ShapeError(f"targeted is {_kind(targeted)}. Give a bool, or a bool tensor [{len(x_adv)}].")
+        _check_flags(x_adv, targeted, "targeted")
         step_size = torch.where(targeted, -step_size, step_size)
+    elif targeted not in (True, False):
+        raise TypeError(f"targeted is {targeted!r}. Give a bool, or a bool tensor [{x_adv.shape[0]}].")
     elif targeted:
         step_size = -step_size
-    if active is not None and (active.dtype != torch.bool or active.shape != (len(x_adv),)):
-        raise ShapeError(f"active is {_kind(active)}. Give a bool tensor [{len(x_adv)}].")
-    _check_device(x_adv, active, "active")
-    mean, std = _statistics(x_adv, mean, std)
+    if active is not None:
+        _check_flags(x_adv, active, "active")
+    normalized = statistics(x_adv, mean, std, channels=x_adv.shape[1], owner="x_adv")
+    mean, std = normalized or (None, None)
     arguments = StepArguments(
         x_adv=x_adv,
         grad=grad,
         clean=clean,
         step_size=step_size,
-        eps=_per_sample(x_adv, eps, "eps"),
+        eps=_per_sample(x_adv, eps, "eps", most=reach),
         norm=norm,
         mean=mean,
         std=std,
@@ -112,20 +134,23 @@ def pgd_random_start_(
     """
     _check(x_adv, clean, norm, mask, levels, clip)
     if sample_ids is None:
-        sample_ids = torch.arange(len(x_adv), device=x_adv.device)
-    elif sample_ids.dtype != torch.int64 or sample_ids.shape != (len(x_adv),):
-        raise ShapeError(f"sample_ids is {_kind(sample_ids)}. Give int64 [{len(x_adv)}].")
-    _check_device(x_adv, sample_ids, "sample_ids")
-    mean, std = _statistics(x_adv, mean, std)
+        sample_ids = torch.arange(x_adv.shape[0], device=x_adv.device)
+    elif not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64 or sample_ids.shape != x_adv.shape[:1]:
+        raise ShapeError(f"sample_ids is {kind(sample_ids)}. Give int64 [{x_adv.shape[0]}].")
+    check_device(x_adv, sample_ids, "sample_ids", owner="x_adv")
+    if mean is None and clip[1] - clip[0] < math.inf:
+        check_reach(clean, clip, "clean")  # once an attack; a step is not worth the time
+    normalized = statistics(x_adv, mean, std, channels=x_adv.shape[1], owner="x_adv")
+    mean, std = normalized or (None, None)
     arguments = StartArguments(
         x_adv=x_adv,
         clean=clean,
-        eps=_per_sample(x_adv, eps, "eps"),
+        eps=_per_sample(x_adv, eps, "eps", most=_reach(x_adv, norm, clip)),
         norm=norm,
-        seed=_whole(x_adv, seed, "seed"),
-        offset=_whole(x_adv, offset, "offset"),
+        seed=word(x_adv, seed, "seed"),
+        offset=word(x_adv, offset, "offset"),
         sample_ids=sample_ids,
-        stream=_whole(x_adv, stream, "stream"),
+        stream=word(x_adv, stream, "stream"),
         mean=mean,
         std=std,
         clip_low=float(clip[0]),
@@ -137,17 +162,13 @@ def pgd_random_start_(
     return x_adv
 
 
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def _check(
     x_adv: Tensor, clean: Tensor, norm: str, mask: Tensor | None, levels: int, clip: tuple[float, float]
 ) -> None:
-    if not isinstance(x_adv, Tensor) or not x_adv.is_floating_point():
-        raise TypeError(f"x_adv is {_kind(x_adv)}. Give a float tensor [B, ...].")
-    if not isinstance(clean, Tensor) or not (clean.is_floating_point() or clean.dtype == torch.uint8):
-        raise TypeError(f"clean is {_kind(clean)}. Give floats in the space of x_adv, or uint8 pixels.")
+    check_floats("x_adv", x_adv, "a float tensor [B, ...]")
+    check_tensor("clean", clean, "floats in the space of x_adv, or uint8 pixels")
+    if not (clean.is_floating_point() or clean.dtype == torch.uint8):
+        raise TypeError(f"clean is {kind(clean)}. Give floats in the space of x_adv, or uint8 pixels.")
     if x_adv.dim() < 2:
         raise ShapeError(f"x_adv has shape {tuple(x_adv.shape)}. Give a batch [B, ...].")
     if any(s == 0 and n > 1 for s, n in zip(x_adv.stride(), x_adv.shape, strict=True)):
@@ -156,14 +177,12 @@ def _check(
         raise GradientError("x_adv requires gradients, and the step has none. Call it under torch.no_grad().")
     _check_same(x_adv, clean, "clean")
     _check_separate(x_adv, clean, "clean")
-    if norm not in NORMS:
-        raise ValueError(f"norm {norm!r} is unknown. Known: {', '.join(NORMS)}")
-    if not clip[1] >= clip[0]:
-        raise ValueError(f"clip {clip} is empty. Give (low, high).")
-    if levels < 0:
-        raise ValueError(f"levels {levels}: give 255 for 8-bit images, 0 for none.")
+    check_choice("norm", norm, NORMS)
+    check_interval("clip", clip)
+    check_number("levels", levels, least=0, whole=True)
     if mask is not None:
-        _check_device(x_adv, mask, "mask")
+        check_tensor("mask", mask, "bools or numbers that broadcast to x_adv")
+        check_device(x_adv, mask, "mask", owner="x_adv")
         fits = mask.dim() == x_adv.dim() and all(m in (1, n) for m, n in zip(mask.shape, x_adv.shape, strict=True))
         if not fits:
             raise ShapeError(f"mask {tuple(mask.shape)} does not broadcast to x_adv {tuple(x_adv.shape)}.")
@@ -172,63 +191,58 @@ def _check(
 def _check_same(x_adv: Tensor, other: Tensor, name: str) -> None:
     if other.shape != x_adv.shape:
         raise ShapeError(f"{name} has shape {tuple(other.shape)} and x_adv {tuple(x_adv.shape)}. They must be equal.")
-    _check_device(x_adv, other, name)
-
-
-def _check_device(x_adv: Tensor, other: Tensor | None, name: str) -> None:
-    if other is not None and other.device != x_adv.device:
-        raise ValueError(f"{name} is on {other.device} and x_adv on {x_adv.device}. Move one of them.")
+    check_device(x_adv, other, name, owner="x_adv")
 
 
 def _check_separate(x_adv: Tensor, other: Tensor, name: str) -> None:
-    if torch.compiler.is_compiling() or not x_adv.numel():
+    if not has_memory(x_adv) or not x_adv.numel():
         return
     if x_adv.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
         raise ValueError(f"{name} shares memory with x_adv, which changes in place. Give x_adv a .clone() of its own.")
 
 
-def _per_sample(x_adv: Tensor, value: float | Tensor, name: str) -> Tensor:
-    """float [B] on the device: float64 only where x_adv is."""
-    dtype = torch.promote_types(x_adv.dtype, torch.float32)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        if not value >= 0:
-            raise BudgetError(f"{name} {value} is negative or NaN. Give pixel units, such as 4/255.")
-        return torch.full((len(x_adv),), value, dtype=dtype, device=x_adv.device)
-    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} is {_kind(value)}. Give a number or a tensor [{len(x_adv)}].")
-    if value.dim() > 1 or (value.dim() == 1 and len(value) not in (1, len(x_adv))):
-        raise ShapeError(
-            f"{name} has shape {tuple(value.shape)} for {len(x_adv)} samples. Give one number, or one each."
+def _check_flags(x_adv: Tensor, value: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != x_adv.shape[:1]:
+        raise ShapeError(f"{name} is {kind(value)}. Give a bool tensor [{x_adv.shape[0]}].")
+    check_device(x_adv, value, name, owner="x_adv")
+
+
+def _reach(x_adv: Tensor, norm: str, clip: tuple[float, float]) -> float:
+    """The longest distance between two samples inside the clip, in the norm; inf where it has no end."""
+    if torch.compiler.is_compiling():  # a number of a traced size would tie the program to it
+        return math.inf
+    return (clip[1] - clip[0]) * (1 if norm == "linf" else math.sqrt(max(1, math.prod(x_adv.shape[1:]))))
+
+
+def _check_radius(value: float, name: str, most: float) -> None:
+    if not value >= 0:
+        raise BudgetError(f"{name} {value} is negative or NaN. Give pixel units, such as 4/255.")
+    if value > most * (1 + 1e-6):
+        raise BudgetError(
+            f"{name} {value:g} reaches beyond the clip: radii are in pixel units, here {most:g} at most."
+            + levels_hint(value)
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value >= 0).all()):
-        raise BudgetError(f"{name} {value.tolist()} has a negative or NaN entry. Give pixel units, such as 4/255.")
-    return value.detach().to(x_adv.device, dtype).expand(len(x_adv)).contiguous()
 
 
-def _statistics(x_adv: Tensor, mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together: give both or neither.")
-    if mean is None or std is None:
-        return None, None
-    channels = x_adv.shape[1]
-    for name, value in (("mean", mean), ("std", std)):
-        if not isinstance(value, Tensor) or value.numel() != channels:
-            raise ShapeError(f"{name} is {_kind(value)}. Give a tensor [{channels}], one number per channel.")
+def _per_sample(x_adv: Tensor, value: float | Tensor, name: str, *, most: float) -> Tensor:
+    """float [B] on the device: float64 only where x_adv is. Raises BudgetError outside 0..most."""
     dtype = torch.promote_types(x_adv.dtype, torch.float32)
-    mean, std = (v.detach().reshape(-1).to(x_adv.device, dtype) for v in (mean, std))
-    if std.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((std > 0).all()):
-        raise ValueError(f"std {std.tolist()} must be positive.")
-    return mean, std
-
-
-def _whole(x_adv: Tensor, value: int | Tensor, name: str) -> Tensor:
-    """int64 of one element on the device; 64 bits count, whatever the sign."""
-    if isinstance(value, Tensor):
-        if value.dtype != torch.int64 or value.numel() != 1 or value.device != x_adv.device:
-            raise ShapeError(f"{name} is {_kind(value)}. Give an integer, or one int64 on {x_adv.device}.")
-        return value.reshape(())
-    signed = ((value + 2**63) % 2**64) - 2**63
-    return torch.full((), signed, dtype=torch.int64, device=x_adv.device)
+    if not isinstance(value, Tensor) and is_number(value):
+        _check_radius(value, name, most)
+        return torch.full((x_adv.shape[0],), value, dtype=dtype, device=x_adv.device)
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} is {kind(value)}. Give a number or a tensor [{x_adv.shape[0]}].")
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, x_adv.shape[0])):
+        raise ShapeError(
+            f"{name} has shape {tuple(value.shape)} for {x_adv.shape[0]} samples. Give one number, or one each."
+        )
+    check_without_gradient(**{name: value})
+    if readable(value):
+        if not bool((value >= 0).all()):
+            raise BudgetError(f"{name} {value.tolist()} has a negative or NaN entry. Give pixel units, such as 4/255.")
+        if value.numel():
+            _check_radius(float(value.max()), name, most)
+    return bring(x_adv, value, name, owner="x_adv").to(dtype).expand(x_adv.shape[0]).contiguous()
 
 
 def _no_output(arguments: StepArguments | StartArguments) -> None:
