@@ -130,8 +130,8 @@ def test_key_that_stands_twice_is_refused(tmp_path):
         load_tree(write(tmp_path, "a.yaml", "seed: 1\nseed: 2\n"))
 
 
-def test_broken_yaml_names_the_file(tmp_path):
-    with pytest.raises(ConfigError, match="a.yaml is not valid YAML"):
+def test_broken_yaml_names_file_and_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"a.yaml:2: not valid YAML: .*expected"):
         load_tree(write(tmp_path, "a.yaml", "a: [1\n"))
 
 

@@ -39,7 +39,7 @@ OptionalModel = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto takes a GPU where there is one; cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Of the networks: fp32, bf16 or fp16.")]
-Seed = Annotated[int, typer.Option(help="Of all draws.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all draws.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what was made before.")]
 Embedding = Annotated[Path, typer.Option(help="The learned word's file.")]
 Masks = Annotated[Path | None, typer.Option(help="Folder of masks by file name.")]

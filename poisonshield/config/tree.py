@@ -4,15 +4,19 @@ One file is one experiment: `extends:` names a parent, `key.path=value` override
 """
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from poisonshield.config.shipped import find_config
+from poisonshield.config.reading import MAX_DEPTH, read_file, read_value
+from poisonshield.config.shipped import find_config, is_there
 from poisonshield.errors import ConfigError
+
+MAX_PARENTS = 20
+"""Files that one config may stand on."""
+_ENTRY = re.compile("[0-9]{1,9}")  # the number of an entry of a list
 
 
 @dataclass
@@ -59,40 +63,23 @@ def _names_first(overrides: Iterable[str]) -> list[str]:
 def _load_file(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `extends:` leads back to the same file. Remove one of the two lines.")
-    if not path.is_file():
+    if len(seen) == MAX_PARENTS:
+        raise ConfigError(f"{path}: `extends:` leads through {MAX_PARENTS} files. Join some of them.")
+    if not is_there(path):
         raise ConfigError(
             f"{path} does not exist (named by `extends:` in {seen[-1]}). Give a path relative to the file that says it."
         )
-    try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-        tree = Tree()
-        tree.values = _plain(node, (), str(path), tree.marks) if node is not None else {}
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{path} is not valid YAML: {err}") from err
+    values, marks = read_file(path)
+    tree = Tree({} if values is None else values, marks)
     if not isinstance(tree.values, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, not a {type(tree.values).__name__}.")
     parent = tree.values.pop("extends", None)
     if parent is None:
         return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"{tree.where(('extends',))}: extends names one file, not a {type(parent).__name__}.")
     base = _load_file(Path(os.path.normpath(path.parent / parent)), (*seen, path.resolve()))
-    base.values = _merge(base, tree, base.values, tree.values, ())
-    return base
-
-
-def _plain(node: yaml.Node, path: tuple, file: str, marks: dict[tuple, str]) -> Any:
-    marks[path] = f"{file}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.MappingNode):
-        out: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = key_node.value
-            if key in out:
-                raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: {key} stands twice in one block. Keep one.")
-            out[key] = _plain(value_node, (*path, key), file, marks)
-            marks[(*path, key)] = f"{file}:{key_node.start_mark.line + 1}"
-        return out
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, i), file, marks) for i, item in enumerate(node.value)]
-    return yaml.SafeLoader("").construct_object(node)
+    return _merge(base, tree)
 
 
 def _forget(marks: dict[tuple, str], path: tuple) -> None:
@@ -100,15 +87,26 @@ def _forget(marks: dict[tuple, str], path: tuple) -> None:
         del marks[known]
 
 
-def _merge(into: Tree, child: Tree, old: Any, new: Any, path: tuple) -> Any:
+def _merge(base: Tree, child: Tree) -> Tree:
+    """What the child says, and what it leaves of its base."""
+    replaced: set[tuple] = set()
+    values = _merge_values(base.values, child.values, (), replaced)
+
+    def is_the_childs(path: tuple) -> bool:
+        return any(path[:length] in replaced for length in range(len(path) + 1))
+
+    marks = {path: mark for path, mark in base.marks.items() if not is_the_childs(path)}
+    return Tree(values, marks | {path: mark for path, mark in child.marks.items() if is_the_childs(path)})
+
+
+def _merge_values(old: Any, new: Any, path: tuple, replaced: set[tuple]) -> Any:
     renamed = isinstance(old, dict) and isinstance(new, dict) and "name" in new and new["name"] != old.get("name")
     if isinstance(old, dict) and isinstance(new, dict) and not renamed:
         out = dict(old)
         for key, value in new.items():
-            out[key] = _merge(into, child, old.get(key), value, (*path, key))
+            out[key] = _merge_values(old.get(key), value, (*path, key), replaced)
         return out
-    _forget(into.marks, path)
-    into.marks.update({p: m for p, m in child.marks.items() if p[: len(path)] == path})
+    replaced.add(path)
     return new
 
 
@@ -119,11 +117,10 @@ def override(tree: Tree, text: str) -> None:
         raise ConfigError(
             f"{text!r} is not an override. Write key.path=value, for example seed=1 or defenses.0.eps=4/255."
         )
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{text!r}: the value is not valid YAML: {err}") from err
-    parts = tuple(int(p) if p.isdigit() else p for p in key.split("."))
+    value = read_value(raw, label=repr(text))
+    parts = tuple(int(p) if _ENTRY.fullmatch(p) else p for p in key.split("."))
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"{text!r}: no setting lies {len(parts)} deep.")
     here: Any = tree.values
     for i, part in enumerate(parts):
         at = ".".join(str(p) for p in parts[: i + 1])
