@@ -6,6 +6,7 @@ A command is a file in commands/ with a function of its name, or a Typer `app` o
 import importlib
 import logging
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from poisonshield import __version__
 from poisonshield.errors import PoisonShieldError
 from poisonshield.registry import Registry
+from poisonshield.terminal import Formatter, guard
 
 COMMANDS = Registry("poisonshield.commands", kind="command")
 
@@ -49,12 +51,24 @@ _add_commands()
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors of ours end with status 1 and their words only; a preempted run ends with 75."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        app(arguments, standalone_mode=True)
-    except PoisonShieldError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        sys.exit(1)
+    _speak_alone()
+    with guard():
+        try:
+            app(arguments, standalone_mode=True)
+        except PoisonShieldError as err:
+            print(f"{type(err).__name__}: {err}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _speak_alone() -> None:
+    """Logs of ours from INFO on; of libraries errors only. `-W` and PYTHONWARNINGS show their warnings."""
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(Formatter("%(message)s"))
+    logging.getLogger("poisonshield").setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

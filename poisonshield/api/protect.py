@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.attack.presets import resolve
 from poisonshield.poisons.diffusion.base import DiffusionPoison
+from poisonshield.terminal import Console
 
 if TYPE_CHECKING:
     from PIL import Image
