@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from poisonshield.cli import main
 from poisonshield.data import open_dataset
 from poisonshield.data.writer import ShardWriter
+from poisonshield.runs import read_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
@@ -58,8 +61,8 @@ def said(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("it looked for rank 1"))
 
-    def ask(*overrides):
-        assert launch(MINI, "engine.device=cpu", *overrides) == 1
+    def ask(*overrides, config=MINI):
+        assert launch(config, "engine.device=cpu", *overrides) == 1
         text = capsys.readouterr().err
         assert "Traceback" not in text
         return text
@@ -113,42 +116,93 @@ def test_unknown_network(said):
 def test_poisoned_test_images(data, tmp_path, said):
     manifest = json.loads((data / "test" / "manifest.json").read_text()) | {"poison": {"name": "lsp"}}
     (data / "test" / "manifest.json").write_text(json.dumps(manifest))
-    assert "is poisoned, and accuracy is measured on clean images only" in said(f"data.train={data}")
+    assert "is poisoned, and accuracy is measured on clean images only" in said(
+        f"data.train={data}", "data.poison=null"
+    )
 
 
 def test_poisoning_twice(data, said):
     manifest = json.loads((data / "train" / "manifest.json").read_text()) | {"poison": {"name": "lsp"}}
     (data / "train" / "manifest.json").write_text(json.dumps(manifest))
-    assert "is poisoned already (lsp), and data.poison would poison it again" in said(f"data.train={data}")
+    assert "is poisoned already (lsp), and data.poison would poison it again" in said(
+        f"data.train={data}", "data.poison=regions"
+    )
+
+
+@pytest.mark.parametrize("config", ["defend/vespr_cifar10_mini", "defend/jpeg_cifar10_mini", "evaluate/linear_probe_cifar10_mini",
+                                    "poison/lsp_cifar10_mini", "invert/szt_rendered"])  # fmt: skip
+def test_a_configs_poison_is_not_planted_into_other_data(data, tmp_path, capsys, config):
+    """faults A: `train configs/defend/vespr_cifar10_mini.yaml data.train=OWN` trained on OWN with `regions` in it."""
+    child, grid = tmp_path / "child.yaml", tmp_path / "grid.yaml"
+    file = ROOT / "configs" / f"{config}.yaml"
+    child.write_text(f"extends: {file}\ndata: {{train: '{data}'}}\n")
+    grid.write_text(
+        f"base: {file}\ndir: runs\nsettings: {{data.train: '{data}'}}\nblocks: [{{engine.max_steps: [1]}}]\n"
+    )
+    for asked in (
+        [config, f"data.train={data}"],
+        [str(child)],
+        [str(grid)],
+        [config, f"data={{train: {data}, poison: null}}"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["train", *asked, "--print-config"])
+        told = capsys.readouterr()
+        if "null" in asked[-1]:
+            assert not end.value.code, told.err
+        else:
+            assert end.value.code == 1 and "would be planted into these" in told.err and "data.poison=null" in told.err
+
+
+@pytest.mark.parametrize(
+    "said_so", ["data.poison=null", "data.poison=ar", "data.poison.name=regions", "data.poison.eps=4/255"]
+)
+def test_a_poison_that_is_said_goes_with_any_data(data, said_so):
+    read_experiment(MINI, [f"data.train={data}", said_so]).refuse_planting()
+
+
+def test_data_that_is_named_again_is_not_other_data():
+    read_experiment(MINI, ["data.train=cifar10-mini"]).refuse_planting()
+
+
+def test_a_run_that_goes_on_from_its_own_record_asks_nothing(tmp_path):
+    record = tmp_path / "config.yaml"
+    record.write_text(yaml.safe_dump(json.loads(json.dumps(read_experiment(MINI).record))))
+    read_experiment(record).refuse_planting()
+
+
+def test_the_config_for_own_images_asks_for_them(said):
+    text = said(config="defend/vespr_own")
+    assert "it takes images of your own" in text and "data import" in text and "data.train=DATA" in text
 
 
 def test_broken_test_image(data, said):
     key = change_member(data / "test", "shard-00000.tar", ".jpg", lambda raw: raw[: len(raw) // 2])
-    assert f"sample {key} in shard-00000.tar" in said(f"data.train={data}")
+    assert f"sample {key} in shard-00000.tar" in said(f"data.train={data}", "data.poison=null")
 
 
 def test_missing_shard(data, said):
     (data / "train" / "shard-00001.tar").unlink()
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert text.startswith("DataError: ") and "shard-00001.tar" in text and "missing" in text
 
 
 def test_truncated_tar(data, said):
     path = data / "train" / "shard-00002.tar"
     path.write_bytes(path.read_bytes()[:20000])
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert "shard-00002.tar ends early" in text and "at sample" in text and "Copy the shard again" in text
 
 
 def test_one_broken_image(data, said):
     key = change_member(data / "train", "shard-00001.tar", ".jpg", lambda raw: raw[: len(raw) // 2])
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert f"sample {key} in shard-00001.tar" in text and "not a whole JPG image" in text
 
 
 def test_label_outside_the_classes(data, said):
     key = change_member(data / "train", "shard-00000.tar", ".cls", lambda raw: b"10")
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert key in text and "shard-00000.tar" in text and "0 to 9" in text
 
 
@@ -159,13 +213,13 @@ def test_missing_config_file(capsys):
 def test_rank_0_alone_would_look_for_rank_1(data, tmp_path, said):
     """Without a mistake it does, so that the other tests would notice a check that comes too late."""
     with pytest.raises(pytest.fail.Exception, match="it looked for rank 1"):
-        said(f"data.train={data}", f"run.dir={tmp_path / 'run'}")
+        said(f"data.train={data}", "data.poison=null", f"run.dir={tmp_path / 'run'}")
 
 
 def test_good_data_is_trained_on(data, tmp_path):
     """Started as a launcher does, in a process of its own."""
     overrides = (
-        f"data.train={data}", f"run.dir={tmp_path / 'run'}", "engine.device=cpu", "engine.max_steps=1",
+        f"data.train={data}", "data.poison=null", f"run.dir={tmp_path / 'run'}", "engine.device=cpu", "engine.max_steps=1",
         "data.batch_size=20", "model.widths=[8,8,8,8]", "evaluate.robust=null",
     )  # fmt: skip
     command = [sys.executable, str(ROOT / "launch" / "train.py"), MINI, *overrides]

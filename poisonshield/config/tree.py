@@ -25,6 +25,12 @@ class Tree:
 
     values: dict[str, Any] = field(default_factory=dict)
     marks: dict[tuple, str] = field(default_factory=dict)
+    said: dict[tuple, int] = field(default_factory=dict)
+    changed: dict[tuple, int] = field(default_factory=dict)
+    """In which layer a path was said last, and given another value than it had: 0 is the file that extends none, 1 the
+    one that extends it, and so on, and overrides are the last."""
+    top: int = 0
+    """The last layer of the files."""
 
     def where(self, path: tuple) -> str:
         """The file and line of a path; if it has none, of the first thing within it, else of its nearest ancestor."""
@@ -33,6 +39,16 @@ class Tree:
         while path and path not in self.marks:
             path = path[:-1]
         return self.marks.get(path, "config")
+
+    def is_later(self, path: tuple, other: tuple) -> bool:
+        """Whether a path got another value, by a child file or an override, and nothing at the other was said since."""
+        return _last(self.changed, path) > _last(self.said, other)
+
+
+def _last(layers: dict[tuple, int], path: tuple) -> int:
+    """The last layer that has to do with a path, what is above it or what is within it."""
+    above = [layers.get(path[:length], 0) for length in range(len(path))]
+    return max(above + [layer for place, layer in layers.items() if place[: len(path)] == path], default=0)
 
 
 def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
@@ -89,24 +105,27 @@ def _forget(marks: dict[tuple, str], path: tuple) -> None:
 
 def _merge(base: Tree, child: Tree) -> Tree:
     """What the child says, and what it leaves of its base."""
-    replaced: set[tuple] = set()
-    values = _merge_values(base.values, child.values, (), replaced)
+    replaced: dict[tuple, bool] = {}
+    values, top = _merge_values(base.values, child.values, (), replaced), base.top + 1
 
     def is_the_childs(path: tuple) -> bool:
         return any(path[:length] in replaced for length in range(len(path) + 1))
 
     marks = {path: mark for path, mark in base.marks.items() if not is_the_childs(path)}
-    return Tree(values, marks | {path: mark for path, mark in child.marks.items() if is_the_childs(path)})
+    marks |= {path: mark for path, mark in child.marks.items() if is_the_childs(path)}
+    said = base.said | dict.fromkeys(replaced, top)
+    return Tree(values, marks, said, base.changed | {path: top for path, new in replaced.items() if new}, top)
 
 
-def _merge_values(old: Any, new: Any, path: tuple, replaced: set[tuple]) -> Any:
+def _merge_values(old: Any, new: Any, path: tuple, replaced: dict[tuple, bool]) -> Any:
+    """replaced: takes the paths that the new values have, and whether they had others."""
     renamed = isinstance(old, dict) and isinstance(new, dict) and "name" in new and new["name"] != old.get("name")
     if isinstance(old, dict) and isinstance(new, dict) and not renamed:
         out = dict(old)
         for key, value in new.items():
             out[key] = _merge_values(old.get(key), value, (*path, key), replaced)
         return out
-    replaced.add(path)
+    replaced[path] = old != new
     return new
 
 
@@ -140,6 +159,10 @@ def override(tree: Tree, text: str) -> None:
                 here.clear()
                 _forget(tree.marks, parts[:-1])
             _forget(tree.marks, parts)
+            before = here.get(part) if isinstance(here, dict) else here[part]
+            tree.said[parts] = tree.top + 1
+            if before != value:
+                tree.changed[parts] = tree.top + 1
             here[part] = value
             tree.marks[parts] = f"command line: {text}"
         else:

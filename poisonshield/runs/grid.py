@@ -118,10 +118,11 @@ class Grid(Experiment):
         own = {**self.settings.settings, **changes, "seed": seed, "run.dir": str(folder), "engine.resume": "auto"}
         try:
             run = read_experiment(base, [f"{key}={json.dumps(value)}" for key, value in own.items()])
+            if not isinstance(run, Training):
+                raise ConfigError(f"base {base} is a {run.name}, and a grid repeats trainings.")
+            run.refuse_planting()
         except ConfigError as err:
             raise ConfigError(f"{self.origin}, run {_slug(labels)}:\n{err}") from err
-        if not isinstance(run, Training):
-            raise ConfigError(f"{self.origin}: base {base} is a {run.name}, and a grid repeats trainings.")
         return run
 
     @property
