@@ -129,29 +129,27 @@ def test_poisoning_twice(data, said):
     )
 
 
-@pytest.mark.parametrize("config", ["defend/vespr_cifar10_mini", "defend/jpeg_cifar10_mini", "evaluate/linear_probe_cifar10_mini",
-                                    "poison/lsp_cifar10_mini", "invert/szt_rendered"])  # fmt: skip
-def test_a_configs_poison_is_not_planted_into_other_data(data, tmp_path, capsys, config):
+PLANTERS = (
+    "defend/vespr_cifar10_mini", "defend/jpeg_cifar10_mini", "evaluate/linear_probe_cifar10_mini",
+    "poison/lsp_cifar10_mini", "invert/szt_rendered",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", PLANTERS)
+@pytest.mark.parametrize("how", ["override", "child", "grid"])
+def test_a_configs_poison_is_not_planted_into_other_data(data, tmp_path, capsys, config, how):
     """faults A: `train configs/defend/vespr_cifar10_mini.yaml data.train=OWN` trained on OWN with `regions` in it."""
-    child, grid = tmp_path / "child.yaml", tmp_path / "grid.yaml"
-    file = ROOT / "configs" / f"{config}.yaml"
-    child.write_text(f"extends: {file}\ndata: {{train: '{data}'}}\n")
-    grid.write_text(
-        f"base: {file}\ndir: runs\nsettings: {{data.train: '{data}'}}\nblocks: [{{engine.max_steps: [1]}}]\n"
-    )
-    for asked in (
-        [config, f"data.train={data}"],
-        [str(child)],
-        [str(grid)],
-        [config, f"data={{train: {data}, poison: null}}"],
-    ):
-        with pytest.raises(SystemExit) as end:
-            main(["train", *asked, "--print-config"])
-        told = capsys.readouterr()
-        if "null" in asked[-1]:
-            assert not end.value.code, told.err
-        else:
-            assert end.value.code == 1 and "would be planted into these" in told.err and "data.poison=null" in told.err
+    base, file = ROOT / "configs" / f"{config}.yaml", tmp_path / "file.yaml"
+    asked = [config, f"data.train={data}"] if how == "override" else [str(file)]
+    if how == "child":
+        file.write_text(f"extends: {base}\ndata: {{train: '{data}'}}\n")
+    elif how == "grid":
+        settings = f"settings: {{data.train: '{data}'}}"
+        file.write_text(f"base: {base}\ndir: x\n{settings}\nblocks: [{{run.overwrite: [true]}}]\n")
+    with pytest.raises(SystemExit) as end:
+        main(["train", *asked, "--print-config"])
+    told = capsys.readouterr().err
+    assert end.value.code == 1 and "would be planted into these" in told and "data.poison=null" in told
 
 
 @pytest.mark.parametrize(
@@ -219,7 +217,8 @@ def test_rank_0_alone_would_look_for_rank_1(data, tmp_path, said):
 def test_good_data_is_trained_on(data, tmp_path):
     """Started as a launcher does, in a process of its own."""
     overrides = (
-        f"data.train={data}", "data.poison=null", f"run.dir={tmp_path / 'run'}", "engine.device=cpu", "engine.max_steps=1",
+        f"data.train={data}", "data.poison=null", f"run.dir={tmp_path / 'run'}", "engine.device=cpu",
+        "engine.max_steps=1",
         "data.batch_size=20", "model.widths=[8,8,8,8]", "evaluate.robust=null",
     )  # fmt: skip
     command = [sys.executable, str(ROOT / "launch" / "train.py"), MINI, *overrides]
