@@ -28,7 +28,6 @@ from poisonshield.models.diffusion.pipeline import DTYPES, LatentDiffusion
 from poisonshield.poisons.diffusion.attack.manifest import manifest
 from poisonshield.poisons.diffusion.attack.presets import resolve
 from poisonshield.poisons.diffusion.base import DiffusionPoison
-from poisonshield.terminal import Console
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -286,6 +285,8 @@ def _format_db(value: float | None) -> str:
 @contextmanager
 def _show_progress(what: str) -> Iterator[Any]:
     """A bar in a terminal, and nothing elsewhere."""
+    from poisonshield.terminal import Console
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
