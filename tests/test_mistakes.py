@@ -174,6 +174,75 @@ def test_the_config_for_own_images_asks_for_them(said):
     assert "it takes images of your own" in text and "data import" in text and "data.train=DATA" in text
 
 
+@pytest.mark.parametrize(
+    ("config", "overrides", "told"),
+    [
+        (
+            "FOLDER",
+            (),
+            ["FOLDER is a folder; a config is wanted", "data import FOLDER", "train defend/vespr_own data.train="],
+        ),
+        (
+            "grid/vespr_cifar10_mini",
+            ("run.dir=x", "engine.epochs=1", "data.train=y", "method.name=byol"),
+            [
+                "is a grid of runs",
+                "run, engine, data, method is not a setting of a grid",
+                "settings={engine.epochs: 2}",
+            ],
+        ),
+        ("invert/szt", ("method.name=textual_inversoin",), ["Did you mean textual_inversion?"]),
+        ("defend/vespr_cifar10_mini", ("model.name=resnet81",), ["not a timm model. Did you mean resnet18?"]),
+        ("invert/rendered", ("seed=18446744073709551616",), ["seed=18446744073709551616", "is beyond 64 bits"]),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--print-config",)])
+def test_one_error_in_words(tmp_path, capsys, monkeypatch, config, overrides, told, more):
+    """faults E: a folder, a grid's file with a run's settings, a method's typo, no such backbone. C: a seed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    with pytest.raises(SystemExit) as end:
+        main(["train", config, *overrides, *more])
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and text.count("\n") <= 5 and text.startswith("ConfigError: "), text
+    assert all(words in text for words in told), text
+
+
+def test_images_of_several_sizes_are_called_so(good, tmp_path, said):
+    """faults E: "images are None"."""
+    shutil.copytree(good, tmp_path / "mixed")
+    path = tmp_path / "mixed" / "test" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": None}))
+    text = said(f"data.train={tmp_path / 'mixed'}", "data.poison=null")
+    assert "are of several sizes" in text and "are 32 x 32 (height x width)" in text and "None" not in text
+
+
+def test_a_rank_that_fails_says_so_in_one_line_with_its_traceback_in_a_file(tmp_path, capsys, monkeypatch):
+    """faults E: 130 lines of traceback on every rank when one is lost."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "3")
+    message = "[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nframe #0: c10::Error"
+
+    def lose(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("poisonshield.api.train", lose)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit) as end:
+        main(["train", MINI])
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and text.count("\n") == 1 and "Traceback" not in text
+    assert (
+        text.startswith("rank 3 on ")
+        and "RuntimeError: " in text
+        and "Connection closed by peer (its traceback" in text
+    )
+    assert "in lose" in (tmp_path / "poisonshield-rank-3.traceback.txt").read_text()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError):  # alone, it is a fault of ours and shown whole
+        main(["train", MINI])
+
+
 def test_broken_test_image(data, said):
     key = change_member(data / "test", "shard-00000.tar", ".jpg", lambda raw: raw[: len(raw) // 2])
     assert f"sample {key} in shard-00000.tar" in said(f"data.train={data}", "data.poison=null")

@@ -29,8 +29,21 @@ Config = Annotated[
         autocompletion=complete_config,
     ),
 ]
+GridConfig = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file with `blocks:`, or the name of a shipped one, such as grid/vespr_cifar10_mini.",
+        autocompletion=complete_config,
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 defenses.0.eps=8/255")
+]
+GridOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seeds=[0,1] dir=runs/mine")
+]
+FinishedOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. evaluate.robust=null engine.device=cpu")
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where the results go.")]
 Model = Annotated[str, typer.Option(help="A Stable Diffusion folder, or tiny for the shipped pipeline.")]

@@ -83,10 +83,14 @@ def open_data(run: Training) -> OpenData:
         )
     if train.image_size != test.image_size:
         raise DataError(
-            f"images of {train.folder} are {train.image_size}, those of {test.folder} are {test.image_size} (height, "
-            "width).\n  Import both with one --size."
+            f"images of {train.folder} are {_word_size(train)}, those of {test.folder} are {_word_size(test)}.\n"
+            "  Import both with one --size."
         )
     return OpenData(train, ResidentSource(test) if _is_held(run, test) else test)
+
+
+def _word_size(source: ShardSet) -> str:
+    return "of several sizes" if source.image_size is None else "{} x {} (height x width)".format(*source.image_size)
 
 
 def open_train(run: Training) -> ShardSet:
