@@ -108,17 +108,18 @@ def safetensors_header(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
 
 
 def safetensors_text(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """The first text among the metadata, itself JSON in files of ours."""
+    """The longest text among the metadata, itself JSON in files of ours."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    name = next(iter(header.get("__metadata__") or {"none": ""}))
+    about = header.get("__metadata__") or {"none": ""}
+    name = max(about, key=lambda key: len(about[key]))
 
     def close(changed: bytes) -> bytes:
-        header["__metadata__"] = {name: changed.decode("utf-8", "replace")}
+        header["__metadata__"] = about | {name: changed.decode("utf-8", "replace")}
         packed = json.dumps(header).encode()
         return struct.pack("<Q", len(packed)) + packed + data[8 + length :]
 
-    return header.get("__metadata__", {}).get(name, "").encode(), close
+    return about[name].encode(), close
 
 
 def zip_member(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]]:
