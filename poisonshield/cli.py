@@ -5,14 +5,20 @@ A command is a file in commands/ with a function of its name, or a Typer `app` o
 
 import importlib
 import logging
+import os
+import socket
 import sys
+import traceback
+import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from poisonshield import __version__
-from poisonshield.errors import PoisonShieldError
+from poisonshield.errors import PoisonShieldError, reason_of
 from poisonshield.registry import Registry
+from poisonshield.terminal import Formatter, guard
 
 COMMANDS = Registry("poisonshield.commands", kind="command")
 
@@ -49,12 +55,41 @@ _add_commands()
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Errors of ours end with status 1 and their words only; a preempted run ends with 75."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _speak_alone()
+    with guard():
+        try:
+            app(arguments, standalone_mode=True)
+        except PoisonShieldError as err:
+            print(f"{type(err).__name__}: {err}", file=sys.stderr)
+            sys.exit(1)
+        except Exception as err:
+            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+                raise
+            print(_tell_of_rank(err), file=sys.stderr)
+            sys.exit(1)
+
+
+def _tell_of_rank(err: Exception) -> str:
+    """One line for a rank of several that failed, often because another one did; its traceback is in a file."""
+    rank, host = os.environ.get("RANK", "?"), socket.gethostname()
+    place = Path(f"poisonshield-rank-{rank}.traceback.txt").absolute()
     try:
-        app(arguments, standalone_mode=True)
-    except PoisonShieldError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        sys.exit(1)
+        place.write_text("".join(traceback.format_exception(err)))
+        told = f"its traceback is in {place}"
+    except OSError as refused:
+        told = f"its traceback cannot be written to {place}: {refused.strerror}"
+    return f"rank {rank} on {host}: {type(err).__name__}: {reason_of(err)} ({told})"
+
+
+def _speak_alone() -> None:
+    """Logs of ours from INFO on; of libraries errors only. `-W` and PYTHONWARNINGS show their warnings."""
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(Formatter("%(message)s"))
+    logging.getLogger("poisonshield").setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """Every error a user can cause, each also the nearest builtin so that ordinary `except` clauses work."""
 
+import re
+
+_PLACE = re.compile(r"\[enforce fail at [^]]*\] ?|\s*\(?(?:at |in )?\S+\.(?:cpp|cc|cu|h|rs):\d+\)?")
+_ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation", "(1) ", "(2) ")
+
 
 class PoisonShieldError(Exception):
     """Parent of all errors raised on purpose: what came, what was wanted, where, and what to do next."""
@@ -47,3 +52,10 @@ class CheckpointError(PoisonShieldError, RuntimeError):
 
 class BackendError(PoisonShieldError, RuntimeError):
     """A requested backend (op or engine) cannot run here; the message says why and what can."""
+
+
+def reason_of(err: BaseException) -> str:
+    """What a library says went wrong, in a line of at most 200 letters: without its advice, C++ places and stack."""
+    text = _PLACE.sub("", str(err).partition("Exception raised from ")[0])
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(_ADVICE)]
+    return (lines[0] if lines else type(err).__name__)[:200]

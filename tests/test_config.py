@@ -130,8 +130,8 @@ def test_key_that_stands_twice_is_refused(tmp_path):
         load_tree(write(tmp_path, "a.yaml", "seed: 1\nseed: 2\n"))
 
 
-def test_broken_yaml_names_the_file(tmp_path):
-    with pytest.raises(ConfigError, match="a.yaml is not valid YAML"):
+def test_broken_yaml_names_file_and_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"a.yaml:2: not valid YAML: .*expected"):
         load_tree(write(tmp_path, "a.yaml", "a: [1\n"))
 
 
@@ -208,3 +208,24 @@ def test_a_setting_of_an_earlier_version_is_told_its_new_name():
     assert checker.settings(Newer, ("defenses", 0), {"alpha": 2}, owner="vespr") is None
     with pytest.raises(ConfigError, match=r"defenses\[0\].alpha is called defenses\[0\].attack.step_size now"):
         checker.finish()
+
+
+@pytest.mark.parametrize(
+    ("child", "overrides", "later"),
+    [
+        ("b: {c: 3}\n", [], False),  # nothing changed
+        ("a: 1\n", [], False),  # said again
+        ("a: 2\n", [], True),
+        ("a: 2\nb: {c: 3}\n", [], False),
+        ("a: 2\nb: null\n", [], False),
+        ("", ["a=2"], True),
+        ("a: 2\nb: {c: 3}\n", ["a=1"], True),
+        ("", ["a=2", "b.c=2"], False),  # said on purpose, though it is what stood there
+        ("", ["b={c: 2}", "a=2"], False),
+        ("", ["b=null", "a=2"], False),
+    ],
+)
+def test_a_tree_knows_what_was_changed_after_something_else_was_said(tmp_path, child, overrides, later):
+    write(tmp_path, "base.yaml", "a: 1\nb: {c: 2}\n")
+    tree = load_tree(write(tmp_path, "child.yaml", "extends: base.yaml\n" + child), overrides)
+    assert tree.is_later(("a",), ("b",)) == later

@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from poisonshield.cli import main
 from poisonshield.data import open_dataset
 from poisonshield.data.writer import ShardWriter
+from poisonshield.runs import read_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = str(ROOT / "configs" / "defend" / "vespr_cifar10_mini.yaml")
@@ -58,8 +61,8 @@ def said(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("it looked for rank 1"))
 
-    def ask(*overrides):
-        assert launch(MINI, "engine.device=cpu", *overrides) == 1
+    def ask(*overrides, config=MINI):
+        assert launch(config, "engine.device=cpu", *overrides) == 1
         text = capsys.readouterr().err
         assert "Traceback" not in text
         return text
@@ -113,42 +116,160 @@ def test_unknown_network(said):
 def test_poisoned_test_images(data, tmp_path, said):
     manifest = json.loads((data / "test" / "manifest.json").read_text()) | {"poison": {"name": "lsp"}}
     (data / "test" / "manifest.json").write_text(json.dumps(manifest))
-    assert "is poisoned, and accuracy is measured on clean images only" in said(f"data.train={data}")
+    assert "is poisoned, and accuracy is measured on clean images only" in said(
+        f"data.train={data}", "data.poison=null"
+    )
 
 
 def test_poisoning_twice(data, said):
     manifest = json.loads((data / "train" / "manifest.json").read_text()) | {"poison": {"name": "lsp"}}
     (data / "train" / "manifest.json").write_text(json.dumps(manifest))
-    assert "is poisoned already (lsp), and data.poison would poison it again" in said(f"data.train={data}")
+    assert "is poisoned already (lsp), and data.poison would poison it again" in said(
+        f"data.train={data}", "data.poison=regions"
+    )
+
+
+PLANTERS = (
+    "defend/vespr_cifar10_mini", "defend/jpeg_cifar10_mini", "evaluate/linear_probe_cifar10_mini",
+    "poison/lsp_cifar10_mini", "invert/szt_rendered",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", PLANTERS)
+@pytest.mark.parametrize("how", ["override", "child", "grid"])
+def test_a_configs_poison_is_not_planted_into_other_data(data, tmp_path, capsys, config, how):
+    """faults A: `train configs/defend/vespr_cifar10_mini.yaml data.train=OWN` trained on OWN with `regions` in it."""
+    base, file = ROOT / "configs" / f"{config}.yaml", tmp_path / "file.yaml"
+    asked = [config, f"data.train={data}"] if how == "override" else [str(file)]
+    if how == "child":
+        file.write_text(f"extends: {base}\ndata: {{train: '{data}'}}\n")
+    elif how == "grid":
+        settings = f"settings: {{data.train: '{data}'}}"
+        file.write_text(f"base: {base}\ndir: x\n{settings}\nblocks: [{{run.overwrite: [true]}}]\n")
+    with pytest.raises(SystemExit) as end:
+        main(["train", *asked, "--print-config"])
+    told = capsys.readouterr().err
+    assert end.value.code == 1 and "would be planted into these" in told and "data.poison=null" in told
+
+
+@pytest.mark.parametrize(
+    "said_so", ["data.poison=null", "data.poison=ar", "data.poison.name=regions", "data.poison.eps=4/255"]
+)
+def test_a_poison_that_is_said_goes_with_any_data(data, said_so):
+    read_experiment(MINI, [f"data.train={data}", said_so]).refuse_planting()
+
+
+def test_data_that_is_named_again_is_not_other_data():
+    read_experiment(MINI, ["data.train=cifar10-mini"]).refuse_planting()
+
+
+def test_a_run_that_goes_on_from_its_own_record_asks_nothing(tmp_path):
+    record = tmp_path / "config.yaml"
+    record.write_text(yaml.safe_dump(json.loads(json.dumps(read_experiment(MINI).record))))
+    read_experiment(record).refuse_planting()
+
+
+def test_the_config_for_own_images_asks_for_them(said):
+    text = said(config="defend/vespr_own")
+    assert "it takes images of your own" in text and "data import" in text and "data.train=DATA" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "told"),
+    [
+        (
+            "FOLDER",
+            (),
+            ["FOLDER is a folder; a config is wanted", "data import FOLDER", "train defend/vespr_own data.train="],
+        ),
+        (
+            "grid/vespr_cifar10_mini",
+            ("run.dir=x", "engine.epochs=1", "data.train=y", "method.name=byol"),
+            [
+                "is a grid of runs",
+                "run, engine, data, method is not a setting of a grid",
+                "settings={engine.epochs: 2}",
+            ],
+        ),
+        ("invert/szt", ("method.name=textual_inversoin",), ["Did you mean textual_inversion?"]),
+        ("defend/vespr_cifar10_mini", ("model.name=resnet81",), ["not a timm model. Did you mean resnet18?"]),
+        ("invert/rendered", ("seed=18446744073709551616",), ["seed=18446744073709551616", "is beyond 64 bits"]),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--print-config",)])
+def test_one_error_in_words(tmp_path, capsys, monkeypatch, config, overrides, told, more):
+    """faults E: a folder, a grid's file with a run's settings, a method's typo, no such backbone. C: a seed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    with pytest.raises(SystemExit) as end:
+        main(["train", config, *overrides, *more])
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and text.count("\n") <= 5 and text.startswith("ConfigError: "), text
+    assert all(words in text for words in told), text
+
+
+def test_images_of_several_sizes_are_called_so(good, tmp_path, said):
+    """faults E: "images are None"."""
+    shutil.copytree(good, tmp_path / "mixed")
+    path = tmp_path / "mixed" / "test" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": None}))
+    text = said(f"data.train={tmp_path / 'mixed'}", "data.poison=null")
+    assert "are of several sizes" in text and "are 32 x 32 (height x width)" in text and "None" not in text
+
+
+def test_a_rank_that_fails_says_so_in_one_line_with_its_traceback_in_a_file(tmp_path, capsys, monkeypatch):
+    """faults E: 130 lines of traceback on every rank when one is lost."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "3")
+    message = "[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nframe #0: c10::Error"
+
+    def lose(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("poisonshield.api.train", lose)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit) as end:
+        main(["train", MINI])
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and text.count("\n") == 1 and "Traceback" not in text
+    assert (
+        text.startswith("rank 3 on ")
+        and "RuntimeError: " in text
+        and "Connection closed by peer (its traceback" in text
+    )
+    assert "in lose" in (tmp_path / "poisonshield-rank-3.traceback.txt").read_text()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError):  # alone, it is a fault of ours and shown whole
+        main(["train", MINI])
 
 
 def test_broken_test_image(data, said):
     key = change_member(data / "test", "shard-00000.tar", ".jpg", lambda raw: raw[: len(raw) // 2])
-    assert f"sample {key} in shard-00000.tar" in said(f"data.train={data}")
+    assert f"sample {key} in shard-00000.tar" in said(f"data.train={data}", "data.poison=null")
 
 
 def test_missing_shard(data, said):
     (data / "train" / "shard-00001.tar").unlink()
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert text.startswith("DataError: ") and "shard-00001.tar" in text and "missing" in text
 
 
 def test_truncated_tar(data, said):
     path = data / "train" / "shard-00002.tar"
     path.write_bytes(path.read_bytes()[:20000])
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert "shard-00002.tar ends early" in text and "at sample" in text and "Copy the shard again" in text
 
 
 def test_one_broken_image(data, said):
     key = change_member(data / "train", "shard-00001.tar", ".jpg", lambda raw: raw[: len(raw) // 2])
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert f"sample {key} in shard-00001.tar" in text and "not a whole JPG image" in text
 
 
 def test_label_outside_the_classes(data, said):
     key = change_member(data / "train", "shard-00000.tar", ".cls", lambda raw: b"10")
-    text = said(f"data.train={data}")
+    text = said(f"data.train={data}", "data.poison=null")
     assert key in text and "shard-00000.tar" in text and "0 to 9" in text
 
 
@@ -159,13 +280,14 @@ def test_missing_config_file(capsys):
 def test_rank_0_alone_would_look_for_rank_1(data, tmp_path, said):
     """Without a mistake it does, so that the other tests would notice a check that comes too late."""
     with pytest.raises(pytest.fail.Exception, match="it looked for rank 1"):
-        said(f"data.train={data}", f"run.dir={tmp_path / 'run'}")
+        said(f"data.train={data}", "data.poison=null", f"run.dir={tmp_path / 'run'}")
 
 
 def test_good_data_is_trained_on(data, tmp_path):
     """Started as a launcher does, in a process of its own."""
     overrides = (
-        f"data.train={data}", f"run.dir={tmp_path / 'run'}", "engine.device=cpu", "engine.max_steps=1",
+        f"data.train={data}", "data.poison=null", f"run.dir={tmp_path / 'run'}", "engine.device=cpu",
+        "engine.max_steps=1",
         "data.batch_size=20", "model.widths=[8,8,8,8]", "evaluate.robust=null",
     )  # fmt: skip
     command = [sys.executable, str(ROOT / "launch" / "train.py"), MINI, *overrides]

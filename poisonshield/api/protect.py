@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -379,6 +378,8 @@ def _format_db(value: float | None) -> str:
 @contextmanager
 def _show_progress(what: str) -> Iterator[Any]:
     """A bar in a terminal, and nothing elsewhere."""
+    from poisonshield.terminal import Console
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None

@@ -30,11 +30,11 @@ def import_data(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn images into a data set of tar shards."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from poisonshield.data import importer
+    from poisonshield.terminal import Console
 
     manifests = importer.import_data(
         src,
@@ -68,11 +68,10 @@ def import_data(
 @app.command("verify")
 def verify(folder: Annotated[Path, typer.Argument(help="A data set, or a folder with train/ and test/.")]) -> None:
     """Check hashes and decode every sample; lists every problem, and ends with status 1 if there is one."""
-    from rich.console import Console
-
     from poisonshield.data.check import problems
     from poisonshield.data.manifest import FILE_NAME, Manifest
     from poisonshield.errors import DataError
+    from poisonshield.terminal import Console
 
     root = Path(folder)
     folders = [root] if (root / FILE_NAME).exists() else sorted(p.parent for p in root.glob(f"*/{FILE_NAME}"))

@@ -21,11 +21,11 @@ def demo(
 
     Runs on bundled images and the shipped pipeline, in minutes on a CPU.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from poisonshield.api import demo as vespr
     from poisonshield.api import demo_szt as szt
+    from poisonshield.terminal import Console
 
     demos = {"vespr": vespr.demo, "szt": szt.demo}
     if which not in (*demos, "both"):

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from poisonshield.commands.base import TRAINING, Overrides
+from poisonshield.commands.base import TRAINING, FinishedOverrides
 
 GROUP = TRAINING
 
 
 def evaluate(
     run_folder: Annotated[Path, typer.Argument(help="The run.dir of a finished run.")],
-    overrides: Overrides = None,
+    overrides: FinishedOverrides = None,
     legacy: Annotated[
         bool, typer.Option("--legacy", help="Sample as VESPR's authors do; the same as evaluate.legacy=true.")
     ] = False,

@@ -4,14 +4,14 @@ from typing import Annotated
 
 import typer
 
-from poisonshield.commands.base import TRAINING, Config, Overrides
+from poisonshield.commands.base import TRAINING, GridConfig, GridOverrides
 
 GROUP = TRAINING
 
 
 def grid(
-    config: Config,
-    overrides: Overrides = None,
+    config: GridConfig,
+    overrides: GridOverrides = None,
     part: Annotated[str, typer.Option(help="Which part of how many, e.g. 2/4: several jobs share a grid.")] = "1/1",
     only_list: Annotated[
         bool, typer.Option("--list", help="Print the table of what is done, and train nothing.")

@@ -7,10 +7,14 @@ from typing import Any, get_args
 from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
+from poisonshield.config.reading import shorten
 from poisonshield.config.tree import Tree
 from poisonshield.config.types import FRACTION
 from poisonshield.errors import ConfigError, RenamedSettings
 from poisonshield.registry import Registry, suggest, with_article
+
+MOST_TOLD = 100
+"""Problems that one error lists."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Checker:
         try:
             return schema.model_validate(values if values is not None else {})
         except ValidationError as err:
-            for item in err.errors():
+            for item in err.errors()[: 2 * MOST_TOLD]:
                 self._note(schema, path, item, owner)
             return None
 
@@ -149,7 +153,9 @@ class Checker:
         """Raise ConfigError with all problems, if any."""
         if not self.found:
             return
-        text = "\n".join(dict.fromkeys(self.problems))
+        problems = list(dict.fromkeys(self.problems))
+        more = [f"... and {len(problems) - MOST_TOLD} more."] if len(problems) > MOST_TOLD else []
+        text = "\n".join([*problems[:MOST_TOLD], *more])
         raise RenamedSettings(text, self.moves) if len(self.moves) == len(self.found) else ConfigError(text)
 
     def _note(self, schema: type[BaseModel], base: tuple, item: ErrorDetails, owner: str) -> None:
@@ -189,7 +195,7 @@ def _word_wrong(label: str, item: ErrorDetails, words: str | None) -> str:
     """What is said of a value that does not fit: the value, unless the message has it, and the field's own words."""
     message, value = item["msg"].removeprefix("Value error, "), item["input"]
     told = isinstance(value, (dict, list)) or str(value) in message
-    given = "" if told else f" (given: {value!r})"
+    given = "" if told else f" (given: {shorten(repr(value))})"
     return f"{label}: {message}{given}{f'.  It is: {words}' if words else ''}" if label else message
 
 

@@ -33,18 +33,33 @@ def find_config(name_or_path: str | Path) -> Path:
     every working folder. Raises ConfigError with the nearest shipped names.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if is_there(path):
         return path
     name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
     known = shipped_configs()
     if name in known:
         return configs_folder() / f"{name}.yaml"
+    if path.is_dir():
+        raise ConfigError(
+            f"{name_or_path} is a folder; a config is wanted, which says what is done with it.\n"
+            f"  Images to train a classifier on: poisonshield data import {name_or_path} --out DATA, then\n"
+            "  poisonshield train defend/vespr_own data.train=DATA.\n"
+            f"  Photos to learn a word from: poisonshield train invert/szt data.train={name_or_path}."
+        )
     near = _nearest(name, known)
     hint = f" Did you mean {' or '.join(near)}?" if near else f"  Shipped: {', '.join(known)}"
     raise ConfigError(
         f"{name_or_path} does not exist, and no shipped config has that name.{hint}\n"
         "  Give the path of a YAML file or the name of a shipped config, for example defend/vespr_cifar10_mini."
     )
+
+
+def is_there(path: Path) -> bool:
+    """Whether something other than a folder has this path; a pipe or a device is refused where it is read."""
+    try:
+        return path.exists() and not path.is_dir()
+    except (OSError, ValueError):  # a name that no disk takes
+        return False
 
 
 def _nearest(name: str, known: list[str]) -> list[str]:

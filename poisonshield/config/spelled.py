@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel
 
 from poisonshield.config.check import Checker, Choice, pick
+from poisonshield.config.reading import read_value
 from poisonshield.config.tree import Tree
 from poisonshield.errors import ConfigError
 from poisonshield.registry import Registry, with_article
@@ -30,10 +30,7 @@ def read_spelled(text: str, settings_of: Callable[[str], type[BaseModel]], *, ki
                 )
             key, value = next(iter(fields)), part
         exact = key in fields and value in get_args(fields[key].annotation)  # "420" is a text there
-        try:
-            block[key] = value if exact else yaml.safe_load(value)
-        except yaml.YAMLError as err:
-            raise ConfigError(f"{text!r}: {value!r} is not a value ({err}).") from err
+        block[key] = value if exact else read_value(value, label=repr(text))
     return block
 
 

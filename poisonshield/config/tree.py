@@ -4,15 +4,19 @@ One file is one experiment: `extends:` names a parent, `key.path=value` override
 """
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from poisonshield.config.shipped import find_config
+from poisonshield.config.reading import MAX_DEPTH, read_file, read_value
+from poisonshield.config.shipped import find_config, is_there
 from poisonshield.errors import ConfigError
+
+MAX_PARENTS = 20
+"""Files that one config may stand on."""
+_ENTRY = re.compile("[0-9]{1,9}")  # the number of an entry of a list
 
 
 @dataclass
@@ -21,6 +25,12 @@ class Tree:
 
     values: dict[str, Any] = field(default_factory=dict)
     marks: dict[tuple, str] = field(default_factory=dict)
+    said: dict[tuple, int] = field(default_factory=dict)
+    changed: dict[tuple, int] = field(default_factory=dict)
+    """In which layer a path was said last, and given another value than it had: 0 is the file that extends none, 1 the
+    one that extends it, and so on, and overrides are the last."""
+    top: int = 0
+    """The last layer of the files."""
 
     def where(self, path: tuple) -> str:
         """The file and line of a path; if it has none, of the first thing within it, else of its nearest ancestor."""
@@ -29,6 +39,16 @@ class Tree:
         while path and path not in self.marks:
             path = path[:-1]
         return self.marks.get(path, "config")
+
+    def is_later(self, path: tuple, other: tuple) -> bool:
+        """Whether a path got another value, by a child file or an override, and nothing at the other was said since."""
+        return _last(self.changed, path) > _last(self.said, other)
+
+
+def _last(layers: dict[tuple, int], path: tuple) -> int:
+    """The last layer that has to do with a path, what is above it or what is within it."""
+    above = [layers.get(path[:length], 0) for length in range(len(path))]
+    return max(above + [layer for place, layer in layers.items() if place[: len(path)] == path], default=0)
 
 
 def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Tree:
@@ -59,40 +79,23 @@ def _names_first(overrides: Iterable[str]) -> list[str]:
 def _load_file(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `extends:` leads back to the same file. Remove one of the two lines.")
-    if not path.is_file():
+    if len(seen) == MAX_PARENTS:
+        raise ConfigError(f"{path}: `extends:` leads through {MAX_PARENTS} files. Join some of them.")
+    if not is_there(path):
         raise ConfigError(
             f"{path} does not exist (named by `extends:` in {seen[-1]}). Give a path relative to the file that says it."
         )
-    try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-        tree = Tree()
-        tree.values = _plain(node, (), str(path), tree.marks) if node is not None else {}
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{path} is not valid YAML: {err}") from err
+    values, marks = read_file(path)
+    tree = Tree({} if values is None else values, marks)
     if not isinstance(tree.values, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, not a {type(tree.values).__name__}.")
     parent = tree.values.pop("extends", None)
     if parent is None:
         return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"{tree.where(('extends',))}: extends names one file, not a {type(parent).__name__}.")
     base = _load_file(Path(os.path.normpath(path.parent / parent)), (*seen, path.resolve()))
-    base.values = _merge(base, tree, base.values, tree.values, ())
-    return base
-
-
-def _plain(node: yaml.Node, path: tuple, file: str, marks: dict[tuple, str]) -> Any:
-    marks[path] = f"{file}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.MappingNode):
-        out: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = key_node.value
-            if key in out:
-                raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: {key} stands twice in one block. Keep one.")
-            out[key] = _plain(value_node, (*path, key), file, marks)
-            marks[(*path, key)] = f"{file}:{key_node.start_mark.line + 1}"
-        return out
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, i), file, marks) for i, item in enumerate(node.value)]
-    return yaml.SafeLoader("").construct_object(node)
+    return _merge(base, tree)
 
 
 def _forget(marks: dict[tuple, str], path: tuple) -> None:
@@ -100,15 +103,29 @@ def _forget(marks: dict[tuple, str], path: tuple) -> None:
         del marks[known]
 
 
-def _merge(into: Tree, child: Tree, old: Any, new: Any, path: tuple) -> Any:
+def _merge(base: Tree, child: Tree) -> Tree:
+    """What the child says, and what it leaves of its base."""
+    replaced: dict[tuple, bool] = {}
+    values, top = _merge_values(base.values, child.values, (), replaced), base.top + 1
+
+    def is_the_childs(path: tuple) -> bool:
+        return any(path[:length] in replaced for length in range(len(path) + 1))
+
+    marks = {path: mark for path, mark in base.marks.items() if not is_the_childs(path)}
+    marks |= {path: mark for path, mark in child.marks.items() if is_the_childs(path)}
+    said = base.said | dict.fromkeys(replaced, top)
+    return Tree(values, marks, said, base.changed | {path: top for path, new in replaced.items() if new}, top)
+
+
+def _merge_values(old: Any, new: Any, path: tuple, replaced: dict[tuple, bool]) -> Any:
+    """replaced: takes the paths that the new values have, and whether they had others."""
     renamed = isinstance(old, dict) and isinstance(new, dict) and "name" in new and new["name"] != old.get("name")
     if isinstance(old, dict) and isinstance(new, dict) and not renamed:
         out = dict(old)
         for key, value in new.items():
-            out[key] = _merge(into, child, old.get(key), value, (*path, key))
+            out[key] = _merge_values(old.get(key), value, (*path, key), replaced)
         return out
-    _forget(into.marks, path)
-    into.marks.update({p: m for p, m in child.marks.items() if p[: len(path)] == path})
+    replaced[path] = old != new
     return new
 
 
@@ -119,11 +136,10 @@ def override(tree: Tree, text: str) -> None:
         raise ConfigError(
             f"{text!r} is not an override. Write key.path=value, for example seed=1 or defenses.0.eps=4/255."
         )
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{text!r}: the value is not valid YAML: {err}") from err
-    parts = tuple(int(p) if p.isdigit() else p for p in key.split("."))
+    value = read_value(raw, label=repr(text))
+    parts = tuple(int(p) if _ENTRY.fullmatch(p) else p for p in key.split("."))
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"{text!r}: no setting lies {len(parts)} deep.")
     here: Any = tree.values
     for i, part in enumerate(parts):
         at = ".".join(str(p) for p in parts[: i + 1])
@@ -143,6 +159,10 @@ def override(tree: Tree, text: str) -> None:
                 here.clear()
                 _forget(tree.marks, parts[:-1])
             _forget(tree.marks, parts)
+            before = here.get(part) if isinstance(here, dict) else here[part]
+            tree.said[parts] = tree.top + 1
+            if before != value:
+                tree.changed[parts] = tree.top + 1
             here[part] = value
             tree.marks[parts] = f"command line: {text}"
         else:

@@ -33,11 +33,11 @@ Pixels = Annotated[float, BeforeValidator(_fraction), AfterValidator(_pixel_rang
 
 
 class Settings(BaseModel):
-    """Parent of every Config: unknown keys are refused and nothing changes after construction.
+    """Parent of every Config: unknown keys, infinity and NaN are refused, and nothing changes after construction.
 
     renamed: settings of earlier versions and what they are called now, so that whoever writes one is told; names are
     within the block, or begin with / for the top.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     renamed: ClassVar[dict[str, str]] = {}

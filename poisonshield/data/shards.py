@@ -124,7 +124,7 @@ class ShardSet:
                 f"  Make it so: poisonshield data import {self.folder} --size S --out DIR"
             )
         height, width = self.image_size
-        pixels = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
+        pixels = None
         for row, (i, data) in enumerate(zip(indices.tolist(), self.encoded(indices), strict=True)):
             image = decode(data, self.extension(i), name=self.where(i))
             if tuple(image.shape[1:]) != self.image_size:
@@ -134,8 +134,10 @@ class ShardSet:
                     "  Bring all to one size: "
                     f"poisonshield data import {self.folder} --size {min(height, width)} --out DIR"
                 )
+            if pixels is None:  # not before an image has the size that the manifest claims, which may be any
+                pixels = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
             pixels[row] = image
-        return pixels
+        return torch.empty((0, 3, height, width), dtype=torch.uint8) if pixels is None else pixels
 
     def _open(self, name: str) -> Any:
         if not name.endswith(".gz"):

@@ -93,7 +93,7 @@ def index_shard(folder: Path, manifest: Manifest, number: int, *, faults: list[D
                 index = index_tar(view, number=number, name=name, classes=classes, faults=faults)
     except DataError:
         raise
-    except (tarfile.TarError, ValueError) as err:  # ValueError: mmap's, for an empty file or a seek beyond its end
+    except (tarfile.TarError, ValueError, OverflowError) as err:  # of mmap, for an empty file or a seek beyond it
         raise DataError(f"shard {name} in {folder} is not a whole tar ({err}). Write or copy it again.") from err
     if len(index.keys) != info.samples and not faults:
         raise DataError(

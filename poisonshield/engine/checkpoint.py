@@ -22,13 +22,18 @@ import torch
 from torch import Tensor
 
 from poisonshield import collectives
-from poisonshield.errors import CheckpointError, PoisonShieldError
-from poisonshield.files import flush, write_whole
+from poisonshield.errors import CheckpointError, PoisonShieldError, reason_of
+from poisonshield.files import flush, read_bounded, write_whole
 
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
 PREFIX = "step-"
+
+
+MAX_INDEX_BYTES, MAX_NAME = 2**26, 200
+
+_NOT_AN_INDEX = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def sha256(path: Path) -> str:
@@ -56,7 +61,7 @@ def load_plain(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch raises many kinds; none of them names the file
-        raise CheckpointError(f"{path} cannot be read as tensors and plain values: {err}") from err
+        raise CheckpointError(f"{path} cannot be read as tensors and plain values: {reason_of(err)}") from err
 
 
 def _walk_leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
@@ -177,9 +182,12 @@ class Checkpoints:
 def read_index(path: Path) -> dict[str, Any]:
     """The index of a checkpoint, its files unchecked. Raises CheckpointError if there is none to read."""
     try:
-        index = json.loads((path / INDEX).read_text())
-        return {**index, "files": dict(index["files"]), "step": int(index["step"])}
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        index = json.loads(read_bounded(path / INDEX, max_bytes=MAX_INDEX_BYTES, what="index"))
+        files = {name: {"bytes": int(of["bytes"]), "sha256": str(of["sha256"])} for name, of in index["files"].items()}
+        if long := [name for name in files if len(name) > MAX_NAME]:
+            raise ValueError(f"a file's name has {len(long[0])} letters")
+        return {**index, "files": files, "step": int(index["step"])}
+    except _NOT_AN_INDEX as err:
         raise CheckpointError(f"checkpoint {path} has no readable {INDEX}: {err}") from err
 
 
@@ -228,7 +236,7 @@ def together(work: Callable[[], Any], *, what: str, only_first: bool = False, pa
     failed = bool(collectives.any_rank(error is not None, patient=patient))
     if error is not None:
         known = isinstance(error, PoisonShieldError)
-        raise error if known else CheckpointError(f"rank {collectives.rank()}, {what}: {error}") from error
+        raise error if known else CheckpointError(f"rank {collectives.rank()}, {what}: {reason_of(error)}") from error
     if failed:
         raise CheckpointError(f"{what} failed on another rank; its message says why.")
     return collectives.broadcast_object(result) if only_first else result

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from poisonshield import collectives
 from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.settings import EngineConfig, backends
-from poisonshield.errors import BackendError
+from poisonshield.errors import BackendError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
         yield device
     except Exception as err:
         if world > 1:
-            log.error("rank %d of %d on %s failed: %s: %s", rank, world, socket.gethostname(), type(err).__name__, err)
+            kind, host = type(err).__name__, socket.gethostname()
+            log.error("rank %d of %d on %s failed: %s: %s", rank, world, host, kind, reason_of(err))
         raise
     finally:
         package_log.setLevel(level)

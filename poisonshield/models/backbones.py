@@ -123,9 +123,18 @@ def _build_backbone(config: BackboneConfig) -> TimmNetwork:
         )
     if config.name == "resnet_mini":
         return _build_resnet_mini(config)
-    if timm.is_model(config.name):
-        return timm.create_model(config.name, num_classes=0)
-    raise ConfigError(f"model.name: {config.name!r} is not a timm model.{suggest(config.name, timm.list_models())}")
+    refuse_unknown(config)
+    return timm.create_model(config.name, num_classes=0)
+
+
+def refuse_unknown(config: BackboneConfig) -> None:
+    """Raise ConfigError with the nearest name for a network that neither timm nor we have. Imports timm for its own."""
+    if config.name == "resnet_mini":
+        return
+    import timm
+
+    if not timm.is_model(config.name):
+        raise ConfigError(f"model.name: {config.name!r} is not a timm model.{suggest(config.name, timm.list_models())}")
 
 
 def _build_resnet_mini(config: BackboneConfig) -> TimmNetwork:

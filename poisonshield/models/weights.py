@@ -59,6 +59,8 @@ def _read(file: Path, branch: Branch) -> tuple[dict[str, Any], bool, dict[str, T
     try:
         with safe_open(file, framework="pt") as stored:
             made = json.loads((stored.metadata() or {}).get("model", "{}"))
+            if not isinstance(made, dict):
+                raise TypeError(f"its `model` is a {type(made).__name__}, not a table of settings")
             matches = {key: _BRANCHES[branch].fullmatch(key) for key in stored.keys()}
             chosen = {match[1]: key for key, match in matches.items() if match}
             if not chosen and branch == "target":
@@ -68,7 +70,7 @@ def _read(file: Path, branch: Branch) -> tuple[dict[str, Any], bool, dict[str, T
                 )
             names = chosen or {key: key for key in matches}
             return made, bool(chosen), {name: stored.get_tensor(key) for name, key in names.items()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as err:
+    except (SafetensorError, OSError, json.JSONDecodeError, RecursionError, TypeError) as err:
         raise CheckpointError(f"init_from: {file} cannot be read as safetensors: {err}") from err
 
 

@@ -48,6 +48,8 @@ class Experiment(ABC):
     """Of the kind, which is its file's."""
     changes_after: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the settings that may change when a finished run is evaluated again."""
+    asked_first: ClassVar[bool] = False
+    """Whether a config with its keys is of this kind whatever else it holds."""
     settings: Any
     record: dict[str, Any]
     """The config with every setting, plain values, as it is written down."""
@@ -123,7 +125,8 @@ def read_experiment(config: str | Path, overrides: Overrides = ()) -> Experiment
 
 def build_experiment(tree: Tree, origin: Path) -> Experiment:
     """The same of settings that are read already. origin: the file that messages name."""
-    kinds: list[type[Experiment]] = [KINDS.get(name) for name in KINDS.names()]
+    found: list[type[Experiment]] = [KINDS.get(name) for name in KINDS.names()]
+    kinds = sorted(found, key=lambda kind: not kind.asked_first)
     for kind in kinds:
         if kind.recognizes(tree.values):
             return kind(tree, origin)

@@ -26,7 +26,7 @@ from poisonshield.evals.pairs import watch_pairs
 from poisonshield.evals.parts.numbers import Measured, columns_of, measure, numbers_of
 from poisonshield.evals.parts.settings import EvaluateConfig
 from poisonshield.method import SSLMethod
-from poisonshield.models.backbones import BackboneConfig, build_encoder
+from poisonshield.models.backbones import BackboneConfig, build_encoder, refuse_unknown
 from poisonshield.models.batchnorm import synchronize
 from poisonshield.poisons.release.recipe import ENDING, read_recipe
 from poisonshield.registry import Registry
@@ -129,6 +129,10 @@ class Classify(Training):
             checker.problem(("optimizer",), str(err))
         if settings.data.batch_size < 2:
             checker.problem(("data", "batch_size"), "data.batch_size: batch norm needs at least 2 samples.")
+        try:
+            refuse_unknown(settings.model)
+        except ConfigError as err:
+            checker.problem(("model", "name"), str(err))
 
     def _try_stack(self, checker: Checker, settings: ClassifySettings) -> SSLMethod | None:
         """Method and defenses around an encoder of one feature, or None with the problem noted."""

@@ -34,6 +34,7 @@ from pydantic import Field, field_validator
 from poisonshield.config import Checker, Settings, Tree, dump, find_config
 from poisonshield.errors import ConfigError, PoisonShieldError
 from poisonshield.files import write_whole
+from poisonshield.registry import suggest
 from poisonshield.reports.tables import markdown, spreads
 from poisonshield.runs.base import Experiment, read_experiment
 from poisonshield.runs.parts.training import Place, Training
@@ -83,6 +84,7 @@ class Grid(Experiment):
     """All its runs, every one of them checked. kind: that of the runs."""
 
     name: ClassVar[str] = "grid"
+    asked_first: ClassVar[bool] = True
     settings: GridSettings
     cells: list[Cell]
 
@@ -94,6 +96,7 @@ class Grid(Experiment):
     def read(self, tree: Tree) -> None:
         """The grid file's own keys, then every run. Raises ConfigError naming a run by its place in the grid."""
         checker = Checker(tree)
+        self._refuse_settings_of_runs(tree)
         self.settings = checker.settings(GridSettings, (), tree.values, owner="a grid")
         checker.finish()
         self.record = dump(self.settings, tree.values)
@@ -112,16 +115,28 @@ class Grid(Experiment):
                     Cell(labels, seed, self._run(base, labels, changes, seed)) for seed in self.settings.seeds
                 ]
 
+    def _refuse_settings_of_runs(self, tree: Tree) -> None:
+        """Raise one ConfigError for all keys that are not near one of a grid's own."""
+        own = list(GridSettings.model_fields)
+        others = [key for key in tree.values if key not in own and not suggest(key, own)]
+        if others:
+            where, known = tree.where((others[0],)), ", ".join(own)
+            raise ConfigError(
+                f"{where}: {self.origin} is a grid of runs: {', '.join(others)} is not a setting of a grid, which are "
+                f"{known}.\n  What all its runs are told stands under `settings:`, as in settings={{engine.epochs: 2}}."
+            )
+
     def _run(self, base: Path, labels: dict[str, str], changes: dict[str, Any], seed: int) -> Training:
         """The run of a place and a seed."""
         folder = Path(self.settings.dir) / _slug(labels) / f"seed-{seed}"
         own = {**self.settings.settings, **changes, "seed": seed, "run.dir": str(folder), "engine.resume": "auto"}
         try:
             run = read_experiment(base, [f"{key}={json.dumps(value)}" for key, value in own.items()])
+            if not isinstance(run, Training):
+                raise ConfigError(f"base {base} is a {run.name}, and a grid repeats trainings.")
+            run.refuse_planting()
         except ConfigError as err:
             raise ConfigError(f"{self.origin}, run {_slug(labels)}:\n{err}") from err
-        if not isinstance(run, Training):
-            raise ConfigError(f"{self.origin}: base {base} is a {run.name}, and a grid repeats trainings.")
         return run
 
     @property

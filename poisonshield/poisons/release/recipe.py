@@ -63,7 +63,7 @@ def read_recipe(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             header = Header.model_validate(json.loads((file.metadata() or {})["poison"]))
             state = {k: file.get_tensor(k) for k in file.keys()}
-    except (OSError, KeyError, ValueError, ValidationError, SafetensorError) as err:
+    except (OSError, KeyError, ValueError, ValidationError, SafetensorError, RecursionError) as err:
         raise DataError(f"{path} is not a poison recipe ({err}). Write one with `poisonshield poison`.") from err
     if header.format != FORMAT:
         raise DataError(f"{path} is a recipe of format {header.format}, {FORMAT} was wanted. Write it again.")

@@ -13,7 +13,7 @@ from poisonshield.config import Settings
 from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, open_dataset
 from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
-from poisonshield.errors import DataError
+from poisonshield.errors import ConfigError, DataError
 from poisonshield.poisons.base import KeyedPoison
 from poisonshield.poisons.release.recipe import load_recipe
 from poisonshield.runs.parts.training import Training
@@ -22,8 +22,9 @@ from poisonshield.runs.parts.training import Training
 class DataConfig(Settings):
     """What to train and test on."""
 
-    train: str = Field(
-        "cifar10-mini", description="A bundled name, or a folder with a manifest (or with train/ and test/ in it)."
+    train: str | None = Field(
+        "cifar10-mini",
+        description="A bundled name, or a folder with a manifest (or with train/ and test/ in it); null is none yet.",
     )
     test: str | None = Field(
         None, description="The same for the clean test images; null takes the test split of train."
@@ -82,15 +83,27 @@ def open_data(run: Training) -> OpenData:
         )
     if train.image_size != test.image_size:
         raise DataError(
-            f"images of {train.folder} are {train.image_size}, those of {test.folder} are {test.image_size} (height, "
-            "width).\n  Import both with one --size."
+            f"images of {train.folder} are {_word_size(train)}, those of {test.folder} are {_word_size(test)}.\n"
+            "  Import both with one --size."
         )
     return OpenData(train, ResidentSource(test) if _is_held(run, test) else test)
 
 
+def _word_size(source: ShardSet) -> str:
+    return "of several sizes" if source.image_size is None else "{} x {} (height x width)".format(*source.image_size)
+
+
 def open_train(run: Training) -> ShardSet:
-    """The training set, opened and verified. Raises DataError if it is poisoned and the run would poison it again."""
+    """The training set, opened and verified.
+
+    Raises ConfigError if the run names none, DataError if it is poisoned and the run would poison it again.
+    """
     data = run.settings.data
+    if data.train is None:
+        raise ConfigError(
+            f"{run.origin} says no data.train: it takes images of your own.\n"
+            "  Make a data set of them, poisonshield data import PHOTOS --size 96 --out DATA, and say data.train=DATA."
+        )
     train = open_dataset(data.train, "train", verify=data.verify)
     if train.manifest.poison is not None and run.poison is not None:
         raise DataError(

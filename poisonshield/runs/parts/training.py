@@ -21,6 +21,7 @@ from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import backends
 from poisonshield.engine.trainer import Trainer
+from poisonshield.errors import ConfigError
 from poisonshield.evals.base import Number
 from poisonshield.method import Method
 from poisonshield.registry import Registry
@@ -70,6 +71,8 @@ class Training(Experiment):
     method: Choice
     defenses: tuple[Choice, ...]
     poison: Any
+    poisons_other_data: bool = False
+    """Whether data.train was changed, by a child file or an override, and the poison that stood with it was not."""
 
     @classmethod
     def recognizes(cls, values: Mapping[str, Any]) -> bool:
@@ -100,6 +103,7 @@ class Training(Experiment):
         data = values.get("data")
         written = data.get("poison") if isinstance(data, dict) else None
         self.poison = None if written is None else self.pick_poison(checker, written)
+        self.poisons_other_data = written is not None and tree.is_later(("data", "train"), ("data", "poison"))
         if settings is not None and method is not None and len(defenses) == len(picked):
             self.method, self.defenses = method, defenses
             self.check_together(checker, settings)
@@ -155,12 +159,24 @@ class Training(Experiment):
     def train(self) -> Path:
         """The run folder of a finished run. Config and data are checked before any process group starts."""
         engine, folder = self.settings.engine, self.folder
+        self.refuse_planting()
         folder.check(self.record, resume=engine.resume)
         refuse_missing(engine)
         opened = self.open(folder)
         with processes(engine, seed=self.seed) as device:
             self.run(opened, folder, device)
         return folder.path
+
+    def refuse_planting(self) -> None:
+        """Raise ConfigError if training would poison data that the poison was not written for, and nobody said so."""
+        if not self.poisons_other_data:
+            return
+        data = self.settings.data.train
+        raise ConfigError(
+            f"data.train={data}: {self.origin} was written for other images, and its poison {self.poison_label} would "
+            "be planted into these.\n  To train on them as they are: data.poison=null. To poison them on purpose, say "
+            f"so: data.poison={self.poison if isinstance(self.poison, Path) else self.poison_label}."
+        )
 
     @abstractmethod
     def open(self, folder: RunFolder) -> Any:
@@ -202,7 +218,8 @@ class Training(Experiment):
         }
 
     def describe_config(self) -> str:
-        """The config, and what the backend gets."""
+        """The config, and what the backend gets. Raises ConfigError if it could not be trained so."""
+        self.refuse_planting()
         backend: type[Backend] = backends.get(self.settings.engine.backend)
         derived = backend.derived(self.settings.engine, self.settings.optimizer)
         return super().describe_config() + (f"\n\n{derived}" if derived else "")
