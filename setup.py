@@ -5,6 +5,9 @@ be imported and an nvcc of its CUDA version is found, and otherwise installs the
 fails. A GPU is not needed. The reason for a pure package is kept for `poisonshield doctor`. Building needs
 `pip install --no-build-isolation`, since torch is not fetched a second time for it. TORCH_CUDA_ARCH_LIST overrides
 9.0+PTX. Either way the shipped configs go into the package: configs/ becomes poisonshield/configs.
+
+The CPU library in csrc/cpu needs a C++ compiler alone. Where it cannot be compiled the package is installed without it,
+and the reason is kept as well.
 """
 
 import os
@@ -14,7 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -48,6 +52,43 @@ class BuildWithConfigs(build_py):
     def get_output_mapping(self):
         """The same with their sources, which a strict editable install links."""
         return {**super().get_output_mapping(), **self.configs()}
+
+
+CPU_LIBRARY = Extension(
+    "poisonshield._cpu",  # no module of Python's: ops/native.py loads it
+    sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
+    depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
+    language="c++",
+    # No product may be fused with a sum: exact mode needs it, and all processors then give the same bits.
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    + ["-fvisibility=hidden", "-Wno-psabi", "-pthread"],
+    extra_link_args=["-pthread"],
+    optional=True,
+    py_limited_api=True,
+)
+
+
+def building(parent):
+    """The build_ext class `parent`, which goes on without the CPU library where it cannot be compiled."""
+
+    class BuildWithCpuLibrary(parent):
+        def build_extension(self, ext):
+            if ext is not CPU_LIBRARY:
+                super().build_extension(ext)
+                return
+            in_place = self.inplace or self.editable_mode
+            reason = (ROOT if in_place else Path(self.build_lib)) / "poisonshield" / "_no_cpu.txt"
+            reason.unlink(missing_ok=True)
+            try:
+                super().build_extension(ext)
+            except Exception as err:  # whatever a missing or an old compiler leads to
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+                told = f"it needs g++ or clang++ with C++17, and compiling it gave: {str(err).splitlines()[0]}"
+                print(f"warning: the CPU library is not built, and the ops run without it: {told}", file=sys.stderr)
+                reason.parent.mkdir(parents=True, exist_ok=True)
+                reason.write_text(f"{told}\n")
+
+    return BuildWithCpuLibrary
 
 
 def toolkit():
@@ -92,11 +133,7 @@ def extension():
         extra_compile_args={"cxx": ["-O2", "-std=c++20", *stable], "nvcc": ["-O3", "-std=c++20", *stable]},
         py_limited_api=True,
     )
-    return {
-        "ext_modules": [module],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 def runtime_folders(root):
@@ -136,5 +173,9 @@ def choice():
 
 
 arguments = choice()
-arguments["cmdclass"] = {"build_py": BuildWithConfigs, **arguments.get("cmdclass", {})}
-setup(**arguments)
+commands = arguments.get("cmdclass", {})
+setup(
+    ext_modules=[*arguments.get("ext_modules", []), CPU_LIBRARY],
+    cmdclass={"build_py": BuildWithConfigs, "build_ext": building(commands.get("build_ext", build_ext))},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

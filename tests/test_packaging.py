@@ -91,13 +91,16 @@ def test_git_ignores_no_source_file():
     assert done.stdout == "" and done.returncode == 1, done.stdout + done.stderr
 
 
-def test_every_file_that_the_extension_includes_is_in_the_source_distribution(sdist):
-    sources = sorted((sdist / "csrc").rglob("*.c*"))
-    names = {
-        line.split('"')[1] for p in sources for line in p.read_text().splitlines() if line.startswith('#include "')
+def test_every_file_that_the_compiled_sources_include_is_in_the_source_distribution(sdist):
+    included = {
+        (p, line.split('"')[1])
+        for p in (sdist / "csrc").rglob("*.[ch]*")
+        for line in p.read_text().splitlines()
+        if line.startswith(('#include "', "#define POISONSHIELD_KERNELS"))
     }
-    assert {"launch.cuh", "philox.cuh"} <= names
-    assert all((sdist / "csrc" / "include" / name).is_file() for name in names)
+    assert {"launch.cuh", "philox.cuh", "levels.h", "jpeg_kernels.h"} <= {name for _, name in included}
+    for source, name in included:
+        assert (source.parent / name).is_file() or (sdist / "csrc" / "include" / name).is_file(), (source, name)
 
 
 def test_the_wheel_holds_configs_and_all_files_that_the_package_reads(wheel):
@@ -116,7 +119,8 @@ def test_the_wheel_holds_configs_and_all_files_that_the_package_reads(wheel):
     ):
         assert name in held, name
     rest = {n for n in held - package - configs if ".dist-info/" not in n}
-    assert rest == {"poisonshield/_no_cuda.txt"}, rest  # neither tests nor launch files
+    cpu = {n for n in rest if n in ("poisonshield/_cpu.abi3.so", "poisonshield/_no_cpu.txt")}
+    assert len(cpu) == 1 and rest == {"poisonshield/_no_cuda.txt", *cpu}, rest  # neither tests nor launch files
 
 
 def test_the_wheel_tells_who_wrote_it_and_what_it_is(wheel):

@@ -1,11 +1,11 @@
 """Chooses a backend for each call of an op: argument > `use_backend` > POISONSHIELD_BACKEND > automatic.
 
-Each op has a room, a folder with up to three files of functions that have the same names and take the same record of
-arguments: `reference.py` (plain PyTorch, the oracle), `triton_kernels.py` and `cuda_binding.py`. A kernel file also has
-`refusal(function, arguments)`, which gives the reason why it cannot take a call, or None. Automatic takes the first of
-cuda, triton and reference that can; a backend asked for by name either runs or raises with its reason. `compiled` is
-the reference under torch.compile: never chosen automatically, since its first call with a new kind of input compiles
-for seconds. Rooms are found by scanning the folder.
+Each op has a room, a folder with up to four files of functions that have the same names and take the same record of
+arguments: `reference.py` (plain PyTorch, the oracle), `triton_kernels.py`, `cuda_binding.py` and `cpu_kernels.py`. A
+kernel file also has `refusal(function, arguments)`, which gives the reason why it cannot take a call, or None.
+Automatic takes the first of cuda, triton and reference that can; a backend asked for by name either runs or raises with
+its reason. `compiled` is the reference under torch.compile: never chosen automatically, since its first call with a new
+kind of input compiles for seconds. Rooms are found by scanning the folder.
 """
 
 import importlib
@@ -24,11 +24,17 @@ from typing import Any
 import torch
 
 from poisonshield.errors import BackendError
-from poisonshield.ops import extension
+from poisonshield.ops import extension, native
 
-BACKENDS = ("cuda", "triton", "compiled", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "compiled", "reference")
 AUTOMATIC = ("cuda", "triton", "reference")
-_FILES = {"cuda": "cuda_binding", "triton": "triton_kernels", "compiled": "reference", "reference": "reference"}
+_FILES = {
+    "cuda": "cuda_binding",
+    "triton": "triton_kernels",
+    "cpu": "cpu_kernels",
+    "compiled": "reference",
+    "reference": "reference",
+}
 
 _forced = "auto"
 _runs: Counter[str] = Counter()
@@ -119,7 +125,7 @@ class Room:
         if backend in ("reference", "compiled"):
             return None
         reason = _missing(backend)
-        if reason is None and device.type != "cuda" and not (backend == "triton" and interpreting()):
+        if reason is None and device.type != _device_of(backend):
             reason = f"the tensor is on {device.type}"
         if reason is None and not _exists(self._path(backend)):
             reason = f"{self.name} has no {backend} kernels"
@@ -167,7 +173,14 @@ def _missing(backend: str) -> str | None:
         return extension.missing()
     if backend == "triton" and not _exists("triton"):
         return "triton is not installed"
+    if backend == "cpu":
+        return native.missing()
     return None
+
+
+def _device_of(backend: str) -> str:
+    """The type of device whose tensors a kernel backend takes."""
+    return "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
 
 
 def _everywhere(backend: str) -> str | None:

@@ -110,6 +110,17 @@ def test_triton_agrees_with_the_reference(name, row, interpreted):
         pytest.skip(str(err))
 
 
+@pytest.mark.parametrize("name, row", ROWS)
+def test_cpu_agrees_with_the_reference(name, row):
+    if rounds(name, row):
+        pytest.skip("see test_jpeg_cpu.py for coefficients next to a tie")
+    try:
+        agree(name, row, "cpu", rtol=1e-4, atol=1e-5)
+        torch.library.opcheck(getattr(OPS, name).default, (*fresh(CASES[name][row]), "cpu"))
+    except BackendError as err:
+        pytest.skip(str(err))
+
+
 PUBLIC = {
     "jpeg": lambda x, q: jpeg(x, q),
     "jpeg exact": lambda x, q: jpeg(x, q.round(), mode="exact"),
@@ -226,7 +237,7 @@ def test_without_a_compiler_the_reference_runs_with_one_notice(monkeypatch):
 
 
 def test_info_names_every_backend():
-    assert list(info()) == ["cuda", "triton", "compiled", "reference", "in use"]
+    assert list(info()) == ["cuda", "triton", "cpu", "compiled", "reference", "in use"]
     assert info()["reference"] == "ready"
     with use_backend("reference"):
         assert info()["in use"] == "reference (forced)"

@@ -145,6 +145,20 @@ def test_without_torch_the_way_out_is_named(checkout):
     assert done.returncode != 0 and "use pip install --no-build-isolation" in done.stderr
 
 
+def test_without_a_compiler_the_package_is_built_and_the_reason_is_kept(checkout):
+    """The CPU library is optional."""
+    shutil.copytree(ROOT / "csrc" / "cpu", checkout / "csrc" / "cpu")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
+    absent = {"CC": "/absent/cc", "CXX": "/absent/c++", "POISONSHIELD_BUILD_CUDA": "0"}
+    command = [sys.executable, "setup.py", "build", "--build-base", "made", "--build-lib", "made/lib"]
+    done = subprocess.run(command, cwd=checkout, env=clean | absent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the CPU library is not built" in done.stderr
+    told = (checkout / "made" / "lib" / "poisonshield" / "_no_cpu.txt").read_text()
+    assert told.startswith("it needs g++ or clang++ with C++17, and compiling it gave: ") and "/absent/c" in told
+    assert not list((checkout / "made" / "lib" / "poisonshield").glob("_cpu*.so"))
+
+
 def test_doctor_tells_the_reason():
     from poisonshield.api.doctor import report
 
