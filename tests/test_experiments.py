@@ -141,8 +141,23 @@ def test_missing_data_set_names_the_bundled_ones():
 def test_training_and_testing_on_one_set_is_refused(tmp_path):
     mini = open_data(read_experiment(MINI)).train.folder
     shutil.copytree(mini, tmp_path / "same")
+    same = [f"data.{split}={tmp_path / 'same'}" for split in ("train", "test")]
     with pytest.raises(DataError, match="are the same set"):
-        open_data(read_experiment(MINI, [f"data.train={tmp_path / 'same'}"]))
+        open_data(read_experiment(MINI, [*same, "data.poison=regions"]))
+
+
+def test_set_without_test_images_trains_and_says_so(tmp_path, caplog):
+    """Accuracy needs clean test images; where there are none it is missing, not measured on the training images."""
+    mini = open_data(read_experiment(MINI)).train.folder
+    shutil.copytree(mini, tmp_path / "same")
+    data = open_data(read_experiment(MINI, [f"data.train={tmp_path / 'same'}", "data.poison=null"]))
+    assert data.test is None and "no test split, so there are no numbers on test images" in caplog.text
+
+
+def test_vespr_on_unlabelled_images_is_refused():
+    run = read_experiment(MINI)
+    with pytest.raises(ConfigError, match="one class: they are unlabelled"):
+        build_method(run, 1)
 
 
 def test_weights_follow_the_seed_and_leave_torch_alone():

@@ -143,6 +143,11 @@ class VESPR(Defense):
             )
         if self.context.num_classes is None:
             raise ConfigError("vespr adds a classifier and has to know the number of classes: Context(num_classes=K).")
+        if self.context.num_classes == 1:
+            raise ConfigError(
+                "vespr attacks a classifier, and the training images have one class: they are unlabelled, or there is "
+                "nothing to tell apart.\n  Import them with labels, or train without this defense: defenses=[]."
+            )
         return VESPRMethod(method, self.config, self.context.num_classes, self.seed)
 
 

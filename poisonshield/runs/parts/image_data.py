@@ -1,5 +1,6 @@
 """The data of a classifier's run: opened, verified, poisoned and purified as the run says."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from poisonshield.poisons.base import KeyedPoison
 from poisonshield.poisons.release.recipe import load_recipe
 from poisonshield.runs.parts.training import Training
 
+log = logging.getLogger(__name__)
+
 
 class DataConfig(Settings):
     """What to train and test on."""
@@ -27,7 +30,7 @@ class DataConfig(Settings):
         description="A bundled name, or a folder with a manifest (or with train/ and test/ in it); null is none yet.",
     )
     test: str | None = Field(
-        None, description="The same for the clean test images; null takes the test split of train."
+        None, description="The same for the clean test images; null takes the test split of train, if it has one."
     )
     poison: Any = Field(
         None,
@@ -51,10 +54,10 @@ def build_defenses(run: Training, num_classes: int) -> list[Defense]:
 
 @dataclass(frozen=True)
 class OpenData:
-    """The opened and verified data sets of a run; the test images are decoded already where they fit."""
+    """The opened and verified data sets of a run; the test images, if there are any, are decoded where they fit."""
 
     train: ShardSet
-    test: Source
+    test: Source | None
 
     @property
     def num_classes(self) -> int:
@@ -64,8 +67,31 @@ class OpenData:
 
 def open_data(run: Training) -> OpenData:
     """Both sets, opened and verified. Raises DataError if they do not fit each other, or the test set is not clean."""
-    data, train = run.settings.data, open_train(run)
-    test = open_dataset(data.test or data.train, "test", verify=data.verify)
+    train = open_train(run)
+    test = _open_test(run, train)
+    if test is None:
+        return OpenData(train, None)
+    _refuse_unfit_test(run, train, test)
+    return OpenData(train, ResidentSource(test) if _is_held(run, test) else test)
+
+
+def _open_test(run: Training, train: ShardSet) -> ShardSet | None:
+    """The test images; None, and said so, if data.test names none and data.train has no test split, or if the training
+    images are unlabelled, so that no number on test images has a meaning."""
+    data = run.settings.data
+    test = open_dataset(data.test or str(data.train), "test", verify=data.verify)
+    if data.test is None and test.digest == train.digest:
+        log.warning("%s has no test split, so there are no numbers on test images. data.test names some.", data.train)
+        return None
+    if len(train.classes) == 1 and test.classes != train.classes:
+        log.warning("%s has no labels to learn test images' classes from: %s is not used.", data.train, test.folder)
+        return None
+    return test
+
+
+def _refuse_unfit_test(run: Training, train: ShardSet, test: ShardSet) -> None:
+    """Raise DataError unless the test set is another one, clean, and of the same classes and size."""
+    data = run.settings.data
     if train.classes != test.classes:
         raise DataError(
             f"{data.train} has {len(train.classes)} classes, {data.test or data.train} has {len(test.classes)}, or "
@@ -86,7 +112,6 @@ def open_data(run: Training) -> OpenData:
             f"images of {train.folder} are {_word_size(train)}, those of {test.folder} are {_word_size(test)}.\n"
             "  Import both with one --size."
         )
-    return OpenData(train, ResidentSource(test) if _is_held(run, test) else test)
 
 
 def _word_size(source: ShardSet) -> str:

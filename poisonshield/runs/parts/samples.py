@@ -31,6 +31,8 @@ class Samples:
 
     def test(self, count: int | None = None) -> Iterator[Batch]:
         """Clean test images."""
+        if self.data.test is None:
+            return iter(())
         return self._batches(self.data.test, count, (self._middle,))
 
     def train(self, count: int | None = None) -> Iterator[Batch]:
@@ -96,4 +98,5 @@ def build_subject(
         seed=run.seed,
         poisoned=run.poison is not None,
         legacy=run.settings.evaluate.legacy,
+        tested=data.test is not None,
     )
