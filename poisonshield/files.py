@@ -1,4 +1,4 @@
-"""Files as several processes and hosts share them: written whole, read within bounds, one owner of a folder at a time.
+"""Files as several processes share them: written whole, read within bounds, ours known, one owner of a folder at a time.
 
 A lock is a small file, made so that only one process can make it, on NFS too. It names its owner's host, process and
 start, and the owner touches it every half minute. So a lock whose owner is gone is known: on the same host by the
@@ -13,14 +13,15 @@ import shutil
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from poisonshield.errors import BusyError, DataError, StorageError
+from poisonshield.errors import BusyError, ConfigError, DataError, StorageError
 
 LOCK = ".poisonshield.lock"
+MADE_LIST = ".poisonshield.json"
 BEAT = 30.0
 """Seconds between two touches of a lock by its owner."""
 STALE_AFTER = 20 * BEAT
@@ -99,6 +100,47 @@ def read_bounded(path: Path, *, max_bytes: int, what: str) -> bytes:
     return content
 
 
+class MadeList:
+    """Which files in a folder are ours: names in `.poisonshield.json`. Only these are ever replaced or removed.
+
+    A name is a path within the folder, with slashes; one of a folder stands for all that is in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / MADE_LIST
+
+    def read(self) -> frozenset[str]:
+        """The names. Raises ConfigError for a list that is damaged, or names something outside the folder."""
+        if not self.path.exists():
+            return frozenset()
+        try:
+            made = json.loads(read_bounded(self.path, max_bytes=2**24, what="list"))["made"]
+            if not isinstance(made, list) or not all(isinstance(name, str) and _is_within(name) for name in made):
+                raise ValueError("it is no list of names within the folder")
+        except (ValueError, KeyError, TypeError) as err:
+            raise ConfigError(
+                f"{self.path} is not readable as the names of what was made here: {err}.\n"
+                "  Choose another folder, or remove that file and what was made here."
+            ) from err
+        return frozenset(made)
+
+    def refuse_others(self, names: Iterable[str]) -> None:
+        """Raise ConfigError if one of these names is there already and is not ours."""
+        made = self.read()
+        others = [name for name in names if name not in made and os.path.lexists(self.folder / name)]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise ConfigError(
+                f"{self.folder / others[0]}{more} is there and was not made here, so it is not replaced.\n"
+                "  Choose another folder, or move it away."
+            )
+
+    def add(self, names: Iterable[str]) -> None:
+        """Count these names as ours, before they are written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps({"made": sorted({*self.read(), *names})}, indent=1))
+
+
 class Lock:
     """The right to write into a folder, held by one process: `with Lock(folder, what="run"):`.
 
@@ -169,6 +211,10 @@ class Lock:
                 os.utime(self.path)
             except OSError:  # the folder was removed, or the disk went away: the run itself will say so
                 return
+
+
+def _is_within(name: str) -> bool:
+    return bool(name) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _describe_self() -> dict[str, Any]:

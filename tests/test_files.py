@@ -12,8 +12,8 @@ import time
 import pytest
 
 from poisonshield import files
-from poisonshield.errors import BusyError, DataError, StorageError
-from poisonshield.files import LOCK, Lock, read_bounded, tell_of_disk, write_whole
+from poisonshield.errors import BusyError, ConfigError, DataError, StorageError
+from poisonshield.files import LOCK, Lock, MadeList, read_bounded, tell_of_disk, write_whole
 
 
 def hold(folder, ready, done):
@@ -91,6 +91,30 @@ def test_pipe_folder_and_large_file_are_refused_at_once(tmp_path):
         with pytest.raises(DataError, match=f"manifest .*{why}"):
             read_bounded(tmp_path / name, max_bytes=10, what="manifest")
     assert read_bounded(tmp_path / "large", max_bytes=11, what="manifest") == bytes(11)
+
+
+def test_only_what_was_made_here_may_be_replaced(tmp_path):
+    made = MadeList(tmp_path)
+    (tmp_path / "theirs.png").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    made.refuse_others(["new.png"])
+    made.add(["new.png"])
+    (tmp_path / "new.png").write_text("x")
+    made.add(["sheets/a.png"])
+    made.refuse_others(["new.png", "other.png", "sheets/a.png"])
+    for name in ("theirs.png", "link"):
+        with pytest.raises(ConfigError, match=f"{name} is there and was not made here"):
+            made.refuse_others(["new.png", name])
+    assert made.read() == {"new.png", "sheets/a.png"}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"made": "a"}', '{"made": ["../a"]}', '{"made": ["/a"]}', '{"made": [1]}']
+)
+def test_damaged_list_of_what_was_made_is_refused(tmp_path, text):
+    (tmp_path / ".poisonshield.json").write_text(text)
+    with pytest.raises(ConfigError, match="not readable as the names of what was made here"):
+        MadeList(tmp_path).read()
 
 
 def test_folder_in_use_is_refused_with_its_owner(tmp_path):
