@@ -1,4 +1,4 @@
-"""Files as several processes share them: written whole, read within bounds, ours known, one owner of a folder at a time.
+"""Files as several processes share them: written whole, read within bounds, and known to be ours.
 
 A lock is a small file, made so that only one process can make it, on NFS too. It names its owner's host, process and
 start, and the owner touches it every half minute. So a lock whose owner is gone is known: on the same host by the
