@@ -207,15 +207,15 @@ class Classify(Training):
                 "  Train it first, or go on with engine.resume=auto."
             )
         with folder.held():
-            folder, opened = self.open_finished()
-            data, device = opened.data, choose_device(self.settings.engine.device)
+            data, device = open_data(self), choose_device(self.settings.engine.device)
             method = load_method(self, data, load_file(weights), device)
+            opened = Opened(data, build_training_set(self, data), method)
+            self.refuse_other_data(folder, opened)
             values = self.measure(data, opened.training, method, device)
-            rows = (
-                json.loads(folder.results.read_text()) if folder.results.is_file() else [{"steps": 0, "seconds": 0.0}]
-            )
+            rows = json.loads(folder.results.read_text()) if folder.results.is_file() else []
+            old = rows[-1] if rows else {"steps": 0, "seconds": 0.0}
             with tell_of_disk(folder.path):
-                write_results(self, data, folder, values, steps=int(rows[-1]["steps"]), seconds=rows[-1]["seconds"])
+                write_results(self, data, folder, values, steps=int(old["steps"]), seconds=old["seconds"])
         return values
 
     def describe(self, values: Measured) -> str:

@@ -182,6 +182,12 @@ class Invert(Training):
 
     def write_poison(self) -> Path:
         """Poisoned pictures of every concept, with a manifest."""
+        out = self.folder.path / "concepts"
+        if out.exists() and not (out / "manifest.json").is_file():
+            raise ConfigError(
+                f"{out} is there and holds no poisoned set, so it is not replaced. Choose another run.dir, or move it "
+                "away."
+            )
         with self.folder.held(), tell_of_disk(self.folder.path):
             return release(self)
 

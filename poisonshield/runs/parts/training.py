@@ -196,8 +196,12 @@ class Training(Experiment):
 
     def refuse_changes(self, overrides: Sequence[str]) -> None:
         """Those of what a finished run was trained with; where its data lies may change if its digest is known."""
-        moved = tuple(f"{place}=" for place in self.places if self.folder.wrote_digest(place))
-        super().refuse_changes([text for text in overrides if not text.startswith(moved)])
+        super().refuse_changes([text for text in overrides if not self._tells_where_data_lies(text)])
+
+    def _tells_where_data_lies(self, override: str) -> bool:
+        """Whether it is a place with something there, which can be held to the digest that the run wrote down."""
+        place, _, path = override.partition("=")
+        return place in self.places and Path(path).exists() and self.folder.wrote_digest(place)
 
     def refuse_other_data(self, folder: RunFolder, opened: Any) -> None:
         """Raise ConfigError if the finished run in the folder had other data than is opened now."""
