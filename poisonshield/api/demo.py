@@ -15,7 +15,17 @@ from typing import Any
 import torch
 
 from poisonshield import __version__
-from poisonshield.api.stories import Cost, Length, Shown, Story, as_data_uri, choose_length, run_stories, time_step
+from poisonshield.api.stories import (
+    Cost,
+    Length,
+    Shown,
+    Story,
+    as_data_uri,
+    choose_length,
+    claim_folder,
+    run_stories,
+    time_step,
+)
 from poisonshield.batch import Batch
 from poisonshield.config import load_tree
 from poisonshield.data import read_batch
@@ -48,6 +58,7 @@ STORIES = (
 def demo(out: Path, seed: int = 0) -> Shown:
     """Runs the four stories into folders under `out`; writes results.json, results.png and report.html there."""
     start = time.perf_counter()
+    claim_folder(out, ("results.json", "results.png", "report.html"), STORIES)
     length = fit_to_machine()
     log.info(length.told)
     rows = run_stories(CONFIG, STORIES, out, [f"seed={seed}", *length.overrides])

@@ -14,7 +14,17 @@ from pathlib import Path
 import torch
 
 from poisonshield import __version__
-from poisonshield.api.stories import Cost, Length, Shown, Story, as_data_uri, choose_length, run_stories, time_step
+from poisonshield.api.stories import (
+    Cost,
+    Length,
+    Shown,
+    Story,
+    as_data_uri,
+    choose_length,
+    claim_folder,
+    run_stories,
+    time_step,
+)
 from poisonshield.batch import Batch
 from poisonshield.config import load_tree
 from poisonshield.engine.processes import choose_device
@@ -51,6 +61,7 @@ STORIES = (
 def demo(out: Path, seed: int = 0) -> Shown:
     """Runs the stories into folders under `out`; writes results.json, pictures.png and report.html there."""
     start = time.perf_counter()
+    claim_folder(out, ("results.json", "pictures.png", "report.html", "poisoned"), STORIES)
     length = fit_to_machine()
     log.info(length.told)
     cache = f"data.poison_cache={json.dumps(str(out / 'poisoned'))}"

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from poisonshield.batch import Batch
+from poisonshield.engine.runfolder import RunFolder
+from poisonshield.files import MadeList, tell_of_disk
 from poisonshield.method import Method
 from poisonshield.runs import read_experiment
 
@@ -111,6 +113,17 @@ def time_step(
         method(batch).loss.backward()
         taken.append(clock() - start)
     return statistics.quantiles(taken, n=4)[0]
+
+
+def claim_folder(out: Path, names: Sequence[str], stories: Sequence[Story]) -> None:
+    """Note what a demo makes in its folder. Raises ConfigError if one of these is there and no demo made it."""
+    with tell_of_disk(out):
+        made = MadeList(out)
+        if not any(
+            RunFolder(out / story.folder).config.is_file() for story in stories
+        ):  # an earlier version's has none
+            made.refuse_others(names)
+        made.add(names)
 
 
 def run_stories(

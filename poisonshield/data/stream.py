@@ -4,6 +4,7 @@ The plan says which samples form batch (epoch, step); workers only read and deco
 batches handed out, so what workers have prefetched is read again after a restart: nothing is lost or repeated.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -109,12 +110,23 @@ class ShardStream:
             sampler=_Sampler(self._walk),
             num_workers=self.workers,
             pin_memory=self.device is not None and self.device.type == "cuda",
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else the loader draws from the global generator, and workers change a run
         )
         for item in loader:
             if isinstance(item, PoisonShieldError):
                 raise item
             yield tuple(item)
+
+
+def _outlive_signals(_: int) -> None:
+    """In a worker: what stops a whole job is for the process that trains, which saves and then ends its workers.
+
+    A terminal and a scheduler send it to all of them. The loader's own SIGTERM may be the second, which ends a worker.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class _Sampler:

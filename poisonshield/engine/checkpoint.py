@@ -1,12 +1,14 @@
 """Checkpoints that are whole or not there: temporary folder, hash, flush, rename; the last good is never removed first.
 
-    checkpoints/step-00000120/   index.json   what it is, and size and SHA-256 of every other file
-                                 rank-0.pt    random states, stream position, counters of rank 0 (one such file a rank)
-                                 ...          what the backend wrote
+    checkpoints/step-00000120/   index.json     what it is, and size and SHA-256 of every other file
+                                 index.sha256   the SHA-256 of index.json, as sha256sum writes it
+                                 rank-0.pt      random states, stream position, counters of rank 0 (one a rank)
+                                 ...            what the backend wrote
 Everything is loaded with weights_only=True, so a checkpoint holds tensors and plain values and can run no code.
 The price of a save is reading it back once for the hashes.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -14,6 +16,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +26,12 @@ from torch import Tensor
 
 from poisonshield import collectives
 from poisonshield.errors import CheckpointError, PoisonShieldError, reason_of
-from poisonshield.files import flush, read_bounded, write_whole
+from poisonshield.files import flush, read_bounded, tell_of_disk, write_whole
 
 log = logging.getLogger(__name__)
 
-INDEX = "index.json"
-PREFIX = "step-"
+INDEX, INDEX_HASH = "index.json", "index.sha256"
+PREFIX, ASIDE = "step-", "aside-"
 
 
 MAX_INDEX_BYTES, MAX_NAME = 2**26, 200
@@ -53,7 +56,35 @@ def save_plain(value: Any, path: Path) -> None:
                 f"{path.name} cannot hold {where or 'its value'}: {type(leaf).__qualname__} is neither a tensor nor a "
                 "plain value.\n  Keep it in buffers, or turn it into numbers, strings, lists and dicts in state_dict."
             )
-    torch.save(value, path)
+    with tell_of_torch(path):
+        torch.save(value, path)
+
+
+@contextmanager
+def tell_of_torch(path: Path) -> Iterator[None]:
+    """Turn what torch says when a disk takes no more ("unexpected pos") into words. Raises StorageError."""
+    with tell_of_disk(path):
+        try:
+            yield
+        except RuntimeError as err:
+            if not any(words in str(err) for words in ("unexpected pos", "PytorchStreamWriter", "iostream error")):
+                raise
+            raise OSError(_why_torch_failed(path), str(err)) from err
+
+
+def _why_torch_failed(path: Path) -> int:
+    """The number of what the disk says to more of a file, or of the last one in a folder; torch does not pass it on."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    try:
+        with max(files, key=lambda p: p.stat().st_mtime_ns).open("ab") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as err:
+        return err.errno or errno.ENOSPC
+    except ValueError:  # not one file was begun
+        pass
+    return errno.ENOSPC  # there is room again
 
 
 def load_plain(path: Path) -> Any:
@@ -119,25 +150,32 @@ class Checkpoints:
         """
         draft = self.folder / f".{PREFIX}{step:08d}.tmp"
         together(lambda: _make_fresh_folder(draft), only_first=True, what=f"preparing {draft}")
-        together(lambda: write(draft), what=f"writing the checkpoint of step {step}")
-        together(lambda: self._seal(draft, step, record), only_first=True, what=f"sealing {draft}")
+        try:
+            together(lambda: _write_into(draft, write), what=f"writing the checkpoint of step {step}")
+            together(lambda: self._seal(draft, step, record), only_first=True, what=f"sealing {draft}")
+        except PoisonShieldError:
+            if collectives.rank() == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
         return self.path(step)
 
     def _seal(self, draft: Path, step: int, record: dict[str, Any]) -> None:
-        files = {}
-        for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-            files[str(path.relative_to(draft))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            flush(path)
-        write_whole(draft / INDEX, json.dumps({**record, "step": step, "files": files}, indent=1))
-        for folder in {draft, *(p for p in draft.rglob("*") if p.is_dir())}:
-            flush(folder)
-        if self.path(step).exists():  # the same step of the same run: left by a run that went back behind it
-            self._put_aside(self.path(step))
-        os.replace(draft, self.path(step))
-        flush(self.folder)
-        older = [s for s in self.steps() if s < step]
-        for old in older[: max(0, len(older) - self.keep + 1)]:
-            shutil.rmtree(self.path(old))
+        with tell_of_disk(draft):
+            files = {}
+            for path in sorted(p for p in draft.rglob("*") if p.is_file()):
+                files[str(path.relative_to(draft))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                flush(path)
+            write_whole(draft / INDEX, json.dumps({**record, "step": step, "files": files}, indent=1))
+            write_whole(draft / INDEX_HASH, f"{sha256(draft / INDEX)}  {INDEX}\n")
+            for folder in {draft, *(p for p in draft.rglob("*") if p.is_dir())}:
+                flush(folder)
+            if self.path(step).exists():  # the same step of the same run: left by a run that went back behind it
+                self._put_aside(self.path(step))
+            os.replace(draft, self.path(step))
+            flush(self.folder)
+            older = [s for s in self.steps() if s < step]
+            for old in older[: max(0, len(older) - self.keep + 1)]:
+                shutil.rmtree(self.path(old))
 
     def last_good(self) -> Path | None:
         """The newest checkpoint whose every file has its hash; None if there was never one. Damaged ones are warned of.
@@ -173,10 +211,14 @@ class Checkpoints:
                 shutil.rmtree(draft)
 
     def _put_aside(self, path: Path) -> None:
-        aside = path.with_name(f"aside-{path.name}")
+        """Rename it; of all that were put aside the last ones stay, as many as checkpoints are kept."""
+        aside = path.with_name(f"{ASIDE}{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
         log.warning("%s was put aside as %s.", path, aside.name)
+        asides = sorted(self.folder.glob(f"{ASIDE}{PREFIX}*"), key=lambda p: p.stat().st_ctime_ns)
+        for old in (p for p in asides[: -self.keep] if p != aside):
+            shutil.rmtree(old)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -193,7 +235,12 @@ def read_index(path: Path) -> dict[str, Any]:
 
 def verify(path: Path) -> dict[str, Any]:
     """The index of a checkpoint whose files are all as written. Raises CheckpointError naming the first that is not."""
-    index = read_index(path)
+    index, told = read_index(path), path / INDEX_HASH
+    if told.exists() and told.read_text(errors="replace").split() != [sha256(path / INDEX), INDEX]:
+        raise CheckpointError(f"checkpoint {path} is damaged: the hash of {INDEX} is not the one in {INDEX_HASH}.")
+    named = path.name.removeprefix(PREFIX)
+    if named.isdigit() and int(named) != index["step"]:  # checkpoints of earlier versions have no hash of their index
+        raise CheckpointError(f"checkpoint {path} is damaged: its {INDEX} says step {index['step']}.")
     for name, want in index["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -219,7 +266,13 @@ def locate(path: Path) -> Path:
 
 def _make_fresh_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    with tell_of_disk(path):
+        path.mkdir(parents=True)
+
+
+def _write_into(draft: Path, write: Callable[[Path], None]) -> None:
+    with tell_of_torch(draft):
+        write(draft)
 
 
 def together(work: Callable[[], Any], *, what: str, only_first: bool = False, patient: bool = False) -> Any:

@@ -23,25 +23,38 @@ class Verdict(NamedTuple):
 
     finite: bool
     stop: bool
+    interrupted: bool = False
+    save: bool = False
 
 
 class FiniteGuard:
-    """Judges each step on all ranks at once. Costs one two-number message and one wait for the device a step.
+    """Judges each step on all ranks at once. Costs one message of four numbers and one wait for the device a step.
 
-    The question "was anyone told to stop?" rides along, so that a signal is acted on by all ranks at the same step.
+    The questions "was anyone told to stop, by Ctrl-C?" and "is it time to save?" ride along, so that all ranks act on
+    a signal and on rank 0's clock at the same step.
     """
 
     def __init__(self, policy: str, limit: int) -> None:
         self.policy, self.limit, self.skipped = policy, limit, 0
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor, keys: Sequence[str], *, stop: bool) -> Verdict:
+    def judge(
+        self,
+        step: int,
+        loss: Tensor,
+        norm: Tensor,
+        keys: Sequence[str],
+        *,
+        stop: bool,
+        interrupted: bool = False,
+        save: bool = False,
+    ) -> Verdict:
         """Agree on step `step` (from 0). Raises NonFiniteError under `stop`, or after too many skips."""
         bad = ~(loss.isfinite() & norm.isfinite())
-        flags = torch.stack([bad, torch.as_tensor(stop, device=bad.device)])
-        any_bad, any_stop = collectives.any_rank(flags).tolist()
+        flags = torch.cat([bad.reshape(1), torch.tensor([stop, interrupted, save], device=bad.device)])
+        any_bad, *told = collectives.any_rank(flags).tolist()
         if any_bad:
             self._refuse_or_skip(step, loss, norm, keys)
-        return Verdict(finite=not any_bad, stop=any_stop)
+        return Verdict(not any_bad, *told)
 
     def _refuse_or_skip(self, step: int, loss: Tensor, norm: Tensor, keys: Sequence[str]) -> None:
         world = collectives.world_size()

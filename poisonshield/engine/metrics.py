@@ -1,15 +1,15 @@
 """One steady line per interval: console, metrics.jsonl and, if asked for, TensorBoard, all under the same names.
 
 Sums stay on the device and are read once an interval, so logging makes no step wait. Each value is the mean over the
-interval's steps, averaged over ranks. Seconds run on over resumes.
+interval's steps, averaged over ranks. Seconds run on over resumes. Where epochs ended in the interval, the line in
+metrics.jsonl has `samples`, which tells of each what it trained on (see tally.py).
 """
 
 import json
 import logging
-import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.errors import BackendError
+from poisonshield.files import tell_of_disk, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Metrics:
         self.seconds = 0.0  # of the whole run
         self.latest: dict[str, Any] = {}  # the last row
         self._wait_s, self._since, self._since_step = 0.0, time.perf_counter(), 0
-        self._board = _open_tensorboard(folder.tensorboard) if tensorboard and collectives.rank() == 0 else None
+        self._wants_board, self._board = tensorboard and collectives.rank() == 0, None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -51,8 +52,17 @@ class Metrics:
         self.count += 1
         self.images += sum(batch.rank_sizes) if batch.rank_sizes else len(batch) * collectives.world_size()
 
-    def write(self, step: int, lr: float, watched: Mapping[str, float | None] | None = None) -> None:
-        """Report the interval that ends with `step` (from 1), and what was `watched` at its end, and start the next."""
+    def write(
+        self,
+        step: int,
+        lr: float,
+        watched: Mapping[str, float | None] | None = None,
+        samples: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Report the interval that ends with `step` (from 1), and what was `watched` at its end, and start the next.
+
+        samples: what epochs that ended trained on.
+        """
         means = collectives.all_reduce_mean(self.sums)
         row: dict[str, Any] = {"step": step, **{k: v.item() / self.count for k, v in means.items()}}
         row |= {k: v for k, v in (watched or {}).items() if v is not None} | {"lr": lr}
@@ -64,6 +74,8 @@ class Metrics:
         row["mem"] = _measure_memory_gib(self.device)
         row["left"] = elapsed / (step - self._since_step) * (self.total_steps - step)
         row["seconds"] = self.seconds
+        if samples:
+            row["samples"] = list(samples)
         self.sums, self.count, self.images = {}, 0, 0
         self._wait_s, self._since, self._since_step = 0.0, now, step
         self.latest = row
@@ -72,10 +84,10 @@ class Metrics:
 
     def _report(self, row: dict[str, Any]) -> None:
         log.info(console_line(row, self.total_steps))
-        with self.folder.metrics.open("a") as file:
+        with tell_of_disk(self.folder.metrics), self.folder.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._board is not None:
-            for name in row.keys() - {"step"}:
+            for name in row.keys() - {"step", "samples"}:
                 self._board.add_scalar(name, row[name], row["step"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,6 +105,8 @@ class Metrics:
 
     def start(self, step: int) -> None:
         """Set-up is over, time counts from now, after `step`. Later lines, written by a run that died, are dropped."""
+        if self._wants_board:
+            self._board = _open_tensorboard(self.folder.tensorboard)
         if collectives.rank() == 0:
             drop_lines_after(self.folder.metrics, step)
         self._since, self._since_step = time.perf_counter(), step
@@ -106,7 +120,7 @@ class Metrics:
 def console_line(row: dict[str, Any], total_steps: int) -> str:
     """The fixed columns: step, loss and its parts, lr, img/s, data wait, memory, time left."""
     width = len(str(total_steps))
-    fixed = {"step", "lr", "img/s", "data", "mem", "left", "seconds"}
+    fixed = {"step", "lr", "img/s", "data", "mem", "left", "seconds", "samples"}
     parts = [f"step {row['step']:>{width}}/{total_steps}"]
     parts += [f"{name} {value:.2f}" for name, value in row.items() if name not in fixed]
     parts += [f"lr {row['lr']:.3f}" if row["lr"] >= 0.01 or row["lr"] == 0 else f"lr {row['lr']:.1e}"]
@@ -135,9 +149,7 @@ def drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             log.warning("%s: dropping a line that was cut off.", path)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text("".join(kept))
-    os.replace(draft, path)
+    write_whole(path, "".join(kept))
 
 
 def _measure_memory_gib(device: torch.device) -> float:

@@ -4,22 +4,28 @@ config.yaml    resolved settings      checkpoints/        see checkpoint.py
 metrics.jsonl  one line an interval   export/             weights for timm, torchvision, diffusers
 results.json   rows of the table      tensorboard/        if asked for
                                       .poisonshield.json  names that runs have made here
+                                      .poisonshield.data.json  digests of the run's data, by the setting that names it
 
 Only names on that list are ever removed, and a folder with neither the list nor a run's config.yaml is another's.
 """
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
-from poisonshield.errors import ConfigError
-from poisonshield.files import write_whole
+from poisonshield import collectives
+from poisonshield.engine.checkpoint import together
+from poisonshield.errors import BusyError, ConfigError
+from poisonshield.files import Lock, tell_of_disk, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,8 @@ class RunFolder:
     keeps: names, or patterns such as `*.safetensors`, that may lie there before there is a run, such as a poisoned set:
     a folder of nothing else is free. They are not removed.
     harmless: beginnings of settings that do not change what is trained, so that a run goes on whatever they are.
+    places: settings that say where data lies. A run goes on with data that lies elsewhere if its digest is the same;
+    whoever has opened the data sets `digests`, by setting.
     """
 
     def __init__(
@@ -45,14 +53,54 @@ class RunFolder:
         makes: Sequence[str] = (),
         keeps: Sequence[str] = (),
         harmless: Sequence[str] = (),
+        places: Sequence[str] = (),
     ) -> None:
         self.path, self.overwrite = Path(path), overwrite
+        self.places, self.digests = tuple(places), dict[str, str]()
         self.harmless = ("engine.", "run.", *harmless)
         self.makes, self.keeps = (*_EVERY_RUN_MAKES, *makes), tuple(keeps)
         self.config, self.metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
         self.results, self.checkpoints = self.path / "results.json", self.path / "checkpoints"
         self.export, self.tensorboard = self.path / "export", self.path / "tensorboard"
-        self.list = self.path / ".poisonshield.json"
+        self.list, self.data = self.path / ".poisonshield.json", self.path / ".poisonshield.data.json"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder for this run alone. All ranks call; rank 0 takes the lock, and tells the others if it cannot.
+
+        Of processes that a launcher started none knows before they met who is rank 0; until then the call does nothing.
+        Folders that were made for the lock and stay empty are removed. Raises BusyError, StorageError.
+        """
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            yield
+            return
+        new = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        with ExitStack() as stack:
+            if collectives.rank() == 0:
+                stack.callback(_remove_if_empty, new)
+            if busy := together(lambda: self._take(stack), only_first=True, what=f"locking {self.path}"):
+                raise BusyError(busy)
+            yield
+
+    def _take(self, stack: ExitStack) -> str | None:
+        """Hold the lock until the stack is left; what is to be said if another process holds it."""
+        try:
+            stack.enter_context(Lock(self.path, what="run"))
+        except BusyError as err:
+            return str(err)
+        return None
+
+    def refuse_other_data(self) -> None:
+        """Raise ConfigError if the run in the folder had data of other digests than `digests`."""
+        if other := self._find_other_data():
+            raise ConfigError(
+                f"{self.path} holds a run on other data: the digest is another than the run's for {', '.join(other)}.\n"
+                "  Give the data that it was trained with, wherever it lies now, or choose another run.dir."
+            )
+
+    def wrote_digest(self, place: str) -> bool:
+        """Whether the run in the folder wrote down what lay at this place."""
+        return place in self._read_digests()
 
     def check(self, record: Mapping[str, Any], *, resume: str | bool) -> bool:
         """True if the run must start from an empty folder, False if it may go on. Changes nothing.
@@ -65,20 +113,20 @@ class RunFolder:
         self._refuse_a_folder_of_others()
         changed = self._find_changes(record)
         if self.overwrite:
-            return resume is False or bool(changed)
+            return resume is False or bool(changed) or bool(self._find_other_data())
         serious = changed if resume is False else [c for c in changed if not c.startswith(self.harmless)]
         if serious and resume in (False, "auto"):
             raise ConfigError(
                 f"{self.path} holds a run with other settings: {', '.join(serious)}.\n"
                 "  Choose another run.dir, put the settings back, or discard that run with run.overwrite=true."
             )
+        if resume == "auto":
+            self.refuse_other_data()
         if resume is False and (self.results.exists() or any(self.checkpoints.glob("step-*"))):
             raise ConfigError(
                 f"{self.path} holds a run of these settings already.\n"
                 "  Go on with engine.resume=auto, choose another run.dir, or discard it with run.overwrite=true."
             )
-        if changed:
-            log.warning("Going on in %s with changed settings: %s.", self.path, ", ".join(changed))
         return resume is False
 
     def will_load(self, resume: str | bool) -> bool:
@@ -89,8 +137,12 @@ class RunFolder:
         """Make the folder this run's: check, empty it if the run starts anew, write config.yaml. Rank 0 only."""
         if self.check(record, resume=resume):
             self._empty()
+        elif changed := self._find_changes(record):
+            log.warning("Going on in %s with changed settings: %s.", self.path, ", ".join(changed))
         self.mark()
         write_whole(self.config, yaml.safe_dump(_make_plain(record), sort_keys=False))
+        if self.digests:
+            write_whole(self.data, json.dumps(self.digests, indent=1))
 
     def mark(self) -> None:
         """Write down which names runs make here; from then on the folder counts as a run's. Rank 0 only.
@@ -99,7 +151,8 @@ class RunFolder:
         Raises ConfigError if the folder holds something, and no run.
         """
         self._refuse_a_folder_of_others()
-        self.path.mkdir(parents=True, exist_ok=True)
+        with tell_of_disk(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         made = sorted({*self._list_made(), *self.makes})
         write_whole(self.list, json.dumps({"made": made}, indent=1))
 
@@ -154,15 +207,52 @@ class RunFolder:
         new = dict(_flatten(_make_plain(record)))
         keys = [*new, *(k for k in old if k not in new)]
         # A setting that is null is as good as absent, so that one that came with a later version changes no older run.
-        return [k for k in keys if k not in _HOW_TO_START and old.get(k) != new.get(k)]
+        changed = [k for k in keys if k not in _HOW_TO_START and old.get(k) != new.get(k)]
+        same = [
+            k for k in changed if k in self.places and (_locate(old.get(k)) == _locate(new.get(k)) or self._moved(k))
+        ]
+        return [k for k in changed if k not in same]
+
+    def _moved(self, place: str) -> bool:
+        """Whether what lies at a changed place is the run's data, as far as is known before it is opened."""
+        return self.wrote_digest(place) and place not in self._find_other_data()
+
+    def _find_other_data(self) -> list[str]:
+        """The places whose data is known not to be that of the run in the folder."""
+        known = self._read_digests()
+        return [place for place, digest in self.digests.items() if known.get(place, digest) != digest]
+
+    def _read_digests(self) -> dict[str, str]:
+        try:
+            digests = json.loads(self.data.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            digests = None
+        if not isinstance(digests, dict):
+            raise ConfigError(f"{self.data} is not readable as digests of data. Remove it to go on without.")
+        return digests
 
     def _empty(self) -> None:
+        self.data.unlink(missing_ok=True)
         for path in (self.path / name for name in self._list_made()):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():  # what a link points to is not of this folder
                 log.warning("Starting anew: removing %s.", path)
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folders: Sequence[Path]) -> None:
+    """folders: the innermost first."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _locate(place: Any) -> Any:
+    """A path as it is seen from the root; earlier versions wrote it as it was given."""
+    return os.path.abspath(place) if isinstance(place, str) and os.path.exists(place) else place
 
 
 def _make_plain(record: Mapping[str, Any]) -> dict[str, Any]:

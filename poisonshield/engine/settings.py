@@ -35,7 +35,14 @@ class EngineConfig(BaseModel):
         1, ge=1, description="Batches of the stream in one optimiser step; their gradients are averaged."
     )
     checkpoint_every_steps: int | None = Field(
-        None, ge=1, description="Steps between two checkpoints; null saves at the end and on a signal only."
+        None, ge=1, description="Steps between two checkpoints, beside those that checkpoint_minutes asks for."
+    )
+    checkpoint_minutes: float | None = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Minutes by rank 0's clock after which the next step is followed by a checkpoint; null for none. A "
+        "run saves at its end and when it is told to stop in any case.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints stay on the disk, the newest ones.")
     log_every_steps: int = Field(20, ge=1, description="Steps of one line on the console and in metrics.jsonl.")

@@ -1,36 +1,47 @@
-"""Preemption: SIGTERM or SIGUSR1 raises a flag, ranks agree on it at the next step boundary, save and leave.
+"""Told to stop: SIGTERM, SIGUSR1 or Ctrl-C raises a flag, ranks agree on it at the next step boundary, save and leave.
 
 The process then ends with exit code 75 ("try again later" in sysexits.h), so a wrapper can tell "requeue me" from done
-(0) and failed (1). Under torchrun the launcher itself ends with 1 whatever its workers say. A second SIGTERM kills.
+(0) and failed (1); after Ctrl-C it ends with 130, as shells expect. Under torchrun the launcher itself ends with 1
+whatever its workers say. Schedulers send SIGTERM more than once, so only a second Ctrl-C ends a run that is saving.
 """
 
 import logging
+import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 PREEMPTED_EXIT_CODE = 75
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
+
+ECHO = 0.5
+"""Seconds in which a second SIGINT is the same Ctrl-C: the terminal sends it to all, and a launcher passes it on."""
 
 
 class Preempted(SystemExit):
     """The run saved itself and stopped because it was told to; start it again with engine.resume=auto."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(PREEMPTED_EXIT_CODE)
+    def __init__(self, step: int, *, interrupted: bool = False) -> None:
+        super().__init__(INTERRUPTED_EXIT_CODE if interrupted else PREEMPTED_EXIT_CODE)
         self.step = step
 
 
 class StopSignals:
-    """While open, SIGTERM and SIGUSR1 only set `caught`. Outside the main thread signals cannot be caught."""
+    """While open, SIGTERM, SIGUSR1 and SIGINT only set `caught`, and SIGINT `interrupted` too.
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    A second SIGINT ends the process at once. Outside the main thread signals cannot be caught.
+    """
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.caught = False
+        self.caught = self.interrupted = False
         self._before: dict[int, Any] = {}
+        self._pid, self._since = os.getpid(), 0.0
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -43,6 +54,15 @@ class StopSignals:
         self._before = {}
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a process that was forked from this one: it is not the one that saves
+            return
+        now = time.monotonic()
+        if number == signal.SIGINT and self.interrupted and now - self._since > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if number == signal.SIGINT and not self.interrupted:
+            self.interrupted, self._since = True, now
+            log.warning("Ctrl-C: saving at the next step boundary, then leaving. Once more: leave now, without saving.")
+        elif not self.caught:
+            log.warning("%s received: saving at the next step boundary, then leaving.", signal.Signals(number).name)
         self.caught = True
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-        log.warning("%s received: saving at the next step boundary, then leaving.", signal.Signals(number).name)

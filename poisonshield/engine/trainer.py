@@ -6,11 +6,12 @@ events, and what a checkpoint holds.
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +28,7 @@ from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.schedule import ScheduleConfig, lr_at
 from poisonshield.engine.settings import EngineConfig, backends
 from poisonshield.engine.signals import Preempted, StopSignals
+from poisonshield.engine.tally import Tally
 from poisonshield.errors import CheckpointError
 from poisonshield.method import Method
 
@@ -60,14 +62,16 @@ class Trainer:
         self.backend: Backend = backends.get(config.backend)(config, optimizer, self.device)
         self.checkpoints = checkpoint.Checkpoints(run_folder.checkpoints, keep=config.keep_checkpoints)
         self.guard = FiniteGuard(config.nonfinite, config.nonfinite_limit)
+        self.tally = Tally(stream.steps_per_epoch, self.device)
         self.step, self.total_steps = 0, config.total_steps(stream.steps_per_epoch)
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step; {"steps", "seconds", and the last line's numbers}.
 
-        Raises Preempted (exit code 75) after saving if told to stop, NonFiniteError before a bad step moves a weight.
+        Raises Preempted (exit code 75, or 130 after Ctrl-C) after saving if told to stop, NonFiniteError before a bad
+        step moves a weight, BusyError if another process works in the run folder.
         """
-        with StopSignals() as signals:
+        with self.folder.held(), StopSignals() as signals:
             self._start()
             try:
                 self._loop(signals)
@@ -83,25 +87,36 @@ class Trainer:
                 batch = self.gather(batches)
                 parts.append((self.backend.forward_backward(batch, part=i), batch))
             norm = self.backend.clip()
-            verdict = self._agree(parts, norm, told_to_stop=signals.caught)
+            verdict = self._agree(parts, norm, signals)
             lr = self.lr()
             if verdict.finite:
                 self._move_weights(parts, lr)
             else:
                 self.backend.discard()
+            for _, batch in parts:
+                self.tally.add(batch.epoch, batch.keys, trained=verdict.finite)
             self.step += 1
-            self._end_step(lr, stop=verdict.stop)
+            self._end_step(lr, verdict)
 
     def gather(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, on the device."""
         with self.metrics.waiting():
             return next(batches).to(self.device, non_blocking=True)
 
-    def _agree(self, parts: list[tuple[StepOutput, Batch]], norm: torch.Tensor, *, told_to_stop: bool) -> Verdict:
-        """What all ranks think of this step's loss and gradient, and whether one of them was told to stop."""
+    def _agree(self, parts: list[tuple[StepOutput, Batch]], norm: torch.Tensor, signals: StopSignals) -> Verdict:
+        """What all ranks think of this step's loss and gradient, whether one was told to stop, and if it is time to
+        save."""
         loss = torch.stack([output.loss for output, _ in parts]).mean()
         keys = tuple(key for _, batch in parts for key in batch.keys)
-        return self.guard.judge(self.step, loss, norm, keys, stop=told_to_stop)
+        told = {"stop": signals.caught, "interrupted": signals.interrupted, "save": self._is_time_to_save()}
+        return self.guard.judge(self.step, loss, norm, keys, **told)
+
+    def _is_time_to_save(self) -> bool:
+        """By the clock of rank 0, so that no clocks have to agree."""
+        minutes = self.config.checkpoint_minutes
+        if minutes is None or collectives.rank() > 0:
+            return False
+        return time.monotonic() - self._saved_at >= 60 * minutes
 
     def _move_weights(self, parts: list[tuple[StepOutput, Batch]], lr: float) -> None:
         """One optimiser step, which is counted in the metrics."""
@@ -109,16 +124,17 @@ class Trainer:
         for output, batch in parts:
             self.metrics.add(output, batch)
 
-    def _end_step(self, lr: float, *, stop: bool) -> None:
+    def _end_step(self, lr: float, verdict: Verdict) -> None:
         """Log and save what is due after a step; raises Preempted if told to stop before the last one."""
         done = self.step == self.total_steps
         if self.metrics.count and (done or self.step % self.config.log_every_steps == 0):
-            self.metrics.write(self.step, lr, None if self.watch is None else self.watch())
+            watched = None if self.watch is None else self.watch()
+            self.metrics.write(self.step, lr, watched, self.tally.take(last=done))
         every = self.config.checkpoint_every_steps
-        if done or stop or (every is not None and self.step % every == 0):
+        if done or verdict.stop or verdict.save or (every is not None and self.step % every == 0):
             self.save()
-        if stop and not done:
-            raise Preempted(self.step)
+        if verdict.stop and not done:
+            raise Preempted(self.step, interrupted=verdict.interrupted)
 
     def lr(self, *, decay: bool = True) -> float:
         """The learning rate of the step to come; without decay, for what keeps the peak after warm-up."""
@@ -135,25 +151,35 @@ class Trainer:
         return self.backend.state_dict()
 
     def _start(self) -> None:
-        """From objects to the first step: claim the folder, hand the method over, go back to where a run stopped."""
+        """From objects to the first step: hand the method over, go back to where a run stopped, claim the folder.
+
+        Nothing is claimed before all is checked, so that a run that is refused leaves the folder as it was.
+        """
         config, resume = self.config, self.config.resume
-        claim = partial(self.folder.claim, self.fixed_record, resume=resume)
-        checkpoint.together(claim, only_first=True, what=f"claiming {self.folder.path}")
+        check = partial(self.folder.check, self.fixed_record, resume=resume)
+        anew = checkpoint.together(check, only_first=True, what=f"checking {self.folder.path}")
         seed_everything(self.seed + collectives.rank())
         self.method.to(self.device).train()
         if config.channels_last:
             self.method.to(memory_format=torch.channels_last)
         self.backend.prepare(self.method)
         self.metrics = Metrics(self.folder, self.device, total_steps=self.total_steps, tensorboard=config.tensorboard)
-        found = None
-        if resume:
-            found = self.checkpoints.last_good() if resume == "auto" else checkpoint.locate(Path(resume))
+        found = None if anew and resume == "auto" else self._find_checkpoint(resume)
         if found is not None:
             self._load(found)
+        claim = partial(self.folder.claim, self.fixed_record, resume=resume)
+        checkpoint.together(claim, only_first=True, what=f"claiming {self.folder.path}")
         ours = found is None or found.parent.resolve() == self.checkpoints.folder.resolve()
         self.checkpoints.go_back_to(self.step if ours else -1)  # another run's start leaves all of this one's behind
         self._announce(found)
         self.metrics.start(self.step)
+        self._saved_at = time.monotonic()
+
+    def _find_checkpoint(self, resume: str | Literal[False]) -> Path | None:
+        """Where the run goes on from, None for the beginning."""
+        if not resume:
+            return None
+        return self.checkpoints.last_good() if resume == "auto" else checkpoint.locate(Path(resume))
 
     def save(self) -> Path:
         """Write a checkpoint of this step boundary. All ranks call."""
@@ -164,15 +190,19 @@ class Trainer:
             "versions": {"poisonshield": poisonshield.__version__, "torch": torch.__version__},
             "config": self.fixed_record,
         }
-        return self.checkpoints.save(self.step, record, self._write)
+        tally = self.tally.state_dict()
+        path = self.checkpoints.save(self.step, record, partial(self._write, tally))
+        self._saved_at = time.monotonic()
+        return path
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, tally: dict[str, Any], folder: Path) -> None:
         rank = collectives.rank()
         state = {
             "random": checkpoint.random_states(),
             "stream": self.stream.state_dict(),
             "metrics": self.metrics.state_dict(),
             "skipped": self.guard.skipped,
+            "tally": tally,
             # Batch statistics and queues may differ between ranks; the backend keeps those of rank 0.
             "buffers": dict(self.method.named_buffers()) if rank > 0 else {},
         }
@@ -192,6 +222,7 @@ class Trainer:
         self.step, self.guard.skipped = index["step"], state["skipped"]
         self.stream.load_state_dict(state["stream"])
         self.metrics.load_state_dict(state["metrics"], same_ranks=same_ranks)
+        self.tally.load_state_dict(state.get("tally"))
         if same_ranks:
             checkpoint.restore_random_states(state["random"])
             buffers = dict(self.method.named_buffers())

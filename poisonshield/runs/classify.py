@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +11,15 @@ from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from poisonshield import collectives
 from poisonshield.config import Checker, Choice, Settings
-from poisonshield.data import ShardStream
+from poisonshield.data import ShardStream, bundled_names
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.defenses.base import Context
+from poisonshield.engine.checkpoint import sha256
 from poisonshield.engine.optim import parameter_groups
 from poisonshield.engine.processes import choose_device
 from poisonshield.engine.runfolder import RunFolder
@@ -25,6 +29,7 @@ from poisonshield.evals.base import Number
 from poisonshield.evals.pairs import watch_pairs
 from poisonshield.evals.parts.numbers import Measured, columns_of, measure, numbers_of
 from poisonshield.evals.parts.settings import EvaluateConfig
+from poisonshield.files import draft_of, flush, tell_of_disk
 from poisonshield.method import SSLMethod
 from poisonshield.models.backbones import BackboneConfig, build_encoder, refuse_unknown
 from poisonshield.models.batchnorm import synchronize
@@ -95,6 +100,7 @@ class Classify(Training):
     identity: ClassVar[tuple[str, ...]] = ("data", "poison", "method", "defense", "seed")
     makes: ClassVar[tuple[str, ...]] = ("evaluation.json", "probes.png", "results.png")
     keeps: ClassVar[tuple[str, ...]] = ("train", f"*{ENDING}")
+    places: ClassVar[tuple[str, ...]] = ("data.train", "data.test", "data.poison", "method.init_from")
     changes_after: ClassVar[tuple[str, ...]] = (
         "evaluate.", "data.batch_size", "data.source", "data.workers", "engine.device",
     )  # fmt: skip
@@ -160,6 +166,17 @@ class Classify(Training):
         starts = not folder.will_load(self.settings.engine.resume)
         return Opened(data, training, build_method(self, data.num_classes, initialize=starts))
 
+    @classmethod
+    def names_of_data(cls) -> Sequence[str]:
+        """The bundled sets."""
+        return bundled_names()
+
+    def digests(self, opened: Opened) -> dict[str, str]:
+        """Of both sets, and of a recipe."""
+        sets = {"data.train": opened.data.train, "data.test": opened.data.test}
+        digests = {name: source.digest for name, source in sets.items() if source is not None}
+        return digests | ({"data.poison": sha256(self.poison)} if isinstance(self.poison, Path) else {})
+
     def run(self, opened: Opened, folder: RunFolder, device: torch.device) -> None:
         """Train, export the weights, and read off what they are worth."""
         data, training = opened.data, opened.training
@@ -169,11 +186,16 @@ class Classify(Training):
         trainer = self.trainer(method, build_stream(self, training, method, device), folder, watch)
         done = trainer.fit()
         state = trainer.state_dict()
+
+        def end() -> None:
+            with tell_of_disk(folder.path):
+                export(self, state, folder)
+                values = self.measure(data, training, load_method(self, data, state, device), device)
+                write_results(self, data, folder, values, steps=done["steps"], seconds=done["seconds"])
+                plot_run(folder)
+
         if collectives.rank() == 0:
-            export(self, state, folder)
-            values = self.measure(data, training, load_method(self, data, state, device), device)
-            write_results(self, data, folder, values, steps=done["steps"], seconds=done["seconds"])
-            plot_run(folder)
+            end()
         collectives.barrier()
 
     def measure(self, data: OpenData, training: TrainingSet, method: SSLMethod, device: torch.device) -> Measured:
@@ -189,11 +211,16 @@ class Classify(Training):
                 f"{folder.path} is not a finished run: it lacks export/{weights.name}.\n"
                 "  Train it first, or go on with engine.resume=auto."
             )
-        data, device = open_data(self), choose_device(self.settings.engine.device)
-        method = load_method(self, data, load_file(weights), device)
-        values = self.measure(data, build_training_set(self, data), method, device)
-        row = json.loads(folder.results.read_text())[-1] if folder.results.is_file() else {"steps": 0, "seconds": 0.0}
-        write_results(self, data, folder, values, steps=int(row["steps"]), seconds=row["seconds"])
+        with folder.held():
+            data, device = open_data(self), choose_device(self.settings.engine.device)
+            method = load_method(self, data, load_file(weights), device)
+            opened = Opened(data, build_training_set(self, data), method)
+            self.refuse_other_data(folder, opened)
+            values = self.measure(data, opened.training, method, device)
+            rows = json.loads(folder.results.read_text()) if folder.results.is_file() else []
+            old = rows[-1] if rows else {"steps": 0, "seconds": 0.0}
+            with tell_of_disk(folder.path):
+                write_results(self, data, folder, values, steps=int(old["steps"]), seconds=old["seconds"])
         return values
 
     def describe(self, values: Measured) -> str:
@@ -202,7 +229,8 @@ class Classify(Training):
 
     def write_poison(self) -> Path:
         """Poisoned shards with a measured budget, a recipe, or both."""
-        return release(self)
+        with self.folder.held():
+            return release(self)
 
     # Results
 
@@ -294,7 +322,21 @@ def export(run: Classify, state: dict[str, torch.Tensor], folder: RunFolder) -> 
     folder.export.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous() for k, v in state.items()}
     metadata = {"format": "pt", "model": json.dumps(run.record["model"])}
-    save_file(state, folder.export / "method.safetensors", metadata=metadata)
+    _save(state, folder.export / "method.safetensors", metadata)
     marker = "encoder.backbone."
     backbone = {k[k.index(marker) + len(marker) :]: v.clone() for k, v in state.items() if marker in k}
-    save_file(backbone, folder.export / "backbone.safetensors", metadata=metadata)
+    _save(backbone, folder.export / "backbone.safetensors", metadata)
+
+
+def _save(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Whole or not at all."""
+    draft = draft_of(path)
+    try:
+        save_file(state, draft, metadata=metadata)
+        flush(draft)
+        os.replace(draft, path)
+    except SafetensorError as err:
+        number = re.search(r"os error (\d+)", str(err))
+        raise OSError(int(number[1]) if number else 0, str(err)) from err
+    finally:
+        draft.unlink(missing_ok=True)

@@ -32,8 +32,8 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from poisonshield.config import Checker, Settings, Tree, dump, find_config
-from poisonshield.errors import ConfigError, PoisonShieldError
-from poisonshield.files import write_whole
+from poisonshield.errors import BusyError, ConfigError, PoisonShieldError
+from poisonshield.files import MadeList, tell_of_disk, write_whole
 from poisonshield.registry import suggest
 from poisonshield.reports.tables import markdown, spreads
 from poisonshield.runs.base import Experiment, read_experiment
@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 
 REPEATS = "data.left_out"
 """An axis that repeats a run with other pictures left out: tables take its runs together, as they do seeds."""
+
+_FILES = _TABLE, _ROWS, _PICTURES = "table.md", "results.csv", "pictures.png"
+"""What a grid writes beside its runs' folders."""
 
 
 class GridSettings(Settings):
@@ -157,27 +160,45 @@ class Grid(Experiment):
         """Trains what is not done yet and writes table.md and results.csv; the folder.
 
         part "2/4" takes every fourth run, from the second on, so that four jobs share one grid. A run that fails is
-        named at the end, in a ConfigError, and the others go on; a preempted one ends the grid.
+        named at the end, in a ConfigError, and the others go on; a preempted one ends the grid. One that another
+        process trains at this moment is passed over, so that grids that are started side by side share the work.
         """
         first, step = _part(part)
         mine, failed = self.cells[first - 1 :: step], {}
+        self._refuse_files_of_others()
         for i, cell in enumerate(mine):
             if cell.run.rows():
                 continue
             log.info("run %d of %d: %s, seed %d", i + 1, len(mine), _slug(cell.labels), cell.seed)
             try:
-                cell.run.train()
+                self._train_cell(cell)
+            except BusyError as err:
+                log.warning("%s\n  Passed over: that process trains it.", str(err).splitlines()[0])
             except PoisonShieldError as err:
                 log.error("%s", err)
                 failed[str(cell.run.settings.run.dir)] = err
-        self.write_tables()
-        self.kind.draw(self.folder / "pictures.png", [(c.place, Path(c.run.settings.run.dir)) for c in self.cells])
+        with tell_of_disk(self.folder):
+            self.write_tables()
+            self.kind.draw(self.folder / _PICTURES, [(c.place, Path(c.run.settings.run.dir)) for c in self.cells])
         if failed:
             lines = "\n".join(f"  {place}: {str(err).splitlines()[0]}" for place, err in failed.items())
             raise ConfigError(
                 f"{len(failed)} of {len(mine)} runs failed; the others are in {self.folder}/table.md.\n{lines}"
             )
         return self.folder
+
+    def _train_cell(self, cell: Cell) -> None:
+        """Claim the run's folder and train, unless another process has. Raises BusyError if one does so now."""
+        with cell.run.folder.held():
+            if not cell.run.rows():
+                cell.run.train()
+
+    def _refuse_files_of_others(self) -> None:
+        """Raise ConfigError where a file of the grid's would replace one that no grid made here."""
+        if not any(cell.run.folder.config.is_file() for cell in self.cells):  # an earlier version wrote no list
+            MadeList(self.folder).refuse_others(_FILES)
+        with tell_of_disk(self.folder):
+            MadeList(self.folder).add(_FILES)
 
     def evaluate(self) -> str:
         """The table of what is done."""
@@ -207,7 +228,7 @@ class Grid(Experiment):
     def write_tables(self) -> None:
         """table.md, and results.csv with one line for each finished run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "table.md", self.table() + "\n")
+        write_whole(self.folder / _TABLE, self.table() + "\n")
         axes = list(dict.fromkeys(axis for cell in self.cells for axis in cell.labels))
         buffer = io.StringIO()
         writer = csv.writer(buffer)
@@ -219,7 +240,7 @@ class Grid(Experiment):
             for row in rows:
                 place = [cell.labels.get(a, "") for a in axes]
                 writer.writerow([*place, cell.seed, *(row.get(k) for k in keys), cell.run.settings.run.dir])
-        write_whole(self.folder / "results.csv", buffer.getvalue())
+        write_whole(self.folder / _ROWS, buffer.getvalue())
 
     def _rows(self) -> list[list[dict[str, Any]]]:
         """Each cell's rows, with what their comparison tells."""

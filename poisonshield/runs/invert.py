@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,7 @@ from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.errors import CheckpointError, ConfigError
 from poisonshield.evals.base import Number
 from poisonshield.evals.diffusion.parts.settings import WordEvaluateConfig
+from poisonshield.files import tell_of_disk
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.registry import Registry
@@ -69,6 +71,9 @@ class Invert(Training):
     identity: ClassVar[tuple[str, ...]] = ("concept",)
     makes: ClassVar[tuple[str, ...]] = ("validation", "pictures", "pictures.png", "evaluation.json")
     keeps: ClassVar[tuple[str, ...]] = ("concepts*", "poisoned*", "prepared")
+    places: ClassVar[tuple[str, ...]] = (
+        "data.train", "data.poison_cache", "model.pipeline", "generate.clean", "evaluate.networks.folders.*",
+    )  # fmt: skip
     changes_after: ClassVar[tuple[str, ...]] = ("generate.", "evaluate.", "engine.device")
     scales_rate: ClassVar[bool] = False
 
@@ -113,6 +118,16 @@ class Invert(Training):
                 read_references(self, concept, alone=len(clean) == 1)
         return Opened(model, clean)
 
+    @classmethod
+    def names_of_data(cls) -> Sequence[str]:
+        """The rendered world and the shipped pipeline."""
+        return (RENDERED, "tiny")
+
+    def digests(self, opened: Opened) -> dict[str, str]:
+        """Of the concepts and the pipeline."""
+        concepts = "\n".join(f"{concept.name} {concept.digest}" for concept in opened.clean)
+        return {"data.train": sha256(concepts.encode()).hexdigest(), "model.pipeline": opened.model.digest()}
+
     def run(self, opened: Opened, folder: RunFolder, device: torch.device) -> None:
         """Poison if asked, learn the words, write embeddings, pictures and numbers."""
         model, clean = opened.model.to(device), opened.clean
@@ -128,7 +143,8 @@ class Invert(Training):
         def end() -> None:
             method.vectors = torch.nn.Parameter(state["vectors"].to(device))  # whole again, where ranks had pieces
             training = describe_training(self, defenses, clean, steps=done["steps"], seconds=done["seconds"])
-            finish(self, folder, method.to(device), clean=clean, trained_on=concepts, training=training)
+            with tell_of_disk(folder.path):
+                finish(self, folder, method.to(device), clean=clean, trained_on=concepts, training=training)
 
         together(end, what="drawing and measuring", only_first=True, patient=True)
 
@@ -139,9 +155,16 @@ class Invert(Training):
             raise CheckpointError(
                 f"{folder.path} is not a finished run. Train it first, or go on with engine.resume=auto."
             )
-        old = json.loads(folder.results.read_text())
-        model = load_model(self.settings.model).to(choose_device(self.settings.engine.device))
-        clean = open_concepts(self.settings.data, model)
+        with folder.held():
+            opened = self.open(folder)
+            self.refuse_other_data(folder, opened)
+            self._measure_again(folder, opened)
+            return json.loads(folder.results.read_text())
+
+    def _measure_again(self, folder: RunFolder, opened: Opened) -> None:
+        """Draw and measure with the words that the folder keeps."""
+        old, clean = json.loads(folder.results.read_text()), opened.clean
+        model = opened.model.to(choose_device(self.settings.engine.device))
         concepts = select_for_training(self.settings.data, apply_poison(self, model, clean, folder.path))
         method, _ = build_inversion(self, model, [c.name for c in concepts])
         with torch.no_grad():
@@ -150,8 +173,8 @@ class Invert(Training):
                 method.rows(name).copy_(kept.vectors)
         method.to(model.alphas_cumprod.device)
         training = {row["concept"]: row for row in old}
-        finish(self, folder, method, clean=clean, trained_on=concepts, training=training)
-        return json.loads(folder.results.read_text())
+        with tell_of_disk(folder.path):
+            finish(self, folder, method, clean=clean, trained_on=concepts, training=training)
 
     def describe(self, values: list[dict[str, Any]]) -> str:
         """A table with a line for each concept."""
@@ -159,7 +182,14 @@ class Invert(Training):
 
     def write_poison(self) -> Path:
         """Poisoned pictures of every concept, with a manifest."""
-        return release(self)
+        out = self.folder.path / "concepts"
+        if out.exists() and not (out / "manifest.json").is_file():
+            raise ConfigError(
+                f"{out} is there and holds no poisoned set, so it is not replaced. Choose another run.dir, or move it "
+                "away."
+            )
+        with self.folder.held(), tell_of_disk(self.folder.path):
+            return release(self)
 
     # Results
 

@@ -22,6 +22,7 @@ from poisonshield.engine.processes import processes
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.trainer import Trainer
+from poisonshield.files import MadeList, tell_of_disk
 from poisonshield.method import Method
 from poisonshield.models.diffusion.pipeline import LatentDiffusion
 from poisonshield.models.diffusion.sampler import latent_shape, sample, start_noise
@@ -36,6 +37,7 @@ from poisonshield.world.judge_training import train_judge
 
 log = logging.getLogger(__name__)
 
+SAMPLES = "samples.png"
 _JUDGE_SEED = 3  # of renders: 0 is what the pipeline sees, 1 what words are learned from, 2 what they are compared with
 
 
@@ -95,7 +97,9 @@ class Pipeline(Experiment):
     def train(self) -> Path:
         """The folder `run.dir/pipeline` of a trained pipeline."""
         settings, out = self.settings, Path(self.settings.run.dir) / "pipeline"
-        with processes(settings.engine, seed=settings.seed) as device:
+        collectives.map_launcher_environment()
+        _check_folders(settings, out)
+        with processes(settings.engine, seed=settings.seed) as device, RunFolder(settings.run.dir).held():
             pictures = Pictures(*rendered(settings.pictures, seed=settings.seed))
             torch.manual_seed(settings.seed)
             parts = build_parts(settings)
@@ -108,9 +112,10 @@ class Pipeline(Experiment):
             denoiser = Denoiser(config, model=model, seed=settings.seed)
             _fit(settings, "denoiser", u, denoiser, pictures)
             if collectives.rank() == 0:
-                _write(out, {**parts, **dict(denoiser.averages.items())})
-                train_its_judge(settings, out)
-                draw_samples(settings, out)
+                with tell_of_disk(out):
+                    _write(out, {**parts, **dict(denoiser.averages.items())})
+                    train_its_judge(settings, out)
+                    draw_samples(settings, out)
             collectives.barrier()
         return out
 
@@ -139,7 +144,7 @@ def draw_samples(settings: PipelineSettings, out: Path) -> None:
         prompt = f"a photo of a {kind}"
         noise = start_noise([str(i) for i in range(8)], latent_shape(model), seed=settings.seed)
         rows[prompt] = sample(model, model.prompts([prompt] * 8), noise=noise, steps=25, guidance=3.0)
-    draw_sheet(out.with_name("samples.png"), rows)
+    draw_sheet(out.with_name(SAMPLES), rows)
 
 
 def build_parts(settings: PipelineSettings) -> dict[str, Any]:
@@ -170,6 +175,19 @@ def _write(out: Path, trained: dict[str, Any]) -> None:
     log.info("pipeline  %s (%.1f MB)", out, size)
 
 
+def _stage_folder(settings: PipelineSettings, name: str) -> RunFolder:
+    return RunFolder(Path(settings.run.dir) / name, overwrite=settings.run.overwrite)
+
+
+def _check_folders(settings: PipelineSettings, out: Path) -> None:
+    """Raise ConfigError, before any stage is trained, for a folder that the run may not take."""
+    stages = [_stage_folder(settings, name) for name in ("vae", "denoiser")]
+    for stage in stages:
+        stage.check(json.loads(settings.model_dump_json()), resume=settings.engine.resume)
+    if not any(stage.config.is_file() for stage in stages):  # then no run of ours made these
+        MadeList(out.parent).refuse_others([out.name, SAMPLES])
+
+
 def _fit(settings: PipelineSettings, name: str, stage: Stage, method: Method, pictures: Pictures) -> None:
     """Train one part as a run of the engine, in the folder `run.dir/name`."""
     stream = CaptionedStream(
@@ -186,7 +204,7 @@ def _fit(settings: PipelineSettings, name: str, stage: Stage, method: Method, pi
         settings.engine.model_copy(update={"max_steps": stage.steps, "epochs": None}),
         optimizer=OptimConfig(name="adamw", lr=stage.lr, weight_decay=0.0, clip_norm=1.0),
         schedule=ScheduleConfig(name="cosine", warmup_steps=50),
-        run_folder=RunFolder(Path(settings.run.dir) / name, overwrite=settings.run.overwrite),
+        run_folder=_stage_folder(settings, name),
         seed=settings.seed,
         fixed_record=json.loads(settings.model_dump_json()),
     ).fit()

@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import random
+import subprocess
+import sys
 import time
 from collections import OrderedDict, namedtuple
 
@@ -62,7 +64,15 @@ DAMAGE = {
     "the index is cut off": lambda path: (path / "index.json").write_text('{"step": 20, "fil'),
     "the index is a list": lambda path: (path / "index.json").write_text("[]"),
     "the index names no files": lambda path: (path / "index.json").write_text('{"step": 20}'),
+    "the index says another step": lambda path: say_step(path, 21),
+    "the hash of the index is cut off": lambda path: os.truncate(path / "index.sha256", 9),
 }
+
+
+def say_step(path, step):
+    """Valid JSON, one number of which is another."""
+    index = path / "index.json"
+    index.write_text(index.read_text().replace(f'"step": {int(path.name[5:])}', f'"step": {step}'))
 
 
 def test_index_holds_the_record_and_size_and_hash_of_every_file(tmp_path):
@@ -92,8 +102,8 @@ def test_checkpoint_appears_in_one_move(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "flush", lambda path: (flushed.append(path), flush(path)))
     monkeypatch.setattr(files, "draft_of", lambda path: path.with_name(f".{path.name}.tmp"))
     Checkpoints(tmp_path, keep=1).save(5, {}, write())
-    on_disk = [".index.json.tmp", ".step-00000005.tmp", "deep", "method.pt", "shard.bin"]
-    assert seen == [(["deep", "index.json", "method.pt"], False, 5, on_disk)]
+    on_disk = [".index.json.tmp", ".index.sha256.tmp", ".step-00000005.tmp", "deep", "method.pt", "shard.bin"]
+    assert seen == [(["deep", "index.json", "index.sha256", "method.pt"], False, 5, on_disk)]
     assert names(tmp_path) == ["step-00000005"] and flushed[-1] == tmp_path
 
 
@@ -150,6 +160,69 @@ def test_damage_says_which_file_and_how(tmp_path):
     (path / "deep" / "shard.bin").write_bytes(bytes(1_280_000))
     with pytest.raises(CheckpointError, match="the hash of deep/shard.bin is not the one in index.json"):
         verify(path)
+
+
+def test_any_bit_of_the_index_that_flips_is_seen(tmp_path):
+    """faults B: index.json, step 4 made 5, was resumed without a word."""
+    path = filled(tmp_path, 4).path(4)
+    for name in ("index.json", "index.sha256"):
+        whole = (path / name).read_bytes()
+        for place in range(0, len(whole), 7):
+            (path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(CheckpointError, match="step-00000004"):
+                verify(path)
+        (path / name).write_bytes(whole)
+    assert verify(path)["step"] == 4
+
+
+def test_checkpoint_without_a_hash_of_its_index_loads_and_its_step_is_held_to_its_name(tmp_path):
+    """As earlier versions wrote them."""
+    path = filled(tmp_path, 4).path(4)
+    (path / "index.sha256").unlink()
+    assert verify(path)["step"] == 4
+    say_step(path, 5)
+    with pytest.raises(CheckpointError, match="index.json says step 5"):
+        verify(path)
+
+
+def test_what_was_put_aside_does_not_pile_up(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 8):
+        checkpoints.save(step, {}, write())
+        time.sleep(0.01)  # the disk's clock is coarse
+        checkpoints.go_back_to(0)
+    assert names(tmp_path) == ["aside-step-00000006", "aside-step-00000007"]
+
+
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from poisonshield.engine.checkpoint import Checkpoints, save_plain
+from poisonshield.errors import StorageError
+
+folder, zeros = Path(sys.argv[1]), {"a": torch.zeros(10**6)}
+ways = [
+    lambda draft: save_plain(zeros, draft / "a.pt"),  # ours
+    lambda draft: torch.save(zeros, draft / "a.pt"),  # a library's
+    lambda draft: (draft / "a.bin").write_bytes(bytes(4 * 10**6)),
+]
+checkpoints = Checkpoints(folder, keep=2)
+checkpoints.save(1, {}, lambda draft: (draft / "method.pt").write_text("weights"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+for write in ways:
+    try:
+        checkpoints.save(2, {}, write)
+    except StorageError as err:
+        print(str(err).splitlines()[0])
+"""
+
+
+def test_disk_that_takes_no_more_is_told_in_words_and_leaves_no_draft(tmp_path):
+    """faults B: a full disk, "unexpected pos" in checkpoints."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all("cannot be written: the file would be larger than" in line for line in lines)
+    assert names(tmp_path) == ["step-00000001"] and verify(tmp_path / "step-00000001"), done.stderr
 
 
 def test_where_all_are_damaged_the_run_does_not_start_over_silently(tmp_path):

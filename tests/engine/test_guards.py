@@ -62,7 +62,13 @@ def moved_by_a_step(trainer):
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_finite_step_passes_and_carries_the_stop_flag(stop):
-    assert FiniteGuard("stop", 1).judge(0, FINE, FINE, KEYS, stop=stop) == (True, stop)
+    assert FiniteGuard("stop", 1).judge(0, FINE, FINE, KEYS, stop=stop) == (True, stop, False, False)
+
+
+def test_ctrl_c_and_the_clock_ride_along():
+    told = {"stop": True, "interrupted": True, "save": True}
+    assert FiniteGuard("stop", 1).judge(0, FINE, FINE, KEYS, **told) == (True, True, True, True)
+    assert FiniteGuard("stop", 1).judge(0, FINE, FINE, KEYS, stop=False, save=True) == (True, False, False, True)
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -85,7 +91,7 @@ def test_bad_steps_are_dropped_up_to_the_limit(caplog):
     guard = FiniteGuard("skip", 2)
     with caplog.at_level(logging.WARNING, "poisonshield"):
         verdicts = [guard.judge(s, BAD["nan"], FINE, KEYS, stop=s == 1) for s in range(2)]
-    assert verdicts == [(False, False), (False, True)]
+    assert [verdict[:2] for verdict in verdicts] == [(False, False), (False, True)]
     assert ["1 of at most 2" in caplog.messages[0], "2 of at most 2" in caplog.messages[1]] == [True, True]
     assert guard.judge(2, FINE, FINE, KEYS, stop=False).finite
     with pytest.raises(NonFiniteError, match="after 2 dropped steps"):

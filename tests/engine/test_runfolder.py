@@ -2,13 +2,15 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from poisonshield.engine.runfolder import RunFolder
-from poisonshield.errors import ConfigError
+from poisonshield.errors import BusyError, ConfigError
 
 RECORD = {
     "seed": 1,
@@ -332,3 +334,103 @@ def test_row_without_a_key_that_identifies_it_is_refused(tmp_path, key):
     with pytest.raises(ConfigError, match=f"a result row is known by data, poison, .*; this one has no {key}."):
         RunFolder(tmp_path).add_result({k: v for k, v in ROW.items() if k != key}, identity=IDENTITY)
     assert not (tmp_path / "results.json").exists()
+
+
+HOLD = """
+import sys, time
+from poisonshield.engine.runfolder import RunFolder
+with RunFolder(sys.argv[1]).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held_by_another(tmp_path):
+    """A folder that another process works in, and that process."""
+    folder = tmp_path / "a" / "b"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield folder, process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_folder_that_another_process_works_in_is_refused_until_it_is_gone(held_by_another):
+    """faults B: two runs in one folder. That of a process that was killed is taken over."""
+    path, process = held_by_another
+    with pytest.raises(BusyError, match=f"is in use: process {process.pid} on "), RunFolder(path).held():
+        raise AssertionError("two hold it")
+    process.kill()
+    process.wait()
+    with RunFolder(path).held() as _, RunFolder(path).held():
+        RunFolder(path).claim(RECORD, resume=False)  # the lock is no other's file
+    assert sorted(p.name for p in path.iterdir()) == [".poisonshield.json", "config.yaml"]
+
+
+def test_folder_in_which_nothing_came_about_is_not_left_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "a" / "b").held():
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_processes_that_have_not_met_none_takes_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with RunFolder(tmp_path / "run").held():
+        assert not (tmp_path / "run").exists()
+
+
+def test_link_that_a_run_was_given_is_removed_and_what_it_points_to_stays(folder, tmp_path):
+    """Checkpoints on a larger disk."""
+    (folder.checkpoints / "file").unlink()
+    folder.checkpoints.rmdir()
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "file").touch()
+    folder.checkpoints.symlink_to(tmp_path / "large")
+    RunFolder(folder.path, overwrite=True, **MAKES).claim(changed(seed=2), resume=False)
+    assert left(folder) == EMPTIED and (tmp_path / "large" / "file").exists()
+
+
+PLACES = {"places": ("data.train",)}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a run that knew the digest of its data."""
+    folder = RunFolder(tmp_path / "run", **PLACES)
+    folder.digests = {"data.train": "d1"}
+    folder.claim(RECORD, resume=False)
+    return folder.path
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_data_that_lies_elsewhere_is_the_same_by_its_digest(trained, overwrite, caplog):
+    """faults B: data moved to another mount."""
+    folder = RunFolder(trained, overwrite=overwrite, **PLACES)
+    moved = changed(data__train="/mnt/other/mini")
+    assert folder.check(moved, resume="auto") is False  # before it is opened nobody knows better
+    folder.digests = {"data.train": "d1"}
+    with caplog.at_level(logging.WARNING, "poisonshield"):
+        folder.claim(moved, resume="auto")
+    assert yaml.safe_load(folder.config.read_text())["data"]["train"] == "/mnt/other/mini" and not caplog.text
+
+
+@pytest.mark.parametrize("train", ["mini", "/mnt/other/mini"])
+def test_other_data_is_refused_wherever_it_lies(trained, train):
+    folder = RunFolder(trained, **PLACES)
+    folder.digests = {"data.train": "d2"}
+    with pytest.raises(ConfigError, match="data.train"):
+        folder.claim(changed(data__train=train), resume="auto")
+    assert yaml.safe_load(folder.config.read_text()) == RECORD | {"data": RECORD["data"] | {"milestones": [0.6, 0.9]}}
+    assert RunFolder(trained, overwrite=True, **PLACES).check(changed(data__train="elsewhere"), resume=False) is True
+
+
+def test_run_without_digests_is_held_to_the_place_of_its_data(tmp_path, monkeypatch):
+    """As earlier versions wrote it; they wrote paths as they were given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    RunFolder("run", **PLACES).claim(changed(data__train="photos"), resume=False)
+    assert RunFolder("run", **PLACES).check(changed(data__train=str(tmp_path / "photos")), resume="auto") is False
+    with pytest.raises(ConfigError, match=r"other settings: data\.train\."):
+        RunFolder("run", **PLACES).check(changed(data__train="/mnt/photos"), resume="auto")

@@ -11,6 +11,7 @@ import torch
 from engine.tiny import (
     Interrupted,
     TinyMethod,
+    TinyStream,
     by_hand,
     difference,
     losses,
@@ -216,6 +217,7 @@ def test_checkpoint_of_another_backend_or_stage_is_refused(tmp_path, change):
     train(tmp_path, max_steps=2)
     index = tmp_path / "checkpoints" / "step-00000002" / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
+    index.with_suffix(".sha256").unlink()
     wrote = {"backend": "plain", "zero_stage": 0, **change}
     words = f"backend {wrote['backend']}, zero_stage {wrote['zero_stage']}; this run uses plain, 0"
     with pytest.raises(CheckpointError, match=words):
@@ -304,3 +306,17 @@ def test_mode_is_training_even_if_the_method_was_left_evaluating(tmp_path):
         trainer = make_trainer(tmp_path, method=TinyMethod().eval(), max_steps=1)
         trainer.fit()
     assert trainer.method.encoder[1].num_batches_tracked == 1
+
+
+def test_run_that_is_refused_when_it_loads_leaves_the_settings_of_the_one_before(tmp_path):
+    """faults B: resume refused, config.yaml rewritten already, and the original settings refused from then on."""
+    train(tmp_path, max_steps=4)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    class Elsewhere(TinyStream):
+        def load_state_dict(self, state):
+            raise CheckpointError("the saved position belongs to other settings")
+
+    with pytest.raises(CheckpointError, match="other settings"):
+        train(tmp_path, stream=Elsewhere(), max_steps=9, resume="auto")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.errors import BudgetError
-from poisonshield.poisons.base import KeyedPoison, checked_pixels
+from poisonshield.poisons.base import KeyedPoison, Norm, checked_pixels
 
 SLACK = 1e-4  # levels; float32 arithmetic of a value that is rounded afterwards
 
@@ -92,3 +92,42 @@ class MeasuredBudget:
                 f"poison {self.poison.name} allows {allowed:.2f} after rounding.\n"
                 "  Do its settings (eps, budget) fit what was written?"
             )
+
+
+_PROBE_VALUES = 2**23  # of pixels looked at together
+
+
+@torch.no_grad()
+def refuse_broken(poison: KeyedPoison) -> None:
+    """Raise BudgetError if what the poison adds to a grey picture of some class is not finite or beyond its budget.
+
+    That sees every pattern of a poison whose classes have one, and of another a sample of each class. What a poison
+    draws from the pixels themselves is seen when they are written, by MeasuredBudget.
+    """
+    height, width = poison.image_size
+    budget, values = poison.budget(), 3 * height * width
+    for labels in torch.arange(poison.num_classes).split(max(1, _PROBE_VALUES // values)):
+        keys = tuple(f"class-{label}" for label in labels.tolist())
+        delta = poison.draw(poison.checked(Batch(keys, x=torch.full((len(keys), 3, height, width), 0.5), y=labels)))
+        worst = 0.0 if budget is None else float(_lengths(delta, budget.norm).max())
+        if not delta.isfinite().all():
+            raise BudgetError(
+                f"poison {poison.name} adds numbers that are not finite to pictures of {keys[0]} or after."
+            )
+        if budget is not None and worst > budget.radius * (1 + 1e-4) + SLACK / 255:
+            raise BudgetError(
+                f"poison {poison.name} changes a picture by {budget.norm} {worst:.4g}; its settings allow "
+                f"{budget.radius:.4g} {budget.unit}.\n  Its tensors are not of these settings. Write the recipe again."
+            )
+
+
+def _lengths(delta: Tensor, norm: Norm) -> Tensor:
+    """Of each sample of delta [B, 3, H, W], [B]."""
+    flat = delta.flatten(1).double()
+    if norm == "l0":
+        return (delta.abs().amax(1) > 0).flatten(1).sum(1)
+    return {
+        "linf": flat.abs().amax(1),
+        "l2": flat.square().sum(1).sqrt(),
+        "rms": flat.square().mean(1).sqrt(),
+    }[norm]

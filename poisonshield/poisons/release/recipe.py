@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from poisonshield.errors import ConfigError, DataError
+from poisonshield.errors import BudgetError, ConfigError, DataError
+from poisonshield.files import write_whole
 from poisonshield.poisons.base import KeyedPoison
+from poisonshield.poisons.release.measured import refuse_broken
 from poisonshield.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class Header(BaseModel):
     format: str = Field(description="Of the file, with its version.")
     name: str = Field(description="The poison's.")
     config: dict = Field(description="Its settings.")
-    seed: int = Field(description="Of everything that it draws.")
+    seed: int = Field(ge=0, lt=2**64, description="Of everything that it draws.")
     classes: list[str] = Field(description="Names, label 0 first.")
     image_size: tuple[int, int] = Field(description="(H, W) of the pictures that it fits.")
     data: str = Field(description="Digest of the set that it was made for.")
@@ -51,14 +53,14 @@ def save_recipe(poison: KeyedPoison, path: str | Path, *, classes: tuple[str, ..
     )
     state = {k: v.detach().cpu().contiguous() for k, v in poison.state_dict().items()}
     path = Path(path)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_bytes(save(state, metadata={"poison": header.model_dump_json()}))
-    draft.replace(path)
+    write_whole(path, save(state, metadata={"poison": header.model_dump_json()}))
     return path
 
 
 def read_recipe(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
-    """What a recipe file says, and its tensors. Raises DataError if it is none."""
+    """What a recipe file says, and its tensors. Raises DataError if it is none, or not finite."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} is no plain file, so it is no poison recipe. Write one with `poisonshield poison`.")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = Header.model_validate(json.loads((file.metadata() or {})["poison"]))
@@ -67,6 +69,12 @@ def read_recipe(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         raise DataError(f"{path} is not a poison recipe ({err}). Write one with `poisonshield poison`.") from err
     if header.format != FORMAT:
         raise DataError(f"{path} is a recipe of format {header.format}, {FORMAT} was wanted. Write it again.")
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise DataError(
+                f"{path} is damaged or made to harm: its {name} holds numbers that are not finite.\n"
+                "  Training on it would see black pictures. Get the file again, or write it with `poisonshield poison`."
+            )
     return header, state
 
 
@@ -76,7 +84,8 @@ def load_recipe(
     """The poison of a recipe, ready to apply to a set of these classes and image size.
 
     data: digest of that set; another one than the recipe's is warned of. Raises DataError if the file is no recipe, or
-    was made for other classes (names or order) or another image size.
+    was made for other classes (names or order) or another image size, BudgetError if its tensors change a picture by
+    more than its settings say.
     """
     header, state = read_recipe(path)
     if data is not None and data != header.data:
@@ -98,4 +107,8 @@ def load_recipe(
         poison.load_state_dict(state)
     except (ConfigError, ValidationError, RuntimeError) as err:
         raise DataError(f"{path} does not fit this version of poisonshield: {err}") from err
+    try:
+        refuse_broken(poison)
+    except BudgetError as err:
+        raise BudgetError(f"{path}: {err}") from err
     return poison

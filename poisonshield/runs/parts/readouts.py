@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.evals import EVALUATIONS
@@ -32,6 +33,7 @@ def write_results(
         "steps": steps,
         "seconds": round(seconds, 1),
     }
+    row["data"] = _find_earlier_name(run, folder, row)
     folder.add_result(row, identity=run.identity)
     record = {**measured, "settings": run.record["evaluate"]}
     write_whole(folder.path / "evaluation.json", json.dumps(record, indent=1))
@@ -39,3 +41,10 @@ def write_results(
     known = values_of(measured, EVALUATIONS)
     percents = [n for n in numbers_of(EVALUATIONS) if n.unit == "%" and known[n.key] is not None]
     log.info("results: %s", "  ".join(f"{n.key} {n.write(known[n.key], more=1)}" for n in percents))
+
+
+def _find_earlier_name(run: Training, folder: RunFolder, row: dict[str, Any]) -> str:
+    """How the run's earlier row calls the data, which may lie elsewhere now; the row's own name if there is none."""
+    rows = json.loads(folder.results.read_text()) if folder.results.is_file() else []
+    same = [r for r in rows if all(r.get(key) == row[key] for key in run.identity if key != "data")]
+    return same[-1]["data"] if same else row["data"]

@@ -20,9 +20,10 @@ from poisonshield.data import ShardSet, read_batch
 from poisonshield.data.manifest import FILE_NAME
 from poisonshield.data.writer import ShardWriter
 from poisonshield.errors import BudgetError, ConfigError
+from poisonshield.files import tell_of_disk
 from poisonshield.poisons.base import KeyedPoison
 from poisonshield.poisons.release.measured import MeasuredBudget
-from poisonshield.poisons.release.recipe import ENDING, save_recipe
+from poisonshield.poisons.release.recipe import ENDING, read_recipe, save_recipe
 from poisonshield.runs.parts.image_data import build_poison, open_train
 from poisonshield.runs.parts.training import Training
 
@@ -70,24 +71,50 @@ def release(run: Training) -> Path:
         raise ConfigError(f"{run.origin} names no poison to write. Set data.poison, for example data.poison.name=lsp.")
     folder, clock, format = run.folder, Clock(), run.settings.release.format
     out = folder.path / "train"
-    if (out / FILE_NAME).exists() and not folder.overwrite and format != "recipe":
-        raise ConfigError(f"{out} holds a data set already. Choose another run.dir, or set run.overwrite=true.")
+    if format != "recipe":
+        _refuse_what_is_there(out, overwrite=folder.overwrite)
     with clock("open"):
         source = open_train(run)
     with clock("fit"):
         poison = build_poison(run, source, watch=clock.reading)
-    folder.path.mkdir(parents=True, exist_ok=True)
     recipe = folder.path / f"{poison.name}{ENDING}"
     if format != "shards":
-        save_recipe(poison, recipe, classes=source.classes, data=source.digest)
-        log.info("recipe    %s (%.1f KB); use it with data.poison=%s", recipe, recipe.stat().st_size / 1e3, recipe)
-    if format != "recipe":
-        measured = write_shards(run, source, poison, out, clock)
+        _refuse_another_recipe(recipe, overwrite=folder.overwrite)
+    with tell_of_disk(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        measured = None if format == "recipe" else write_shards(run, source, poison, out, clock)
+        if format != "shards":
+            save_recipe(poison, recipe, classes=source.classes, data=source.digest)
+            log.info("recipe    %s (%.1f KB); use it with data.poison=%s", recipe, recipe.stat().st_size / 1e3, recipe)
+    if measured is not None:
         log.info("shards    %s; use them with data.train=%s data.test=%s data.poison=null", out, out,
                  run.settings.data.test or run.settings.data.train)  # fmt: skip
         log.info("measured  %s", "  ".join(f"{k} {v}" for k, v in measured.items()))
     log.info("seconds   %s", "  ".join(f"{name} {s:.1f}" for name, s in clock.seconds.items()))
     return folder.path
+
+
+def _refuse_what_is_there(out: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError for a data set, unless it is to give way, and for anything else in any case."""
+    if (out / FILE_NAME).exists():
+        if not overwrite:
+            raise ConfigError(f"{out} holds a data set already. Choose another run.dir, or set run.overwrite=true.")
+        return
+    names = sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
+    if any(not name.startswith("shard-") for name in names) or (out.exists() and not out.is_dir()):
+        raise ConfigError(
+            f"{out} is there and holds no data set of ours, so it is not replaced. Choose another run.dir, or move it "
+            "away."
+        )
+
+
+def _refuse_another_recipe(recipe: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError for a recipe, unless it is to give way, and for a file that is none in any case."""
+    if not recipe.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"{recipe} is there already. Choose another run.dir, or set run.overwrite=true.")
+    read_recipe(recipe)
 
 
 def write_shards(run: Training, source: ShardSet, poison: KeyedPoison, out: Path, clock: Clock) -> dict[str, Any]:

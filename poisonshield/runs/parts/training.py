@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 
+from poisonshield import collectives
 from poisonshield.batch import Stream
 from poisonshield.config import Checker, Choice, Tree, dump
 from poisonshield.config.describe import Notes, notes_of
@@ -66,6 +67,9 @@ class Training(Experiment):
     makes: ClassVar[tuple[str, ...]] = ()
     keeps: ClassVar[tuple[str, ...]] = ()
     """What a run leaves in its folder beside what the engine does, and what may lie there before it: see RunFolder."""
+    places: ClassVar[tuple[str, ...]] = ()
+    """Settings that say where data lies: the record keeps absolute paths, and data may move as long as it is the same.
+    One that ends with * stands for all settings there."""
 
     settings: Any
     method: Choice
@@ -113,6 +117,8 @@ class Training(Experiment):
         self.record["defenses"] = [_record(d, b) for d, b in zip(self.defenses, blocks, strict=True)]
         if isinstance(self.poison, Choice):
             self.record["data"]["poison"] = _record(self.poison, written)
+        for place in self.places:
+            _make_absolute(self.record, place.split("."), self.names_of_data())
         # The record keeps lr as written; from here on it is the peak.
         peak = settings.optimizer.for_batch(settings.data.batch_size) if self.scales_rate else settings.optimizer
         self.settings = settings.model_copy(update={"optimizer": peak})
@@ -153,18 +159,31 @@ class Training(Experiment):
         """The run folder."""
         run = self.settings.run
         return RunFolder(
-            run.dir, overwrite=run.overwrite, makes=self.makes, keeps=self.keeps, harmless=("evaluate.", "generate.")
+            run.dir,
+            overwrite=run.overwrite,
+            makes=self.makes,
+            keeps=self.keeps,
+            harmless=("evaluate.", "generate."),
+            places=self.places,
         )
 
     def train(self) -> Path:
-        """The run folder of a finished run. Config and data are checked before any process group starts."""
+        """The run folder of a finished run. Config and data are checked before any process group starts.
+
+        Raises BusyError if another process works in the folder, which it does before any data is opened where the run
+        is of one process.
+        """
         engine, folder = self.settings.engine, self.folder
+        collectives.map_launcher_environment()
         self.refuse_planting()
         folder.check(self.record, resume=engine.resume)
         refuse_missing(engine)
-        opened = self.open(folder)
-        with processes(engine, seed=self.seed) as device:
-            self.run(opened, folder, device)
+        with folder.held():
+            opened = self.open(folder)
+            folder.digests = self.digests(opened)
+            folder.check(self.record, resume=engine.resume)
+            with processes(engine, seed=self.seed) as device, folder.held():
+                self.run(opened, folder, device)
         return folder.path
 
     def refuse_planting(self) -> None:
@@ -181,6 +200,29 @@ class Training(Experiment):
     @abstractmethod
     def open(self, folder: RunFolder) -> Any:
         """What training needs of data and models, opened and checked; given to `run`."""
+
+    @classmethod
+    def names_of_data(cls) -> Sequence[str]:
+        """What stands at a place and is no path, as it comes with the package."""
+        return ()
+
+    @abstractmethod
+    def digests(self, opened: Any) -> dict[str, str]:
+        """By place, a digest of what lies there. opened: what `open` gave."""
+
+    def refuse_changes(self, overrides: Sequence[str]) -> None:
+        """Those of what a finished run was trained with; where its data lies may change if its digest is known."""
+        super().refuse_changes([text for text in overrides if not self._tells_where_data_lies(text)])
+
+    def _tells_where_data_lies(self, override: str) -> bool:
+        """Whether it is a place with something there, which can be held to the digest that the run wrote down."""
+        place, _, path = override.partition("=")
+        return place in self.places and Path(path).exists() and self.folder.wrote_digest(place)
+
+    def refuse_other_data(self, folder: RunFolder, opened: Any) -> None:
+        """Raise ConfigError if the finished run in the folder had other data than is opened now."""
+        folder.digests = self.digests(opened)
+        folder.refuse_other_data()
 
     @abstractmethod
     def run(self, opened: Any, folder: RunFolder, device: torch.device) -> None:
@@ -261,6 +303,17 @@ class Training(Experiment):
     @classmethod
     def draw(cls, path: Path, runs: Iterable[tuple[Mapping[str, str], Path]]) -> None:
         """A picture of a grid's runs, where there is anything to see."""
+
+
+def _make_absolute(record: dict[str, Any], names: Sequence[str], no_paths: Sequence[str]) -> None:
+    """Write the paths at these keys as seen from the root, if they are of this machine's."""
+    *blocks, last = names
+    for name in blocks:
+        record = record.get(name) or {}
+    for key in record if last == "*" else [last]:
+        value = record.get(key)
+        if isinstance(value, str) and value not in no_paths and Path(value).exists():
+            record[key] = str(Path(value).absolute())
 
 
 def _record(choice: Choice, block: Any) -> dict[str, Any]:
