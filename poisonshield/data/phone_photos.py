@@ -70,9 +70,13 @@ def missed_turn(file: "ImageFile", data: bytes) -> int:
     then sets to 1. Where only EXIF says it, nobody has turned the pixels.
     """
     asked = file.info.get("original_orientation")
-    if asked not in range(2, 9) or any(mark in box for box in _meta_boxes(data) for mark in (b"irot", b"imir")):
+    if (
+        not isinstance(asked, int)
+        or asked not in range(2, 9)
+        or any(mark in box for box in _meta_boxes(data) for mark in (b"irot", b"imir"))
+    ):
         return 1
-    return int(asked)
+    return asked
 
 
 def _meta_boxes(data: bytes) -> Iterator[bytes]:
