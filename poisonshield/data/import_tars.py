@@ -128,31 +128,44 @@ def _by_split(paths: list[Path], src: Path, summary: Summary) -> dict[str, list[
 
 
 def _samples(
-    group: Group, choice: Choice, settings: Settings, left_out: Counter[str], rule: Rule, without: list[str]
+    group: Group,
+    choice: Choice,
+    settings: Settings,
+    left_out: Counter[str],
+    rule: Rule,
+    without: dict[str, tuple[str, ...]],
 ) -> Iterator[Sample]:
-    """All samples of a split. left_out: counts fields that are not used. without: takes the keys that have no image."""
+    """All samples of a split. left_out: counts fields that are not used. without: takes keys that have no image, and
+    their fields."""
     for path in group.paths:
         for key, fields in read_groups(path, wanted=choice.wants, left_out=left_out, max_member=settings.max_member):
             samples, passed_over = samples_in(key, fields, choice, path=str(path), shard=path.name)
             unused = [f for f in fields if choice.may_label(f) and not rule.uses(f)]
             left_out.update(f".{plain(field)}" for field in (*passed_over, *unused))
-            if not samples and any(map(rule.uses, fields)):
-                left_out["no image"] += 1
-                without.append(key)
+            if not samples:
+                without[key] = tuple(fields)
+                left_out.update(["no image"] if any(map(rule.uses, fields)) else [])
             yield from samples
 
 
 def _survey(group: Group, choice: Choice, settings: Settings) -> Survey:
     survey = Survey(choice)
-    for sample in _samples(group, choice, settings, Counter(), Rule(NONE), []):
+    for sample in _samples(group, choice, settings, Counter(), Rule(NONE), survey.without_image):
         survey.note(sample, stored_key(sample, group.prefix, by_shard=False))
+    for key in survey.without_image:
+        stored = group.prefix + stored_form(key)
+        if shard := survey.keys.get(stored):
+            raise DataError(
+                f"the files of sample {plain(key)} do not follow each other (its image is in {shard}): they were taken "
+                "apart.\n  Write the shard again with the files of each sample together: tar --sort=name"
+            )
     return survey
 
 
 def _no_image(src: Path, groups: list[Group], choice: Choice, settings: Settings) -> DataError:
     counts: Counter[str] = Counter()
     for group in groups:
-        for _ in _samples(group, choice, settings, counts, Rule("cls"), []):
+        for _ in _samples(group, choice, settings, counts, Rule("cls"), {}):
             pass
     found = ", ".join(f"{n} {what}" for what, n in sorted(counts.items())) or "nothing"
     number = sum(len(group.paths) for group in groups)
@@ -174,23 +187,29 @@ def _labelled(
     by_shard: bool,
 ) -> Iterator[tuple[str, bytes, int]]:
     """(key, image bytes, label) of what is imported."""
-    without: list[str] = []
+    without: dict[str, tuple[str, ...]] = {}
     for sample in _samples(group, choice, settings, left_out, labels.rule, without):
         if (label := labels.of(sample)) is None:
             summary.leave_out("samples of classes that the class list does not name", sample.key)
         else:
             yield stored_key(sample, group.prefix, by_shard=by_shard), sample.image, label
-    for key in without:
-        summary.leave_out("samples without an image", key)
+    for key, fields in without.items():
+        if any(map(labels.rule.uses, fields)):
+            summary.leave_out("samples without an image", key)
 
 
 def stored_key(sample: Sample, prefix: str, *, by_shard: bool) -> str:
     """What a sample is called in the data set. by_shard: with its shard's name."""
-    key = sample.key.removeprefix("./")
+    key = stored_form(sample.key)
     if by_shard:
         ending = next(e for e in sorted(TAR_ENDINGS, key=len, reverse=True) if sample.shard.lower().endswith(e))
-        key = f"{sample.shard[: -len(ending)]}/{key}"
-    return prefix + key.replace(".", "_")
+        key = f"{stored_form(sample.shard[: -len(ending)])}/{key}"
+    return prefix + key
+
+
+def stored_form(name: str) -> str:
+    """A name of a tar without a leading ./ and without dots."""
+    return name.removeprefix("./").replace(".", "_")
 
 
 class _ForeignShard(BaseModel):

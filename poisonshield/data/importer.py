@@ -73,8 +73,8 @@ def import_data(
 @contextmanager
 def _claimed(out: Path) -> Iterator[None]:
     """`out` for this process alone; where nothing is written to it, it goes again."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"output {out} is not a folder. Choose another name.")
+    if not (there := next(p for p in (out, *out.absolute().parents) if p.exists())).is_dir():
+        raise DataError(f"output {out} cannot be made: {there} is not a folder. Choose another name.")
     made = new_folders(out)
     try:
         with Lock(out, what="data set"):

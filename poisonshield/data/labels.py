@@ -79,12 +79,14 @@ class Rule:
 
 class Survey:
     """What one split holds: how many samples, the texts of each place where labels may stand, the folders they lie in,
-    and the shard of each key."""
+    the shard of each key, and the fields of keys without an image."""
 
     def __init__(self, choice: Choice) -> None:
         self.count, self.repeated, self.keys = 0, False, dict[str, str]()
         self.sources: dict[str, Source] = {"cls": Source(), "txt": Source()}
         self.folders: dict[str, tuple[int, Sample]] = {}
+        self.without_image: dict[str, tuple[str, ...]] = {}
+        self.damaged_json: DataError | None = None
         self._rules = [_chosen_rule(choice.label)] if choice.label else [Rule("cls"), Rule("txt")]
 
     def note(self, sample: Sample, key: str) -> None:
@@ -114,7 +116,11 @@ class Survey:
 
     def _note_json(self, sample: Sample) -> None:
         files = [data for name, data in sample.labels.items() if name.rpartition(".")[2] == "json"]
-        content = _parse(files[0], sample) if len(files) == 1 else None
+        try:
+            content = _parse(files[0], sample) if len(files) == 1 else None
+        except DataError as err:  # it matters only where no other field is the label
+            self.damaged_json = self.damaged_json or err
+            return
         for key in content if isinstance(content, dict) else ():
             if key in JSON_KEYS or key == "caption":
                 self.sources.setdefault(f"json.{key}", Source()).note(_value(content, (key,)), sample)
@@ -138,6 +144,8 @@ def find_rule(surveys: list[Survey], choice: Choice) -> tuple[Rule, str]:
         return rule, f"labels are {rule} of each sample, as --label says."
     if any(survey.sources["cls"].texts for survey in surveys):
         return Rule("cls"), "labels are the .cls of each sample."
+    if damaged := next((s.damaged_json for s in surveys if s.damaged_json), None):
+        raise damaged
     if path:
         return Rule("json", path), f"labels are {path[0]!r} in the .json of each sample."
     texts = found["txt"]
@@ -145,10 +153,22 @@ def find_rule(surveys: list[Survey], choice: Choice) -> tuple[Rule, str]:
         return Rule("txt"), "labels are the .txt of each sample."
     if len(surveys[0].folders) > 1:
         return _folder_rule(surveys[0]), "labels are the folders of the samples."
+    for survey in surveys:
+        if lonely := next(
+            (k for k, fields in survey.without_image.items() if any(_ends_in_cls(f) for f in fields)), None
+        ):
+            raise DataError(
+                f"no image has a label, and there are labels without an image, such as of {plain(lonely)}.\n"
+                "  Give image and label one key, or read no labels (--label none)."
+            )
     why = "the .txt of each sample is a caption" if texts.texts else "no sample has a label"
     return Rule(NONE), (
         f"{why}: all images are one class, {UNLABELLED!r}. If a field holds labels: --label FIELD, or --label json.KEY."
     )
+
+
+def _ends_in_cls(field: str) -> bool:
+    return field.rpartition(".")[2] == "cls"
 
 
 def _chosen_rule(label: str) -> Rule:

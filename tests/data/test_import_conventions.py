@@ -192,6 +192,18 @@ def test_damaged_json_is_refused(bring, data):
         bring([("0.jpg", JPEG), ("0.json", data)])
 
 
+def test_damaged_json_beside_a_label_of_its_own_matters_to_nobody(bring):
+    assert bring([("0.jpg", JPEG), ("0.cls", b"0"), ("0.json", b"{")])[0] == {"0": "0"}
+
+
+def test_files_of_a_sample_that_lie_apart_are_refused_and_not_taken_for_unlabelled(bring):
+    with pytest.raises(DataError, match="files of sample a do not follow each other .its image is in x-0.tar"):
+        bring([("a.jpg", JPEG), ("b.jpg", JPEG), ("a.cls", b"0"), ("b.cls", b"1")])
+    with pytest.raises(DataError, match="no image has a label, and there are labels without an image, such as of y/0"):
+        bring([("x/0.jpg", JPEG), ("y/0.cls", b"0")])
+    assert len(bring([("x/0.jpg", JPEG), ("y/0.cls", b"0")], label="none")[0]) == 1
+
+
 @pytest.mark.parametrize("data", [b"[1]", b"3", b'"label"', b"null"])
 def test_json_without_fields_holds_no_label(bring, data):
     assert bring([("0.jpg", JPEG), ("0.json", data)])[0] == {"0": "unlabelled"}

@@ -427,6 +427,7 @@ def test_a_full_disk_is_worded_and_leaves_no_folder(src, out, monkeypatch):
 def test_an_output_that_is_a_file_is_refused(src, out):
     plant(src, {"a/0.png": 0})
     out.write_text("mine")
-    with pytest.raises(DataError, match="out is not a folder"):
-        import_data(src, out)
+    for place in (out, out / "deep" / "set"):
+        with pytest.raises(DataError, match="out is not a folder. Choose another name"):
+            import_data(src, place)
     assert out.read_text() == "mine"
