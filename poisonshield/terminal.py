@@ -7,7 +7,6 @@ or turn the order of letters around.
 import logging
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
@@ -15,26 +14,9 @@ from typing import Any, TextIO, cast
 import rich.console
 from rich.segment import Segment
 
-_KEPT = "\n\t\u200c\u200d"  # lines and columns of ours, and two joiners without which some scripts cannot be written
-_KINDS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, marks of format and direction, half characters, line ends
-_SUSPECT = re.compile(r"[^\n\t\x20-\x7e\u00a1-\u00ac\u00ae-\u02ff]")
+from poisonshield.plain import visible
 
 _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
-
-
-def visible(text: str) -> str:
-    r"""The text with every control character written out: `\x1b`, `\u202e`. Line ends and tabs stay.
-
-    Raises TypeError for what is no text.
-    """
-    return _SUSPECT.sub(_write_out, text)
-
-
-def _write_out(match: re.Match[str]) -> str:
-    letter = match[0]
-    if letter in _KEPT or unicodedata.category(letter) not in _KINDS:
-        return letter
-    return letter.encode("unicode_escape").decode("ascii")
 
 
 class Formatter(logging.Formatter):

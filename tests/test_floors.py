@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "poisonshield"
 # Same floor, and still allowed: foundations that their whole floor stands on.
 BESIDE = {
     ("config", "errors"), ("config", "registry"), ("config", "files"), ("registry", "errors"), ("files", "errors"),
+    ("terminal", "plain"),
     ("batch", "random"), ("ops", "random"), ("method", "losses"), ("method", "models"), ("world", "methods"),
     ("runs", "reports"), ("api", "runs"), ("api", "reports"),
     ("commands", "bench"), ("commands", "chaos"), ("cli", "commands"),

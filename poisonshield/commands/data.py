@@ -13,29 +13,40 @@ app = typer.Typer(no_args_is_help=True, help="Import and check data sets (tar sh
 
 @app.command("import")
 def import_data(
-    src: Annotated[Path, typer.Argument(help="A class-folder tree, torchvision's CIFAR-10 folder, or tar shards.")],
+    src: Annotated[Path, typer.Argument(help="Class folders, one folder of images, tar shards, or CIFAR.")],
     out: Out,
     size: Annotated[
         int | None, typer.Option(help="Resize the shorter side and centre-crop to this many pixels.")
     ] = None,
     class_list: Annotated[
-        Path | None, typer.Option(help="File with one class folder a line: order and subset.")
+        Path | None, typer.Option(help="File with one class folder a line, then its name: order and subset.")
     ] = None,
     pattern: Annotated[str, typer.Option(help="Which tars, as a file name pattern.")] = "*",
+    image: Annotated[str | None, typer.Option(help="Which field of tars is the image, e.g. input.jpg.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Which is the label, e.g. cls, txt, json.label; folder; none for no labels.")
+    ] = None,
     jpeg_quality: Annotated[int | None, typer.Option(help="Write resized images as JPEG instead of PNG.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Images in one tar.")] = 5000,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Drop images that do not decode, and list them in the manifest.")
     ] = False,
+    max_member_mib: Annotated[int, typer.Option(help="The largest image file that is read.")] = 256,
+    max_megapixels: Annotated[
+        float | None, typer.Option(help="The largest image that is decoded; 134 if not given, and no more than that.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn images into a data set of tar shards."""
+    """Turn images into a data set of tar shards. Says what was read, left out and decided."""
     from rich.markup import escape
     from rich.table import Table
 
     from poisonshield.data import importer
+    from poisonshield.data.pictures import MAX_PIXELS
+    from poisonshield.data.summary import Summary
     from poisonshield.terminal import Console
 
+    summary = Summary(str(src))
     manifests = importer.import_data(
         src,
         out,
@@ -43,10 +54,17 @@ def import_data(
         jpeg_quality=jpeg_quality,
         class_list=class_list,
         pattern=pattern,
+        image=image,
+        label=label,
         skip_broken=skip_broken,
         overwrite=overwrite,
         samples_per_shard=samples_per_shard,
+        max_member_mib=max_member_mib,
+        max_pixels=MAX_PIXELS if max_megapixels is None else round(max_megapixels * 1e6),
+        summary=summary,
     )
+    for line in summary.lines():
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table("data set", "samples", "classes", "pixels", "shards", "MB", "digest")
     for split, m in manifests.items():
         pixels = f"{m.image_size[0]}x{m.image_size[1]}" if m.image_size else "differ"

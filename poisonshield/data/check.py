@@ -10,7 +10,7 @@ import torch
 from poisonshield.data.index import Index, repeated_keys
 from poisonshield.data.manifest import Manifest
 from poisonshield.data.shards import ShardSet
-from poisonshield.data.verify import index_shard, refuse_missing, verify_file
+from poisonshield.data.verify import Room, index_shard, refuse_missing, verify_file
 from poisonshield.errors import DataError
 
 
@@ -28,14 +28,14 @@ def problems(folder: str | Path) -> list[str]:
         manifest = Manifest.load(folder)
     except DataError as err:
         return [str(err)]
-    names = list(manifest.shards)
+    names, room = list(manifest.shards), Room()
     _note(found, partial(refuse_missing, folder, manifest))
     for number, name in enumerate(names):
         if (folder / name).is_file():
             _note(found, partial(verify_file, folder, manifest, name))
             faults: list[DataError] = []
             try:
-                parts.append(index_shard(folder, manifest, number, faults=faults))
+                parts.append(index_shard(folder, manifest, number, faults=faults, room=room))
             except DataError as err:
                 found.append(str(err))
             found += map(str, faults)

@@ -1,6 +1,7 @@
 """One image on its way into a data set: told apart by content, checked by decoding, turned, resized if asked."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from poisonshield.data.decode import decode, encode_jpeg, encode_png
-from poisonshield.data.pictures import read_head, read_picture, turn
-from poisonshield.errors import ConfigError
+from poisonshield.data.jpeg_scan import check_scans, refuse_claim
+from poisonshield.data.pictures import MAX_PIXELS, damage_error, read_head, read_picture, turn
+from poisonshield.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,25 +36,31 @@ class Preparation:
     Each is turned as its EXIF data says, once and for all: what reads a data set knows nothing of EXIF. size: shorter
     side resized to it (antialiased), then a centre square; None keeps all pixels, and the very bytes of JPEG and PNG
     files that need no turn. Whatever changes is stored as PNG, without loss. jpeg_quality: store resized images as JPEG
-    of this quality instead.
+    of this quality instead. max_pixels: of one image, as it comes. A JPEG whose compressed data is not whole is refused
+    even where a decoder would fill the rest with grey (data/jpeg_scan.py).
     """
 
     size: int | None = None
     jpeg_quality: int | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise ConfigError(f"size is {self.size}, at least 1 pixel was wanted.")
         if self.jpeg_quality is not None and not (self.size and 1 <= self.jpeg_quality <= 100):
             raise ConfigError(f"jpeg_quality is {self.jpeg_quality}: 1 to 100 was wanted, and only together with size.")
+        if not 1 <= self.max_pixels <= MAX_PIXELS:
+            raise ConfigError(
+                f"max_pixels is {self.max_pixels:,}: 1 to {MAX_PIXELS:,} was wanted, which is what training reads."
+            )
 
     def __call__(self, data: bytes, *, name: str) -> Encoded:
         """The image to store. Raises DataError calling it `name` if data/pictures.py refuses it."""
-        head = read_head(data, name=name)
+        head = read_head(data, name=name, max_pixels=self.max_pixels)
         extension = _STORED.get(head.format)
         if extension is None:
-            return self.pixels(read_picture(data, name=name).pixels, name=name)
-        pixels = decode(data, extension, name=name)
+            return self.pixels(read_picture(data, name=name, max_pixels=self.max_pixels).pixels, name=name)
+        pixels = _decode_strictly(data, extension, head.pixels, name=name)
         if self.size is None and head.orientation == 1:
             return Encoded(data, extension, _size(pixels))
         return self.pixels(turn(pixels, head.orientation), name=name)
@@ -73,6 +81,24 @@ class Preparation:
         stored = "PNG" if self.jpeg_quality is None else f"JPEG of quality {self.jpeg_quality}"
         resized = f"shorter side resized to {self.size} (bilinear, antialiased)"
         return f"{resized}, centre {self.size}x{self.size}, stored as {stored}"
+
+
+def _decode_strictly(data: bytes, extension: str, claimed: int, *, name: str) -> Tensor:
+    if extension == "png":  # its checksums were compared
+        return decode(data, extension, name=name)
+    try:
+        refuse_claim(data, claimed)
+        check_scans(data, partial(_decode_quietly, name=name))
+    except DataError:
+        raise
+    except ValueError as err:
+        raise damage_error(data, err, name=name, kind="JPEG ") from err
+    return decode(data, extension, name=name)
+
+
+def _decode_quietly(data: bytes, *, name: str) -> Tensor:
+    """By Pillow: torchvision's decoder writes its remarks on changed data to the terminal."""
+    return read_picture(data, name=name, formats=("JPEG",), upright=False).pixels
 
 
 def resize_and_crop(pixels: Tensor, size: int) -> Tensor:

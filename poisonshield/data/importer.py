@@ -1,44 +1,30 @@
-"""Other people's images become data sets: class-folder trees, CIFAR-10, tar shards. `import_data` tells them apart.
+"""Other people's images become data sets: class-folder trees, CIFAR, tar shards. `import_data` tells them apart.
 
-Every image is decoded once on the way in, so that a broken one is named now and not in the middle of a run.
+Every image is decoded once on the way in, so that a broken one is named now and not in the middle of a run. What was
+read, left out and decided stands in a Summary.
 """
 
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
-from torch import Tensor
+from poisonshield.data.class_list import read_class_list
+from poisonshield.data.fields import Choice
+from poisonshield.data.images import Preparation
+from poisonshield.data.import_tars import import_shards
+from poisonshield.data.intake import MAX_MEMBER_MIB, Item, Settings, write_split
+from poisonshield.data.labels import NONE
+from poisonshield.data.manifest import Manifest, refuse_address
+from poisonshield.data.pictures import MAX_PIXELS
+from poisonshield.data.splits import find_tars, split_folders, visible_folders
+from poisonshield.data.summary import Summary
+from poisonshield.data.tree import Tree, is_flat, list_tree, list_unlabelled
+from poisonshield.data.writer import new_folders, remove_empty
+from poisonshield.errors import ConfigError, DataError
+from poisonshield.files import Lock, read_bounded
 
-from poisonshield.data.images import Encoded, Preparation
-from poisonshield.data.index import parse_label
-from poisonshield.data.manifest import FILE_NAME, Manifest, refuse_address
-from poisonshield.data.tars import read_tar
-from poisonshield.data.tree import list_tree, read_class_list, split_folders
-from poisonshield.data.verify import hash_file
-from poisonshield.data.writer import ShardWriter
-from poisonshield.errors import DataError
-
-SPLIT_MARKS = {"-train-": "train", "-test-": "test", "-val-": "test"}
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
-MAX_COUNTED_CLASSES = 100_000  # a label beyond it is not a class, and naming all below it would fill the memory
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How images are stored. skip_broken: leave out what cannot be decoded and list it in the provenance, instead of
-    refusing the import."""
-
-    preparation: Preparation = field(default_factory=Preparation)
-    skip_broken: bool = False
-    overwrite: bool = False
-    samples_per_shard: int = 5000
+CIFAR = {"cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100"}
+"""The official folders, and torchvision's classes for them."""
 
 
 def import_data(
@@ -49,252 +35,168 @@ def import_data(
     jpeg_quality: int | None = None,
     class_list: str | Path | None = None,
     pattern: str = "*",
+    image: str | None = None,
+    label: str | None = None,
     skip_broken: bool = False,
     overwrite: bool = False,
     samples_per_shard: int = 5000,
+    max_member_mib: int = MAX_MEMBER_MIB,
+    max_pixels: int = MAX_PIXELS,
+    summary: Summary | None = None,
 ) -> dict[str, Manifest]:
     """Import whatever `src` is; returns the manifest of each folder written ("train", "test", or "" for `out` itself).
 
-    size, jpeg_quality: see Preparation. class_list: a file that gives order and subset of the classes. pattern: which
-    tars. Raises DataError if nothing importable is found, an image is broken (all of its split are named, up to 20),
-    keys collide, or `out` already holds a data set. Then no split is written at all.
+    size, jpeg_quality, max_pixels: see Preparation. class_list: a file that gives order and subset of the classes.
+    pattern: which tars. image, label: which fields of tars, as data/fields.py and data/labels.py have them; label
+    "none" reads no labels, of folders too. max_member_mib: of one file. summary: takes what there is to tell.
+
+    Raises DataError if nothing importable is found, what is found can be meant in two ways, an image is broken (all of
+    its split are named, up to 20), keys collide, or `out` already holds a data set; BusyError if another import writes
+    to `out`; StorageError if the disk does not take it. Then no split is written at all.
     """
     refuse_address(src, role="source")
+    refuse_address(out, role="output folder")
     src, out = Path(src), Path(out)
-    settings = Settings(Preparation(size, jpeg_quality), skip_broken, overwrite, samples_per_shard)
+    if max_member_mib < 1:
+        raise ConfigError(f"max_member_mib is {max_member_mib}, at least 1 was wanted.")
+    preparation = Preparation(size, jpeg_quality, max_pixels)
+    settings = Settings(preparation, skip_broken, overwrite, samples_per_shard, max_member_mib * 2**20)
     if not src.is_dir():
         raise DataError(f"source {src} is not a folder. Give the folder that holds the images, the tars or CIFAR-10.")
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"output {out} lies in the source {src}. Choose a folder outside it.")
-    if src.name == "cifar-10-batches-py":
-        src = src.parent
-    if (src / "cifar-10-batches-py").is_dir():
-        if class_list:
-            raise DataError(f"{src} is CIFAR-10, which has its own ten classes. Leave the class list {class_list} out.")
-        return import_cifar10(src, out, settings)
-    tar_folders = split_folders(src) or {"": src}
-    if any(_tars(folder, pattern) for folder in tar_folders.values()):
-        return import_shards(src, out, settings, class_list=class_list, pattern=pattern)
+    choice = Choice(image and image.lstrip(".").lower(), label and (label if label == NONE else label.lstrip(".")))
+    with _claimed(out):
+        return _import(src, out, settings, summary or Summary(str(src)), choice, class_list, pattern)
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """`out` for this process alone; where nothing is written to it, it goes again."""
+    if not (there := next(p for p in (out, *out.absolute().parents) if p.exists())).is_dir():
+        raise DataError(f"output {out} cannot be made: {there} is not a folder. Choose another name.")
+    made = new_folders(out)
+    try:
+        with Lock(out, what="data set"):
+            yield
+    finally:
+        remove_empty(made)
+
+
+def _import(
+    src: Path,
+    out: Path,
+    settings: Settings,
+    summary: Summary,
+    choice: Choice,
+    class_list: str | Path | None,
+    pattern: str,
+) -> dict[str, Manifest]:
+    if src.name in CIFAR:
+        src, only = src.parent, [src.name]
+    else:
+        only = [name for name in CIFAR if (src / name).is_dir()]
+    if only:
+        return import_cifar(src, only, out, settings, summary=summary, class_list=class_list)
+    classes = read_class_list(class_list) if class_list else None
+    folders = [src] if find_tars(src, pattern) else [src, *split_folders(src, Summary(""), classes=classes).values()]
+    if any(find_tars(folder, pattern) for folder in folders):
+        return import_shards(src, out, settings, summary=summary, class_list=class_list, pattern=pattern, choice=choice)
     if pattern != "*":
         raise DataError(f"no tar in {src} matches the pattern {pattern!r}. Correct it, or leave it out.")
-    return import_folder_tree(src, out, settings, class_list=class_list)
+    if choice.image or choice.label not in (None, NONE, "folder"):
+        raise DataError(f"{src} holds no tars, and --image and --label name fields of tars. Leave them out.")
+    return import_folder_tree(src, out, settings, summary=summary, classes=classes, labelled=choice.label != NONE)
 
 
 def import_folder_tree(
-    src: Path, out: Path, settings: Settings = Settings(), *, class_list: str | Path | None = None
+    src: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    summary: Summary,
+    classes: dict[str, str] | None = None,
+    labelled: bool = True,
 ) -> dict[str, Manifest]:
-    """One folder per class, maybe under train/ and test/ or val/. Keys: path within src, no extension, dots as `_`."""
-    classes = read_class_list(class_list) if class_list else None
-    splits = split_folders(src) or {"": src}
+    """One folder per class, maybe under folders of splits. Keys: path within src, no extension, dots as `_`.
+
+    classes: {folder: name} of a class list. labelled: False takes all images as one class, as does a folder that holds
+    images and no folders. The test split may lack classes of the train split, and have no others.
+    """
+    splits = split_folders(src, summary, classes=classes) or {"": src}
+    trees: dict[str, Tree] = {}
+    for split, folder in splits.items():
+        if not labelled or is_flat(folder):
+            _refuse_classes_of_another(trees, folder, classes if labelled else None)
+            trees[split] = list_unlabelled(folder, root=src, summary=summary)
+        else:
+            first = next(iter(trees.values()), None)
+            wanted = classes or (dict(zip(first.folders, first.names, strict=True)) if first else None)
+            trees[split] = list_tree(
+                folder, root=src, summary=summary, classes=wanted, exact=classes is None, may_lack=first is not None
+            )
     with ExitStack() as writers:
-        for split, folder in splits.items():
-            tree = list_tree(folder, root=src, classes=classes, exact=class_list is None)
-            classes = classes or dict(
-                zip(tree.folders, tree.names, strict=True)
-            )  # both splits have the classes of the first
-            samples = ((key, path.read_bytes(), label) for key, path, label in tree.samples)
+        for split, tree in trees.items():
             note = f"from the class-folder tree {src.name}/{split}".rstrip("/")
             if tree.left_out:
                 note += f"; {tree.left_out} files that are no images were left out"
-            _write(samples, out / split, settings, writers, classes=tree.names, note=note)
+            samples = _read(tree, settings)
+            write_split(samples, out / split, settings, writers, classes=tree.names, note=note, summary=summary)
     return {split: Manifest.load(out / split) for split in splits}
 
 
-def import_cifar10(src: Path, out: Path, settings: Settings = Settings()) -> dict[str, Manifest]:
-    """The official python version, extracted to `src/cifar-10-batches-py`.
+def _refuse_classes_of_another(trees: dict[str, Tree], folder: Path, classes: dict[str, str] | None) -> None:
+    if classes or any(len(tree.names) > 1 for tree in trees.values()):
+        raise DataError(
+            f"{folder} holds images and no class folders, so it has no labels, while classes are given or train has "
+            "some.\n  Import the train folder alone, or read no labels at all: --label none."
+        )
+
+
+def _read(tree: Tree, settings: Settings) -> Iterator[Item]:
+    for key, path, label in tree.samples:
+        yield key, read_bounded(path, max_bytes=settings.max_member, what="image"), label
+
+
+def import_cifar(
+    src: Path,
+    folders: list[str],
+    out: Path,
+    settings: Settings,
+    *,
+    summary: Summary,
+    class_list: str | Path | None = None,
+) -> dict[str, Manifest]:
+    """CIFAR-10 or CIFAR-100, the official python version, extracted to a folder of src.
 
     These files are pickles. torchvision unpickles them only after their MD5 sums match the official ones, which is the
     one reason they are read at all. Keys: train-00000 to train-49999, test-00000 to test-09999, in file order.
     """
     import torch
-    from torchvision.datasets import CIFAR10
+    from torchvision import datasets
 
-    splits = ("train", "test")
+    if len(folders) > 1:
+        raise DataError(f"{src} holds {' and '.join(folders)}. Give the path of the one that is meant.")
+    kind = CIFAR[folders[0]]
+    dataset = getattr(datasets, kind)
+    called = kind.replace("CIFAR", "CIFAR-")
+    count = {"CIFAR-10": "ten", "CIFAR-100": "hundred"}[called]
+    if class_list:
+        raise DataError(f"{src} is {called}, which has its own {count} classes. Leave the class list {class_list} out.")
+    for path in visible_folders(src):
+        if path.name != folders[0]:
+            summary.leave_out(f"folders beside {called}", path.name)
     with ExitStack() as writers:
-        for split in splits:
+        for split in ("train", "test"):
             try:
-                data = CIFAR10(str(src), train=split == "train", download=False)
+                data = dataset(str(src), train=split == "train", download=False)
             except RuntimeError as err:
                 raise DataError(
-                    f"{src}/cifar-10-batches-py is not the official CIFAR-10: {err}\n  Extract cifar-10-python.tar.gz "
-                    "(md5 c58f30108f718f92721af3b95e74349a) again; no other pickle is opened."
+                    f"{src}/{folders[0]} is not the official {called}: {err}\n  Extract {dataset.filename} "
+                    f"(md5 {dataset.tgz_md5}) again; no other pickle is opened."
                 ) from err
             pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)  # [N, 3, 32, 32]
             samples = ((f"{split}-{i:05d}", pixels[i], int(label)) for i, label in enumerate(data.targets))
-            note = "from the official CIFAR-10 python files (Krizhevsky 2009), MD5 checked by torchvision"
-            _write(samples, out / split, settings, writers, classes=data.classes, note=note)
-    return {split: Manifest.load(out / split) for split in splits}
-
-
-def import_shards(
-    src: Path, out: Path, settings: Settings = Settings(), *, class_list: str | Path | None = None, pattern: str = "*"
-) -> dict[str, Manifest]:
-    """Tar shards (.tar, .tar.gz) with images and `.cls` integers, in src, or in its train/ and test/ or val/.
-
-    Shards whose names hold -train-, -test- or -val-, or begin so, are told apart, and their keys begin with the split.
-    Classes: the class list, else `classes` of a manifest.json beside them (its hashes are checked too), else as many as
-    labels need in all splits. Keys lose a leading `./`, and dots become `_`. A poisoned data set stays marked as one.
-    """
-    groups = [(split, f, "", _tars(f, pattern)) for split, f in (split_folders(src) or {}).items()]
-    if not any(paths for *_, paths in groups):
-        groups = [(s, src, s and f"{s}-", paths) for s, paths in _by_split(_tars(src, pattern)).items()]
-    groups = [group for group in groups if group[3] or pattern == "*"]  # a pattern may mean one split only
-    counted: list[str] = []
-    with ExitStack() as writers:
-        for split, folder, prefix, paths in groups:
-            beside = _manifest_beside(folder, paths, complete=pattern == "*")
-            names = list(read_class_list(class_list).values()) if class_list else beside.classes
-            if not names:
-                names = counted = counted or _counted_classes([path for *_, paths in groups for path in paths])
-            left_out: Counter[str] = Counter()
-            samples = _tar_samples(paths, prefix, len(names), left_out)
-            note = f"from tar shards of {src.name} ({len(paths)} {split} files)".replace("  ", " ")
-            if beside.provenance:
-                note += f"; they say: {beside.provenance}"
-            poison = beside.poison
-            if poison and settings.preparation.size is not None:
-                poison = {**poison, "altered": "resized after poisoning: the stated budget no longer holds"}
-            _write(samples, out / split, settings, writers, classes=names, note=note, poison=poison, left_out=left_out)
-    return {split: Manifest.load(out / split) for split, *_ in groups}
-
-
-def _write(
-    samples: Iterable[tuple[str, bytes | Tensor, int]],
-    out: Path,
-    settings: Settings,
-    writers: ExitStack,
-    *,
-    classes: Iterable[str],
-    note: str,
-    poison: dict[str, Any] | None = None,
-    left_out: Counter[str] | None = None,
-) -> None:
-    """Prepare all samples, in threads and in order, and write them. They appear when `writers` closes without error."""
-    prepare, broken, sizes = settings.preparation, [], set()
-
-    def ready(sample: tuple[str, bytes | Tensor, int]) -> Encoded | DataError:
-        key, image, _ = sample
-        name = f"sample {key}"
-        try:
-            return prepare(image, name=name) if isinstance(image, bytes) else prepare.pixels(image, name=name)
-        except DataError as err:
-            return err
-
-    writer = writers.enter_context(
-        ShardWriter(
-            out,
-            classes=tuple(classes),
-            image_size=None,
-            samples_per_shard=settings.samples_per_shard,
-            poison=poison,
-            overwrite=settings.overwrite,
-        )
-    )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk in _chunks(samples, 64):
-            for (key, _, label), image in zip(chunk, pool.map(ready, chunk), strict=True):
-                if isinstance(image, DataError):
-                    broken.append((key, str(image).splitlines()[0]))
-                else:
-                    sizes.add(image.size)
-                    writer.write_encoded(key, image.data, image.extension, label)
-    if broken and not settings.skip_broken:
-        raise _broken(broken)
-    if not sizes:
-        what = "; ".join([f"no image came {note}", *_omissions(broken, left_out)])
-        raise DataError(f"{what}.\n  Nothing was imported. Look at what the source holds.")
-    writer.image_size = next(iter(sizes)) if len(sizes) == 1 else None
-    writer.provenance = "; ".join([note, prepare.describe(), *_omissions(broken, left_out)])
-
-
-def _omissions(broken: list[tuple[str, str]], left_out: Counter[str] | None) -> Iterator[str]:
-    if left_out:
-        yield "left out: " + ", ".join(f"{n} {what}" for what, n in sorted(left_out.items()))
-    if broken:
-        yield f"{len(broken)} broken images left out: " + ", ".join(key for key, _ in broken)
-
-
-def _broken(broken: list[tuple[str, str]]) -> DataError:
-    lines = [f"  {line}" for _, line in broken[:20]]
-    if len(broken) > 20:
-        lines.append(f"  ... and {len(broken) - 20} more")
-    return DataError(
-        "\n".join([f"{len(broken)} images cannot be decoded, so nothing was imported:", *lines])
-        + "\n  Restore them, or import with --skip-broken to go on without them."
-    )
-
-
-def _chunks(samples: Iterable[Any], length: int) -> Iterator[list[Any]]:
-    iterator = iter(samples)
-    while chunk := list(islice(iterator, length)):
-        yield chunk
-
-
-def _tars(folder: Path, pattern: str) -> list[Path]:
-    return sorted(p for p in folder.glob(pattern) if p.name.endswith(TAR_ENDINGS) and not p.name.startswith("."))
-
-
-def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
-    groups: dict[str, list[Path]] = {}
-    for path in paths:
-        split = next((s for mark, s in SPLIT_MARKS.items() if mark in f"-{path.name}"), "")
-        groups.setdefault(split, []).append(path)
-    if "" in groups and len(groups) > 1:
-        raise DataError(
-            f"some tars name a split and some do not, such as {groups[''][0].name}.\n"
-            "  Import one kind at a time with --pattern, e.g. --pattern '*-train-*'."
-        )
-    return groups
-
-
-class _ForeignShard(BaseModel):
-    """What such a manifest may tell of a tar."""
-
-    sha256: str | None = Field(None, description="Of the file; compared where it is given.")
-
-
-class _ForeignManifest(BaseModel):
-    """What a manifest.json beside tars may tell; everything else in it is passed over."""
-
-    classes: list[str] | None = Field(None, description="Names, label 0 first.")
-    provenance: str | None = Field(None, description="Where the images come from.")
-    poison: dict[str, Any] | None = Field(None, description="How the pixels were changed, if they were.")
-    shards: dict[str, _ForeignShard] = Field({}, description="By file name.")
-
-
-def _manifest_beside(folder: Path, paths: list[Path], *, complete: bool) -> _ForeignManifest:
-    """The manifest.json next to foreign tars, its hashes compared where it has any. complete: none may be missing."""
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return _ForeignManifest()
-    try:
-        found = _ForeignManifest.model_validate_json(path.read_bytes())
-    except ValidationError as err:
-        first = err.errors()[0]
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-        raise DataError(f"{path} is not a manifest ({why}). Move it away and give a class list.") from err
-    missing = [name for name in found.shards if not (folder / name).is_file()]
-    if complete and missing:
-        raise DataError(
-            f"{folder} lacks {len(missing)} of {len(found.shards)} tars in its manifest: {', '.join(missing[:5])}.\n"
-            "  Copy them there, or say with --pattern which tars are meant."
-        )
-    for tar in paths:
-        if tar.name in found.shards and found.shards[tar.name].sha256 not in (None, hash_file(tar)):
-            raise DataError(f"{tar} does not have the sha256 that {path} gives. Copy it again from its source.")
-    return found
-
-
-def _tar_samples(
-    paths: list[Path], prefix: str, classes: int, left_out: Counter[str]
-) -> Iterator[tuple[str, bytes, int]]:
-    for path in paths:
-        for key, _, data, text in read_tar(path, left_out=left_out):
-            label = parse_label(text or b"", classes=classes, key=key, shard=path.name)
-            yield prefix + key.removeprefix("./").replace(".", "_"), data, label
-
-
-def _counted_classes(paths: list[Path]) -> list[str]:
-    """'0' to the largest label. One extra pass over the tars, without decoding."""
-    labels = (label for _, _, label in _tar_samples(paths, "", MAX_COUNTED_CLASSES, Counter()))
-    return [str(c) for c in range(max(labels, default=0) + 1)]
+            note = f"from the official {called} python files (Krizhevsky 2009), MD5 checked by torchvision"
+            write_split(samples, out / split, settings, writers, classes=data.classes, note=note, summary=summary)
+    return {split: Manifest.load(out / split) for split in ("train", "test")}

@@ -15,7 +15,9 @@ from uuid import uuid4
 import numpy as np
 
 from poisonshield.data.decode import IMAGE_EXTENSIONS
+from poisonshield.data.manifest import Manifest
 from poisonshield.errors import DataError
+from poisonshield.plain import plain
 
 PICKLED = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "npy", "npz", "joblib", "dill", "ckpt", "bin"})
 
@@ -66,6 +68,19 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
 
+    def fits(self, manifest: Manifest, room: list[int]) -> bool:
+        """Whether this can be the index of a data set. room: how many bytes the tar of each shard has."""
+        count, arrays = len(self.keys), [getattr(self, name) for name in self.ARRAYS]
+        if count != manifest.samples or len(set(self.keys)) != count:
+            return False
+        if any(a.dtype != np.int64 or a.shape != (count,) or a.min(initial=0) < 0 for a in arrays):
+            return False
+        if self.labels.max() >= len(manifest.classes) or self.codec.max() >= len(IMAGE_EXTENSIONS):
+            return False
+        if np.bincount(self.shard).tolist() != [info.samples for info in manifest.shards.values()]:
+            return False
+        return bool((self.length <= np.array(room)[self.shard] - self.offset).all())
+
 
 def split_name(name: str) -> tuple[str, str]:
     """('a/b', 'jpg') for 'a/b.jpg': the key ends at the first dot of the file name, as WebDataset has it."""
@@ -76,7 +91,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def refuse_field(field: str, *, key: str, shard: str) -> None:
     """Raise DataError for every field that is neither an image nor `cls`."""
-    where = f"field .{field} of sample {key} in {shard}"
+    where = plain(f"field .{field} of sample {key} in {shard}")
     if field.rpartition(".")[2] in PICKLED:
         raise DataError(
             f"{where} is a pickled or binary object, only images (.jpg, .png) and .cls are read.\n"
@@ -95,7 +110,7 @@ def parse_label(text: bytes, *, classes: int, key: str, shard: str) -> int:
     if not digits.isdigit() or len(digits) > 9 or int(digits) >= classes:
         shown = digits[:20].decode(errors="replace")
         raise DataError(
-            f"sample {key} in {shard} has label {shown!r}, a number from 0 to {classes - 1} was wanted.\n"
+            f"sample {plain(key)} in {shard} has label {shown!r}, a number from 0 to {classes - 1} was wanted.\n"
             f"  The manifest names {classes} classes: correct the .cls file or the class list, and import again."
         )
     return int(digits)
@@ -120,7 +135,7 @@ def index_tar(stream: Any, *, number: int, name: str, classes: int, faults: list
 
     def take(member: tarfile.TarInfo, key: str, field: str) -> None:
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise DataError(f"{member.name} in {name} is a link or a device, not a plain file. Write it again.")
+            raise DataError(f"{plain(member.name)} in {name} is a link or a device, not a plain file. Write it again.")
         refuse_field(field, key=key, shard=name)
         if key in (labels if field == "cls" else images):
             raise _twice(key, name)
@@ -141,7 +156,7 @@ def index_tar(stream: Any, *, number: int, name: str, classes: int, faults: list
             forget_members(tar)
     if lonely := sorted((images.keys() ^ labels.keys()) - refused):
         missing = "no .cls label" if lonely[0] in images else "no image"
-        words = f"sample {lonely[0]} in {name} has {missing} ({len(lonely)} such). Write the shard again."
+        words = f"sample {plain(lonely[0])} in {name} has {missing} ({len(lonely)} such). Write the shard again."
         refuse(lonely[0], DataError(words))
         refused.update(lonely)
     for key in images:
@@ -167,7 +182,7 @@ def forget_members(tar: tarfile.TarFile) -> None:
 
 def _twice(key: str, shard: str) -> DataError:
     return DataError(
-        f"sample {key} appears twice, the second time in {shard}; keys must be unique in a data set.\n"
+        f"sample {plain(key)} appears twice, the second time in {shard}; keys must be unique in a data set.\n"
         "  Import the images again: poisonshield data import makes unique keys."
     )
 

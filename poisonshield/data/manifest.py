@@ -15,9 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from poisonshield.errors import DataError
+from poisonshield.files import read_bounded, write_whole
+from poisonshield.plain import is_plain, plain, plain_values
 
 FILE_NAME = "manifest.json"
 SHARD_ENDINGS = (".tar", ".tar.gz")
+MAX_BYTES = 2**26
+"""Of a manifest.json: a shard takes some 130, a class name its length."""
 
 
 def refuse_address(place: str | Path, *, role: str = "data set") -> None:
@@ -62,13 +66,22 @@ class Manifest(BaseModel):
     def _classes_are_distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
         if twice := sorted(c for c, count in Counter(classes).items() if count > 1):
             raise ValueError(f"class names appear twice: {', '.join(twice[:5])}")
+        if odd := next((c for c in classes if not is_plain(c)), None):
+            raise ValueError(f"class name {plain(odd)!r} has control characters")
         return classes
+
+    @field_validator("provenance", "poison")
+    @classmethod
+    def _texts_are_plain(cls, value: Any) -> Any:
+        return plain_values(value)
 
     @field_validator("shards")
     @classmethod
     def _shards_are_plain_names(cls, shards: dict[str, ShardInfo]) -> dict[str, ShardInfo]:
         for name in shards:
             refuse_address(name, role="shard")
+            if not is_plain(name):
+                raise ValueError(f"shard {name!r} has control characters in its name")
             if not name.endswith(SHARD_ENDINGS) or "/" in name or "\\" in name:
                 raise ValueError(f"shard {name!r} must be a file name in this folder that ends in .tar or .tar.gz")
         return shards
@@ -83,15 +96,12 @@ class Manifest(BaseModel):
         """The manifest of a data set folder. Raises DataError if it is missing, is no JSON, or a field is wrong."""
         refuse_address(folder)
         path = Path(folder) / FILE_NAME
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as err:
+        if not os.path.lexists(path):
             raise DataError(
                 f"{folder} has no {FILE_NAME}, so it is not a data set, or writing it was interrupted.\n"
                 f"  Write it again, or make one from images or tars: poisonshield data import SRC --out {folder}"
-            ) from err
-        except ValueError as err:
-            raise DataError(f"{path} is not readable JSON ({err}).\n  Copy the data set again.") from err
+            )
+        found = read_json(path)
         if isinstance(found, dict) and "format" not in found:
             raise DataError(
                 f"{path} has no 'format' field, 'poisonshield/1' was wanted: it describes other shards.\n"
@@ -100,7 +110,7 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate(found)
         except ValidationError as err:
-            lines = [f"  {'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in err.errors()[:10]]
+            lines = [plain(f"  {'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}") for e in err.errors()[:10]]
             raise DataError("\n".join([f"{path} does not describe a data set:", *lines])) from err
         if (total := sum(s.samples for s in manifest.shards.values())) != manifest.samples:
             raise DataError(f"{path} says {manifest.samples} samples, its shards add up to {total}. Copy it again.")
@@ -108,10 +118,18 @@ class Manifest(BaseModel):
 
     def save(self, folder: str | Path) -> None:
         """Write `manifest.json` whole or not at all."""
-        path = Path(folder) / FILE_NAME
-        temporary = path.with_name(f".{FILE_NAME}.tmp")
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        write_whole(Path(folder) / FILE_NAME, self.text)
+
+    @property
+    def text(self) -> str:
+        """What the file holds."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """What a manifest.json holds. Raises DataError for what is no plain file, too long, or no JSON."""
+    content = read_bounded(path, max_bytes=MAX_BYTES, what="manifest")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as err:
+        raise DataError(f"{path} is not readable JSON ({err}).\n  Copy the data set again.") from err

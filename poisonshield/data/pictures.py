@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poisonshield.data import phone_photos
 from poisonshield.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ FORMATS = {
 """What is read, by Pillow's names, with the endings of each. Of an animation, or of several pages, the first."""
 
 UNREAD = (".heic", ".heif", ".avif")
-"""Endings of photos that are not read. They count as pictures, so that they are refused by name and not passed over."""
+"""Endings of photos that are read only where a package for them is installed (data/phone_photos.py). They count as
+pictures, so that they are refused by name and not passed over."""
 
 ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings) | frozenset(UNREAD)
 
@@ -47,19 +49,16 @@ MAX_PIXELS = 2**27
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_UNREAD_BRANDS = {
-    b"avif": "AVIF", b"avis": "AVIF",
-    b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"heim": "HEIC", b"heis": "HEIC",
-    b"mif1": "HEIC", b"msf1": "HEIC",
-}  # fmt: skip
+JUNK = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})
+"""Names that systems put beside files of people. They count as hidden, as all that begin with a dot do."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """A picture that was read: `image` is Pillow's, in the file's own mode and upright.
 
-    format: one of FORMATS, or MPO, a JPEG with more pictures behind the first, as phones write it. frames: how many
-    pictures the file holds.
+    format: one of FORMATS, or MPO, a JPEG with more pictures behind the first, as phones write it, or HEIF or AVIF.
+    frames: how many pictures the file holds.
     """
 
     image: "Image.Image"
@@ -88,10 +87,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Head:
-    """What a file says before it is decoded. orientation: EXIF's, 1 to 8; 1 is upright."""
+    """What a file says before it is decoded. orientation: EXIF's, 1 to 8; 1 is upright. pixels: height times width."""
 
     format: str
     orientation: int
+    pixels: int = 0
 
 
 def is_picture(name: str | Path) -> bool:
@@ -99,20 +99,34 @@ def is_picture(name: str | Path) -> bool:
     return Path(name).suffix.lower() in ENDINGS
 
 
-def walk_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; hidden ones and hidden folders are left out, links to folders not followed."""
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out by its name: it begins with a dot, or a system made it."""
+    return name.startswith(".") or name in JUNK
+
+
+def walk_files(folder: Path, *, passed_over: list[Path] | None = None) -> list[Path]:
+    """All files below a folder, sorted; hidden ones and hidden folders are left out, links to folders not followed.
+
+    passed_over: a list that takes the paths of what was left out, folders as a whole, and pipes and dead links.
+    """
     found: list[Path] = []
+    left: list[Path] = []
     for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(here, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+        left += [Path(here, name) for name in folders if is_hidden(name) or Path(here, name).is_symlink()]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            path = Path(here, name)
+            (left if is_hidden(name) or not path.is_file() else found).append(path)
+    if passed_over is not None:
+        passed_over += sorted(left)
+    return sorted(found)
 
 
 def find_pictures(folder: Path, *, nested: bool = True) -> list[Path]:
     """The pictures of a folder by their endings, sorted, hidden ones left out. nested: also those in folders below."""
     if nested:
         return [path for path in walk_files(folder) if is_picture(path)]
-    return sorted(p for p in folder.iterdir() if is_picture(p) and p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if is_picture(p) and p.is_file() and not is_hidden(p.name))
 
 
 def read_picture(
@@ -143,7 +157,7 @@ def read_picture(
 def read_head(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Head:
     """Format and orientation, without decoding. Raises as read_picture does, as far as the head of the file tells."""
     with _open_file(data, name=name, formats=tuple(FORMATS), max_pixels=max_pixels) as file:
-        return Head(file.format or "", _orientation(file))
+        return Head(file.format or "", _orientation(file), file.width * file.height)
 
 
 def turn(pixels: Tensor, orientation: int) -> Tensor:
@@ -165,9 +179,8 @@ def refuse_large(width: int, height: int, *, name: str, max_pixels: int = MAX_PI
 
 def damage_error(data: bytes, err: Exception | str, *, name: str, kind: str = "") -> DataError:
     """The error for bytes that are no whole picture. kind: such as "PNG ", where that is known."""
-    reason = (str(err).strip() or type(err).__name__).splitlines()[0]
     return DataError(
-        f"{name}: {len(data)} bytes are not a whole {kind}image ({reason}).\n"
+        f"{name}: {len(data)} bytes are not a whole {kind}image ({_first_line(err)}).\n"
         "  Restore the file from its source, or leave it out (poisonshield data import: --skip-broken)."
     )
 
@@ -195,32 +208,38 @@ def _open_file(data: bytes, *, name: str, formats: Sequence[str], max_pixels: in
     """Pillow's open file, within limits and depth. What its codecs raise inside the block becomes a DataError."""
     from PIL import Image, UnidentifiedImageError
 
-    if brand := _UNREAD_BRANDS.get(data[8:12] if data[4:8] == b"ftyp" else b""):
-        raise DataError(
-            f"{name} is a {brand} file, one of {', '.join(FORMATS)} was wanted.\n"
-            "  Export it as PNG, or as JPEG of high quality, and give that file."
-        )
-    kind = f"{formats[0]} " if len(formats) == 1 else ""
+    kind, wanted = f"{formats[0]} " if len(formats) == 1 else "", ", ".join(FORMATS)
+    photo = phone_photos.kind_of(data)
+    if photo:
+        extra = phone_photos.pillow_format(photo) if tuple(formats) == tuple(FORMATS) else None
+        if extra is None:
+            raise phone_photos.refusal(name, photo, wanted=wanted)
+        formats = (extra,)
     try:
         with Image.open(io.BytesIO(data), formats=tuple(formats)) as file:
             kind = f"{file.format} "
             refuse_large(*file.size, name=name, max_pixels=max_pixels)
             if deep := _depth(data, file):
                 raise depth_error(name, deep)
+            if photo == "HEIC" and (missed := phone_photos.missed_turn(file, data)) != 1:
+                file.getexif()[_ORIENTATION] = missed
             yield file
     except DataError:
         raise
-    except UnidentifiedImageError as err:
-        reason = "it begins as none, or ends too early" if data else "it is empty"
-        raise damage_error(data, reason, name=name, kind=f"{_either(formats)} ") from err
     except Image.DecompressionBombError as err:
         raise DataError(f"{name} is too large: {err}.\n  Make it smaller first, or leave it out.") from err
     except _CODEC_ERRORS as err:
+        if photo:
+            raise phone_photos.refusal(name, photo, wanted=wanted, reason=_first_line(err)) from err
+        if isinstance(err, UnidentifiedImageError):
+            reason = "it begins as none, or ends too early" if data else "it is empty"
+            raise damage_error(data, reason, name=name, kind=f"{_either(formats)} ") from err
         raise damage_error(data, err, name=name, kind=kind) from err
 
 
 _CODEC_ERRORS = (
-    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
+    OSError, RuntimeError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error,
+    zlib.error,
 )  # fmt: skip
 """What Pillow's codecs raise for damaged files, each its own."""
 
@@ -237,7 +256,7 @@ def _depth(data: bytes, file: "ImageFile") -> str:
     """What shows that a file has more than 8 bits a channel, or "". Pillow may cut colours to 8 bits without a word."""
     if file.mode[:1] in "IF":
         return f"mode {file.mode}"
-    deepest = 8
+    deepest = phone_photos.depth(file, data) if file.format in ("HEIF", "AVIF") else 8
     if data.startswith(PNG_SIGNATURE):
         deepest = data[24]
     elif file.format == "TIFF":
@@ -246,6 +265,10 @@ def _depth(data: bytes, file: "ImageFile") -> str:
         brightest = file.tile[0].args  # of the decoder's settings, the last, where it is not 255
         deepest = 16 if isinstance(brightest, tuple) and brightest[-1] > 255 else 8
     return f"{deepest} bits" if deepest > 8 else ""
+
+
+def _first_line(err: Exception | str) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]
 
 
 def _either(formats: Sequence[str]) -> str:

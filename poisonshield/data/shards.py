@@ -4,7 +4,7 @@ The tars are ordinary WebDataset shards, but they are not streamed: one pass at 
 each image lies, and from then on any sample is one `pread`. That is why every sample comes exactly once an epoch for
 any number of ranks and workers, with no rule such as shards >= ranks * workers, and why a resume reads nothing twice.
 The trade-off: shards must be local or mounted files, opening costs one read of all bytes (`verify="once"` keeps the
-result beside the data), and a cold disk sees requests inside a window of shards instead of one long read.
+result in the user's cache folder), and a cold disk sees requests inside a window of shards instead of one long read.
 """
 
 import io
@@ -19,14 +19,13 @@ from torch import Tensor
 
 from poisonshield.data.decode import IMAGE_EXTENSIONS, decode
 from poisonshield.data.index import Index
+from poisonshield.data.index_cache import index_path, keep_index, recall_index
 from poisonshield.data.manifest import Manifest
-from poisonshield.data.verify import refuse_missing, stamp_of, unpack, verified_index
+from poisonshield.data.verify import Room, refuse_missing, unpack, verified_index
 from poisonshield.errors import DataError
 from poisonshield.random import sample_ids
 
 log = logging.getLogger(__name__)
-
-INDEX_NAME = ".index.npz"
 
 
 class ShardSet:
@@ -45,28 +44,30 @@ class ShardSet:
         self.shard = torch.from_numpy(index.shard)
         self._names = list(manifest.shards)
         self._unpacked: dict[str, bytes] = {}
+        self._room = Room()
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: Literal["always", "once"] = "always") -> "ShardSet":
         """Check a data set and open it.
 
         verify: "always" reads every byte and compares hashes; "once" does so the first time, keeps the index in
-        `.index.npz`, and later trusts it while manifest, sizes and modification times stay the same.
+        the user's cache folder (data/index_cache.py), and later trusts it while manifest, sizes and modification times
+        stay the same.
         Raises DataError for a missing, truncated or changed shard, an unknown or pickled field, a label outside the
         classes, a repeated key. Pixels are decoded later; `poisonshield data verify` decodes them all.
         """
         manifest = Manifest.load(folder)
         folder = Path(folder)
         refuse_missing(folder, manifest)
-        stamp = stamp_of(folder, manifest) if verify == "once" else ""
-        index = Index.load(folder / INDEX_NAME, stamp=stamp) if stamp else None
+        index = recall_index(folder, manifest) if verify == "once" else None
         if index is None:
             index = verified_index(folder, manifest)
-            if stamp:
+            if verify == "once":
                 try:
-                    index.save(folder / INDEX_NAME, stamp=stamp)
+                    keep_index(folder, manifest, index)
                 except OSError as err:
-                    log.warning("%s: the index cannot be kept (%s), so every open verifies again", folder, err.strerror)
+                    place, why = index_path(folder).parent, err.strerror
+                    log.warning("%s: no index can be kept in %s (%s), so every open verifies again", folder, place, why)
         return cls(folder, manifest, index)
 
     def __len__(self) -> int:
@@ -76,7 +77,10 @@ class ShardSet:
         return f"ShardSet({str(self.folder)!r}, {len(self)} samples, {len(self.classes)} classes)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_unpacked": {}}
+        return {**self.__dict__, "_unpacked": {}, "_room": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_room": Room()}
 
     def where(self, i: int) -> str:
         """How sample i is called in an error: its key and shard."""
@@ -143,7 +147,7 @@ class ShardSet:
         if not name.endswith(".gz"):
             return open(self.folder / name, "rb", buffering=0)
         if name not in self._unpacked:
-            self._unpacked[name] = unpack(self.folder / name)
+            self._unpacked[name] = unpack(self.folder / name, self._room)
         return io.BytesIO(self._unpacked[name])  # shares the bytes until written to, and it never is
 
     def _bytes_at(self, file: Any, i: int) -> bytes:

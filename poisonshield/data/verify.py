@@ -9,6 +9,7 @@ import io
 import mmap
 import os
 import tarfile
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,28 @@ from pathlib import Path
 from poisonshield.data.index import Index, index_tar, refuse_repeated_keys, split_name
 from poisonshield.data.manifest import Manifest
 from poisonshield.errors import DataError
+from poisonshield.plain import plain
 
-MAX_UNPACKED_BYTES = 2**30  # compressed shards are for small bundled sets; they are held in memory
+MAX_UNPACKED_BYTES = 2**30
+"""Of all compressed shards of a data set together: they are for small sets that travel, and are held in memory."""
+
+
+class Room:
+    """The memory that compressed shards may take together, however many are unpacked, and in whatever order."""
+
+    def __init__(self) -> None:
+        self.left, self.limit, self._lock = MAX_UNPACKED_BYTES, MAX_UNPACKED_BYTES, threading.Lock()
+
+    def take(self, num_bytes: int, path: Path) -> None:
+        """Raise DataError naming the shard if there is not so much left."""
+        with self._lock:
+            self.left -= num_bytes
+        if self.left < 0:
+            raise DataError(
+                f"shard {path.name} unpacks to more than {self.limit:,} bytes, counted over all compressed shards of "
+                f"{path.parent}; they would be held in memory.\n"
+                f"  Write plain tars instead: poisonshield data import {path.parent} --out DIR"
+            )
 
 
 def refuse_missing(folder: Path, manifest: Manifest) -> None:
@@ -39,11 +60,11 @@ def stamp_of(folder: Path, manifest: Manifest) -> str:
 
 def verified_index(folder: Path, manifest: Manifest) -> Index:
     """Check every shard and index it. Raises DataError at the first fault, naming shard and sample."""
-    names = list(manifest.shards)
+    names, room = list(manifest.shards), Room()
 
     def check(number: int) -> Index:
         verify_file(folder, manifest, names[number])
-        return index_shard(folder, manifest, number)
+        return index_shard(folder, manifest, number, room=room)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter free
         index = Index.join(list(pool.map(check, range(len(names)))))
@@ -78,16 +99,21 @@ def hash_file(path: Path) -> str:
     return found.hexdigest()
 
 
-def index_shard(folder: Path, manifest: Manifest, number: int, *, faults: list[DataError] | None = None) -> Index:
+def index_shard(
+    folder: Path, manifest: Manifest, number: int, *, faults: list[DataError] | None = None, room: Room | None = None
+) -> Index:
     """Where the samples of one shard lie. Raises DataError for a field, label, key or count that does not fit.
 
-    faults: a list that takes those of single samples, all of them, instead of raising the first.
+    faults: a list that takes those of single samples, all of them, instead of raising the first. room: what compressed
+    shards share; None counts this one alone.
     """
     name = list(manifest.shards)[number]
     path, info, classes = folder / name, manifest.shards[name], len(manifest.classes)
     try:
         if name.endswith(".gz"):
-            index = index_tar(io.BytesIO(unpack(path)), number=number, name=name, classes=classes, faults=faults)
+            index = index_tar(
+                io.BytesIO(unpack(path, room or Room())), number=number, name=name, classes=classes, faults=faults
+            )
         else:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 index = index_tar(view, number=number, name=name, classes=classes, faults=faults)
@@ -111,19 +137,17 @@ def _last_key(path: Path) -> str:
                 last = member.name
     except (tarfile.TarError, OSError, EOFError, zlib.error):
         pass
-    return f" at sample {split_name(last)[0]}" if last else ""
+    return f" at sample {plain(split_name(last)[0])}" if last else ""
 
 
-def unpack(path: Path) -> bytes:
-    """The plain tar inside a .tar.gz, whole in memory; DataError beyond 1 GiB."""
+def unpack(path: Path, room: Room) -> bytes:
+    """The plain tar inside a .tar.gz, whole in memory, taken out of `room`. DataError where that is used up."""
+    blocks = []
     try:
         with gzip.open(path) as packed:
-            data = packed.read(MAX_UNPACKED_BYTES + 1)
+            while block := packed.read(2**20):
+                room.take(len(block), path)
+                blocks.append(block)
     except (OSError, EOFError, zlib.error) as err:
         raise DataError(f"shard {path.name} is not a whole gzip file ({err}). Copy the shard again.") from err
-    if len(data) > MAX_UNPACKED_BYTES:
-        raise DataError(
-            f"shard {path.name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes; it would be held in memory.\n"
-            f"  Write plain tars instead: poisonshield data import {path.parent} --out DIR"
-        )
-    return data
+    return b"".join(blocks)

@@ -1,12 +1,13 @@
 """Tar shards and their manifest, the same bytes for the same samples.
 Everything is written under temporary names and renamed when all of it is whole; the manifest comes last. So an
 interrupted run leaves nothing that could be mistaken for a data set, and an old one stays until the new one is done.
+One writer has a folder at a time.
 """
 
 import gzip
 import hashlib
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from poisonshield.data.decode import IMAGE_EXTENSIONS, encode_png
 from poisonshield.data.manifest import FILE_NAME, Manifest, ShardInfo, refuse_address
 from poisonshield.data.tars import tar_writer
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.files import Lock, draft_of, flush, tell_of_disk
+from poisonshield.plain import is_plain
 
 
 class ShardWriter:
@@ -26,8 +29,9 @@ class ShardWriter:
     every lossy format is refused. image_size: None when sizes differ, or not known yet: the attribute may be set until
     the writer closes. compress: .tar.gz shards, for small sets that travel inside a package.
     Raises DataError for a data set that is already there (unless overwrite), a repeated or unfit key, a label outside
-    the classes, another image size, a class name that comes twice; ConfigError for an empty shard size. Leaving the
-    block by an exception leaves the folder as it was.
+    the classes, another image size, a class name that comes twice; ConfigError for an empty shard size; BusyError
+    if another process writes into the folder, StorageError if the disk does not take it. Leaving the block by an
+    exception leaves the folder as it was.
     """
 
     def __init__(
@@ -52,26 +56,37 @@ class ShardWriter:
             twice = next((c for c in self.classes if self.classes.count(c) > 1), None)
             what = f"class name {twice!r} comes twice" if twice is not None else "there is no class"
             raise DataError(f"{what} in what is to be written to {self.folder}. Name each class once.")
-        if (self.folder / FILE_NAME).exists() and not overwrite:
-            raise DataError(
-                f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
-                "  Choose another folder, remove this one, or set overwrite."
-            )
-        self._new_folders = [p for p in (self.folder, *self.folder.parents) if not p.exists()]  # innermost first
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if odd := next((c for c in self.classes if not is_plain(c)), None):
+            raise DataError(f"class name {odd!r} has control characters. Rename the class in what is imported.")
+        self.overwrite = overwrite
+        self._refuse_what_is_there()
+        self._new_folders = new_folders(self.folder)
+        with tell_of_disk(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = ExitStack()
         self._keys: set[str] = set()
         self._shards: dict[str, ShardInfo] = {}
         self._whole: list[_Shard] = []
         self._shard: _Shard | None = None
 
     def __enter__(self) -> "ShardWriter":
+        try:
+            self._lock.enter_context(Lock(self.folder, what="data set"))
+            self._refuse_what_is_there()  # who had the lock before may just have written it
+            _remove_drafts(self.folder)
+        except BaseException:
+            self._give_back()
+            raise
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
+        try:
+            if kind is None:
+                self.close()
+            else:
+                self.abandon()
+        finally:
+            self._give_back()
 
     def write(self, key: str, image: Tensor, label: int) -> None:
         """Add one image, uint8 [3, H, W], losslessly as PNG."""
@@ -97,36 +112,52 @@ class ShardWriter:
             raise DataError(f"sample {key} is written twice to {self.folder}; keys must be unique.")
         if not 0 <= int(label) < len(self.classes):
             raise DataError(f"sample {key} has label {label}, a number from 0 to {len(self.classes) - 1} was wanted.")
-        if self._shard is None:
-            self._shard = _Shard(self.folder / f"shard-{len(self._shards):05d}{self.ending}")
-        self._shard.add(key, data, extension, int(label))
-        self._keys.add(key)
-        if self._shard.samples == self.samples_per_shard:
-            self._finish_shard()
+        with tell_of_disk(self.folder):
+            if self._shard is None:
+                self._shard = _Shard(self.folder / f"shard-{len(self._shards):05d}{self.ending}")
+            self._shard.add(key, data, extension, int(label))
+            self._keys.add(key)
+            if self._shard.samples == self.samples_per_shard:
+                self._finish_shard()
 
     def close(self) -> Manifest:
         """Finish the last shard and write the manifest. Raises DataError if no sample was written."""
+        described = draft_of(self.folder / FILE_NAME)
         try:
-            manifest = self._finish()
+            with tell_of_disk(self.folder):
+                manifest = self._finish()
+                described.write_text(manifest.text, encoding="utf-8")
+                flush(described)
+                _remove_old(self.folder)
+                for shard in self._whole:
+                    os.replace(shard.temporary, shard.path)
+                os.replace(described, self.folder / FILE_NAME)
+                flush(self.folder)
         except BaseException:
+            described.unlink(missing_ok=True)
             self.abandon()
             raise
-        _remove_old(self.folder)
-        for shard in self._whole:
-            os.replace(shard.temporary, shard.path)
-        manifest.save(self.folder)
         return manifest
 
     def abandon(self) -> None:
         """Remove what this writer wrote; what was in the folder before stays."""
         for shard in (*self._whole, *filter(None, [self._shard])):
             shard.abandon()
-        with suppress(OSError):  # somebody else put a file there
-            for folder in self._new_folders:
-                folder.rmdir()
+        remove_empty(self._new_folders)
+
+    def _refuse_what_is_there(self) -> None:
+        if (self.folder / FILE_NAME).exists() and not self.overwrite:
+            raise DataError(
+                f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
+                "  Choose another folder, remove this one, or set overwrite."
+            )
+
+    def _give_back(self) -> None:
+        self._lock.close()
+        remove_empty(self._new_folders)
 
     def _finish(self) -> Manifest:
-        """Everything that can fail, before anything old is touched."""
+        """Everything that can fail for what was written, before anything old is touched."""
         self._finish_shard()
         if not self._shards:
             raise DataError(f"no sample was written to {self.folder}, so there is no data set.")
@@ -153,7 +184,7 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.path, self.samples = path, 0
-        self.temporary = path.with_name(f".{path.name}.tmp")
+        self.temporary = draft_of(path)
         self._file = _HashedFile(self.temporary)
         self._zip = None
         if path.name.endswith(".gz"):  # no name and no time in its header: they would make equal data differ in bytes
@@ -207,6 +238,24 @@ class _HashedFile:
                 os.fsync(self._file.fileno())
             finally:
                 self._file.close()
+
+
+def new_folders(folder: Path) -> list[Path]:
+    """Those of a folder and the ones above it that are not there yet, innermost first."""
+    return [p for p in (folder, *folder.parents) if not p.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, up to the first that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _remove_drafts(folder: Path) -> None:
+    """What a writer that was killed left behind. For the holder of the lock."""
+    for draft in (*folder.glob(".shard-*.tmp"), *folder.glob(f".{FILE_NAME}.*.tmp")):
+        draft.unlink(missing_ok=True)
 
 
 def _remove_old(folder: Path) -> None:

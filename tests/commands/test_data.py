@@ -94,6 +94,66 @@ def test_broken_image_ends_import_with_its_name_and_skip_broken_goes_on(run, src
     assert "val/dog/1.png" not in members(tmp_path / "set" / "test")
 
 
+def test_import_says_what_was_read_left_out_and_chosen(run, src, tmp_path):
+    """faults A: `--skip-broken` stood in manifest.json only; class names and counts were never shown."""
+    (src / "train" / "cat" / "0.png").write_bytes(png()[:60])
+    (src / "train" / "dog" / "[b]notes.txt").write_text("")
+    (src / "test" / "cat").mkdir(parents=True)
+    (src / "test" / "cat" / "0.png").write_bytes(png(0, (20, 24)))
+    status, out, err = run("data", "import", src, "--out", tmp_path / "set", "--skip-broken")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[:7] == [
+        f"{src}: read 6 images.",
+        "train: 2 classes: cat 2, dog 3.",
+        "test: 2 classes: cat 1, dog 0.",
+        "left out: 1 validation splits, as there is a test split (import it alone to have it): val.",
+        "left out: 1 files that are no images: train/dog/[b]notes.txt.",
+        "left out: 1 classes of train, without an image in test: dog.",
+        "left out: 1 broken images: train/cat/0.",
+    ]
+    assert "train is the train split, test the test split." in out
+
+
+def test_escape_sequences_of_a_manifest_reach_no_terminal(run, src, tmp_path):
+    """faults C: `data verify` on a manifest with escape sequences."""
+    run("data", "import", src, "--out", tmp_path / "set")
+    path = tmp_path / "set" / "test" / "manifest.json"
+    whole = json.loads(path.read_text())
+    steer = "\x1b[2J\x9b1m\u202e"
+    for changes in (
+        {"poison": {"name": steer}}, {"provenance": steer}, {"classes": [steer, "b"]}, {steer: 1},
+        {"shards": {f"{steer}.tar": next(iter(whole["shards"].values()))}}, {"format": steer}, {"image_size": steer},
+        {"poison": {steer: steer}},
+    ):  # fmt: skip
+        path.write_text(json.dumps(whole | changes))
+        _, out, err = run("data", "verify", tmp_path / "set" / "test")
+        assert not set(steer) & set(out + err) & set("\x1b\x9b\u202e"), changes
+
+
+def test_fields_of_tars_are_options(run, tmp_path):
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src" / "x.tar", "w") as tar:
+        for name, content in (("0.in.png", png()), ("0.out.png", png()), ("0.json", b'{"kind": {"id": 1}}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    asked = ["data", "import", tmp_path / "src", "--out", tmp_path / "set"]
+    status, _, err = run(*asked)
+    assert status == 1 and "Say which: --image in.png" in err
+    status, out, _ = run(*asked, "--image", "in.png", "--label", "json.kind.id", "--max-member-mib", 1)
+    assert status == 0 and "labels are json.kind.id of each sample, as --label says." in out
+    assert sorted(members(tmp_path / "set")) == ["0.cls", "0.png"]
+
+
+def test_pixel_limit_is_an_option(run, src, tmp_path):
+    status, _, err = run("data", "import", src, "--out", tmp_path / "set", "--max-megapixels", 0.0004)
+    assert status == 1 and "claims 24x20 pixels, 400 pixels at most were wanted" in err
+    status, _, err = run("data", "import", src, "--out", tmp_path / "set", "--max-megapixels", 500)
+    assert status == 1 and "max_pixels is 500,000,000: 1 to 134,217,728 was wanted" in err
+    status, _, err = run("data", "import", src, "--out", tmp_path / "set", "--max-member-mib", 0)
+    assert status == 1 and "max_member_mib is 0, at least 1 was wanted" in err
+
+
 def test_import_over_a_data_set_needs_overwrite(run, src, tmp_path):
     assert run("data", "import", src, "--out", tmp_path / "set")[0] == 0
     status, _, err = run("data", "import", src, "--out", tmp_path / "set")

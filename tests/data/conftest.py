@@ -64,6 +64,12 @@ class HandMade:
         self.write()
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """What is kept of verified data sets goes into a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def hand_made(tmp_path):
     """`hand_made(counts=(5, 4), ...)` -> HandMade in a fresh folder."""

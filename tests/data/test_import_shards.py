@@ -11,6 +11,7 @@ from made import array_of, chw, contents, link, picture, plant, write_tar
 
 from poisonshield.data import ShardSet
 from poisonshield.data.importer import import_data
+from poisonshield.data.summary import Summary
 from poisonshield.data.writer import ShardWriter
 from poisonshield.errors import DataError
 
@@ -136,9 +137,21 @@ def test_file_that_comes_twice_in_a_sample_is_refused(src, out, second):
         import_data(src, out)
 
 
-def test_key_in_two_tars_is_refused(src, out):
-    tars(src, {"x-0.tar": sample("a") + sample("b"), "x-1.tar": sample("c") + sample("b", seed=3)})
-    with pytest.raises(DataError, match="^sample b is written twice"):
+def test_keys_that_two_tars_share_begin_with_the_name_of_their_tar(src, out):
+    """faults D: "import makes unique keys", import refused: a circle."""
+    tars(src, {"x-0.tar": sample("a") + sample("b"), "x-1.v2.tar.gz": sample("c", 1) + sample("b", 1, 3)})
+    summary = Summary("src")
+    import_data(src, out, summary=summary)
+    assert labels_of(out) == {"x-0/a": "0", "x-0/b": "0", "x-1_v2/c": "1", "x-1_v2/b": "1"}
+    assert "the same keys come in several shards: each key begins with the name of its shard." in summary.choices
+
+
+def test_key_that_comes_twice_in_one_tar_is_refused(src, out):
+    tars(src, {"x-0.tar": sample("a") + sample("b") + sample("a", seed=3)})
+    with pytest.raises(DataError, match="^sample a is written twice"):
+        import_data(src, out)
+    tars(src, {"x-0.tar": sample("a_b") + sample("a.b")})
+    with pytest.raises(DataError, match="^sample a_b is written twice"):
         import_data(src, out)
     assert not out.exists()
 

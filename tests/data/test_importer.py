@@ -1,20 +1,26 @@
 """Import of class folders and of CIFAR-10: they become data sets, or are refused with nothing written."""
 
+import errno
 import hashlib
 import io
+import json
 import pickle
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from made import array_of, chw, contents, encoded, picture, pixels_of, plant, tree_of
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from poisonshield.data import ShardSet
 from poisonshield.data.importer import import_data
-from poisonshield.errors import DataError
+from poisonshield.data.summary import Summary
+from poisonshield.errors import BusyError, DataError, StorageError
+from poisonshield.files import LOCK
 
 
 def labels_of(folder):
@@ -123,14 +129,20 @@ def test_class_list_that_cannot_be_read_is_refused(src, out, tmp_path):
             import_data(src, out, class_list=path)
 
 
-def test_splits_with_other_classes_are_refused_and_neither_is_written(src, out):
-    plant(src, {"train/cat/0.png": 0, "train/dog/1.png": 1, "val/cat/0.png": 0})
-    with pytest.raises(DataError, match="val lacks 1 of 2 class folders: dog"):
-        import_data(src, out)
-    plant(src, {"val/dog/0.png": 0, "val/eel/1.png": 1})
-    with pytest.raises(DataError, match="val has 1 class folders that the train split lacks: eel"):
-        import_data(src, out)
-    assert not out.exists()
+def test_test_split_may_lack_classes_and_may_not_have_others(src, out):
+    """faults D: a validation split that lacks a class (vision#8297)."""
+    plant(src, {"train/cat/0.png": 0, "train/dog/1.png": 1, "train/eel/2.png": 2, "val/eel/0.png": 0})
+    plant(src, {"val/dog/notes.txt": b""})
+    summary = Summary("src")
+    manifests = import_data(src, out, summary=summary)
+    assert manifests["test"].classes == ("cat", "dog", "eel") and labels_of(out / "test") == {"val/eel/0": "eel"}
+    assert summary.classes["test"] == {"cat": 0, "dog": 0, "eel": 1}
+    assert summary.left_out["classes of train, without an image in val"] == ["cat", "dog"]
+    plant(src, {"val/fox/1.png": 1})
+    before = tree_of(out)
+    with pytest.raises(DataError, match="val has 1 class folders that the train split lacks: fox"):
+        import_data(src, out, overwrite=True)
+    assert tree_of(out) == before
 
 
 def test_empty_class_folder_and_folder_without_classes_are_refused(src, out):
@@ -339,3 +351,83 @@ def test_class_list_for_cifar10_is_refused(small_cifar10, out, tmp_path):
     (tmp_path / "list.txt").write_text("cat\n")
     with pytest.raises(DataError, match="is CIFAR-10, which has its own ten classes"):
         import_data(small_cifar10, out, class_list=tmp_path / "list.txt")
+
+
+def test_cifar100_files_become_train_and_test(src, out, monkeypatch):
+    """faults D: CIFAR-100 pickles."""
+    folder = src / "cifar-100-python"
+    folder.mkdir(parents=True)
+    names = [f"fine {c}" for c in range(100)]
+    for split, seed in (("train", 1), ("test", 2)):
+        data = np.stack([array_of(10 * seed + i, (32, 32)).transpose(2, 0, 1).reshape(-1) for i in range(3)])
+        (folder / split).write_bytes(pickle.dumps({"data": data, "fine_labels": [99, 0, seed]}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    md5 = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
+    for place, target in ((src, out), (folder, out.with_name("again"))):
+        manifests = import_data(place, target)
+        test = ShardSet.open(target / "test")
+        assert test.labels.tolist() == [99, 0, 2] and list(test.classes) == names
+        assert test.decode(1).equal(chw(array_of(21, (32, 32)))) and test.keys[0] == "test-00000"
+        assert manifests["train"].samples == 3 and "official CIFAR-100" in manifests["train"].provenance
+    (folder / "meta").write_bytes(pickle.dumps(Alarm()))
+    with pytest.raises(DataError, match="is not the official CIFAR-100: (?s:.*)no other pickle is opened"):
+        import_data(src, out, overwrite=True)
+
+
+def test_two_kinds_of_cifar_beside_each_other_are_asked_about(src, out):
+    for name in ("cifar-10-batches-py", "cifar-100-python"):
+        (src / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="Give the path of the one that is meant"):
+        import_data(src, out)
+
+
+# Two imports at once, and disks.
+
+
+def test_second_import_into_one_folder_is_refused_before_it_reads(src, out, monkeypatch):
+    """faults B: the first reported success, the second deleted it and died."""
+    plant(src, {"a/0.png": 0})
+    out.mkdir()
+    owner = {"host": "elsewhere", "pid": 7, "since": "now"}
+    (out / LOCK).write_text(json.dumps(owner))
+    monkeypatch.setattr("poisonshield.data.importer._import", None)
+    with pytest.raises(BusyError, match="is in use: process 7 on elsewhere"):
+        import_data(src, out, overwrite=True)
+    assert [p.name for p in out.iterdir()] == [LOCK]
+
+
+def test_of_two_imports_at_once_one_wins_whole(src, out):
+    """faults B, by real processes."""
+    plant(src, {f"a/{i}.png": i for i in range(80)})
+    code = f"from poisonshield.data.importer import import_data; import_data({str(src)!r}, {str(out)!r})"
+    tries = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate()[1] for process in tries]
+    assert sum(process.returncode == 0 for process in tries) == 1
+    for process, error in zip(tries, errors, strict=True):
+        assert process.returncode == 0 or "BusyError" in error or "already holds a data set" in error, error
+    assert len(ShardSet.open(out)) == 80
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "shard-00000.tar"]
+
+
+def test_a_full_disk_is_worded_and_leaves_no_folder(src, out, monkeypatch):
+    plant(src, {"a/0.png": 0})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("poisonshield.data.writer._HashedFile.write", full)
+    with pytest.raises(StorageError, match="out cannot be written: the disk is full"):
+        import_data(src, out)
+    assert not out.exists()
+
+
+def test_an_output_that_is_a_file_is_refused(src, out):
+    plant(src, {"a/0.png": 0})
+    out.write_text("mine")
+    for place in (out, out / "deep" / "set"):
+        with pytest.raises(DataError, match="out is not a folder. Choose another name"):
+            import_data(src, place)
+    assert out.read_text() == "mine"

@@ -95,6 +95,9 @@ def named(name):
         ({"classes": []}, "classes: "),
         ({"classes": 2}, "classes: "),
         ({"classes": ["cat", "dog", "cat"]}, "class names appear twice: cat"),
+        ({"classes": ["cat", "\x1b[31mdog"]}, "class name '\\\\x1b[31mdog' has control characters"),
+        (named("s\x1b[2J.tar"), "shard 's\\x1b[2J.tar' has control characters in its name"),
+        ({"\x1b[2J": 1}, "\\x1b[2J: Extra inputs are not permitted"),
         ({"image_size": [6]}, "image_size"),
         ({"image_size": [0, 5]}, "image_size.0: Input should be greater than or equal to 1"),
         ({"image_size": "6x5"}, "image_size"),
@@ -120,6 +123,7 @@ def test_wrong_field_is_named(tmp_path, changes, words):
     with pytest.raises(DataError) as caught:
         Manifest.load(written(tmp_path, changes))
     assert words in str(caught.value) and str(tmp_path / "manifest.json") in str(caught.value)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_all_wrong_fields_are_named_at_once(tmp_path):
@@ -141,6 +145,33 @@ def test_manifest_of_other_shards_is_sent_to_import(tmp_path):
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b'{"format": }'], ids=["empty", "cut", "binary", "syntax"])
 def test_unreadable_json_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(DataError, match="is not readable JSON"):
+        Manifest.load(tmp_path)
+
+
+def test_escape_sequences_of_provenance_and_poison_are_written_out(tmp_path):
+    """faults C: they reached the terminal through `data verify`."""
+    changes = {"provenance": "a\x1b[31m\nb", "poison": {"name": "\x1b]0;x\x07", "by": ["\x9b1m"], "eps": 1}}
+    manifest = Manifest.load(written(tmp_path, changes))
+    assert manifest.provenance == "a\\x1b[31m\\nb"
+    assert manifest.poison == {"name": "\\x1b]0;x\\x07", "by": ["\\x9b1m"], "eps": 1}
+
+
+def test_a_pipe_in_place_of_a_manifest_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(DataError, match="manifest .* is no plain file"):
+        Manifest.load(tmp_path)
+
+
+def test_a_manifest_beyond_all_bounds_is_refused_unread(tmp_path):
+    with open(tmp_path / "manifest.json", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DataError, match="is larger than 67,108,864 bytes"):
+        Manifest.load(tmp_path)
+
+
+def test_json_of_a_hundred_thousand_brackets_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match="is not readable JSON"):
         Manifest.load(tmp_path)
 

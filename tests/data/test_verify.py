@@ -1,21 +1,24 @@
 """Verification: whatever happened to a shard is noticed and named; `once` looks again when anything changed."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
 import os
+import pickle
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 from made import array_of, encoded, write_tar
 
-from poisonshield.data import Manifest, ShardSet, verify
+from poisonshield.data import Manifest, ShardSet, index_cache, verify
+from poisonshield.data.check import problems
 from poisonshield.data.index import Index
+from poisonshield.data.index_cache import index_path
 from poisonshield.data.verify import hash_file, index_shard, verified_index, verify_file
 from poisonshield.errors import DataError
-
-INDEX = ".index.npz"
 
 
 def described(folder, name, *, samples, classes=3):
@@ -152,6 +155,42 @@ def test_compressed_shard_that_would_fill_the_memory_is_refused(tmp_path, monkey
         index_shard(tmp_path, manifest, 0)
 
 
+def test_compressed_shards_are_bounded_all_together(tmp_path, monkeypatch):
+    """faults C: 3.7 MB of `.tar.gz` shards took 4.6 GB, each within the bound of one."""
+    infos = {}
+    for number in range(5):
+        path = write_tar(
+            tmp_path / f"{number}.tar.gz", [(f"{number}.png", encoded(array_of())), (f"{number}.cls", b"0")], "w:gz"
+        )
+        infos |= json.loads(described(tmp_path, path.name, samples=1).model_dump_json())["shards"]
+    manifest = {"format": "poisonshield/1", "classes": ["a"], "image_size": [6, 5], "samples": 5, "shards": infos}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(verify, "MAX_UNPACKED_BYTES", 5 * 10240)
+    shards = ShardSet.open(tmp_path)
+    assert shards.read(torch.arange(5)).shape == (5, 3, 6, 5)
+    assert pickle.loads(pickle.dumps(shards)).read(torch.arange(5)).shape == (5, 3, 6, 5)
+    assert not problems(tmp_path)
+    monkeypatch.setattr(verify, "MAX_UNPACKED_BYTES", 5 * 10240 - 1)
+    words = r"unpacks to more than 51,199 bytes, counted over all compressed shards"
+    with pytest.raises(DataError, match=words):
+        ShardSet.open(tmp_path)
+    assert any("unpacks to more than 51,199 bytes" in problem for problem in problems(tmp_path))
+    late = ShardSet(tmp_path, shards.manifest, shards.index)  # as one whose index was kept
+    with pytest.raises(DataError, match=words):
+        late.read(torch.arange(5))
+
+
+def test_names_with_escape_sequences_in_a_tar_reach_no_terminal(tmp_path):
+    """faults C: `data verify` printed them."""
+    for name in ("\x1b[2J.png", "a.\x1b[2J", "\x1b[2J.pkl", "\x1b[2J.cls"):
+        write_tar(tmp_path / "s.tar", [(name, b"7")])
+        described(tmp_path, "s.tar", samples=1)
+        found = "\n".join(problems(tmp_path))
+        assert "\x1b" not in found and "\\x1b[2" in found.lower()
+    os.truncate(tmp_path / "s.tar", 600)
+    assert "\x1b" not in "".join(problems(tmp_path))
+
+
 def test_other_count_than_the_manifests_is_refused(hand_made):
     made = hand_made(counts=(5,))
     manifest = described(made.folder, "s-0.tar", samples=6)
@@ -203,7 +242,8 @@ def test_verifying_once_keeps_the_index_and_opens_to_the_same_samples(hand_made)
     made = hand_made()
     fresh = ShardSet.open(made.folder)
     first, second = (ShardSet.open(made.folder, verify="once") for _ in range(2))
-    assert (made.folder / INDEX).is_file()
+    assert index_path(made.folder).is_file()
+    assert sorted(p.name for p in made.folder.iterdir()) == ["manifest.json", "s-0.tar", "s-1.tar"]
     for opened in (first, second):
         assert opened.keys == fresh.keys and opened.digest == fresh.digest
         for name in Index.ARRAYS:
@@ -273,10 +313,82 @@ def test_verifying_once_follows_a_data_set_that_was_written_again(hand_made):
 def test_damaged_index_is_made_again(hand_made):
     made = hand_made()
     ShardSet.open(made.folder, verify="once")
-    whole = (made.folder / INDEX).read_bytes()
-    (made.folder / INDEX).write_bytes(whole[:-30])
+    whole = index_path(made.folder).read_bytes()
+    index_path(made.folder).write_bytes(whole[:-30])
     assert ShardSet.open(made.folder, verify="once").keys == tuple(made.labels)
-    assert Index.load(made.folder / INDEX, stamp=verify.stamp_of(made.folder, Manifest.load(made.folder))) is not None
+    assert index_cache.recall_index(made.folder, Manifest.load(made.folder)) is not None
+
+
+def test_an_index_that_came_with_the_data_is_not_looked_at(hand_made, tmp_path, monkeypatch):
+    """faults B: a stranger's `.index.npz` in the folder made changed bytes and labels pass as verified."""
+    made = hand_made()
+    ShardSet.open(made.folder, verify="once")
+    kept = index_path(made.folder).read_bytes()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another user"))
+    for name in (".index.npz", index_path(made.folder).name):
+        (made.folder / name).write_bytes(kept)
+    flip(made.folder / "s-0.tar", 700)
+    with pytest.raises(DataError, match="is not the one in the manifest"):
+        ShardSet.open(made.folder, verify="once")
+
+
+CHANGES = {
+    "label below 0": ("labels", 0, -7),
+    "label beyond the classes": ("labels", 0, 3),
+    "shard that is none": ("shard", 8, 2),
+    "codec that is none": ("codec", 0, 3),
+    "offset beyond the file": ("offset", 0, 10**9),
+    "offset before the file": ("offset", 0, -1),
+    "length beyond the file": ("length", 0, 10**9),
+    "length and offset that wrap around": ("length", 0, 2**63 - 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_kept_index_with_impossible_numbers_is_made_again(hand_made, change):
+    """faults B: label -7 was accepted."""
+    made = hand_made()
+    fresh = ShardSet.open(made.folder, verify="once").index
+    name, at, value = CHANGES[change]
+    array = getattr(fresh, name).copy()
+    array[at] = value
+    index_cache.keep_index(made.folder, Manifest.load(made.folder), dataclasses.replace(fresh, **{name: array}))
+    assert ShardSet.open(made.folder, verify="once").labels.tolist() == list(made.labels.values())
+
+
+@pytest.mark.parametrize("change", ["fewer", "more dimensions", "floats", "keys"])
+def test_a_kept_index_of_another_form_is_made_again(hand_made, change):
+    made = hand_made()
+    fresh = ShardSet.open(made.folder, verify="once").index
+    odd = {
+        "fewer": {"labels": fresh.labels[1:]},
+        "more dimensions": {"offset": fresh.offset[:, None]},
+        "floats": {"length": fresh.length.astype(float)},
+        "keys": {"keys": (fresh.keys[1], *fresh.keys[1:])},
+    }[change]
+    index_cache.keep_index(made.folder, Manifest.load(made.folder), dataclasses.replace(fresh, **odd))
+    assert ShardSet.open(made.folder, verify="once").keys == tuple(made.labels)
+
+
+def test_an_index_that_another_user_kept_is_made_again(hand_made, monkeypatch):
+    made = hand_made()
+    ShardSet.open(made.folder, verify="once")
+    flip(made.folder / "s-0.tar", 600)
+    monkeypatch.setattr(os, "getuid", lambda: 12_345)
+    with pytest.raises(DataError, match="is not the one in the manifest"):
+        ShardSet.open(made.folder, verify="once")
+
+
+def test_a_data_set_that_was_moved_is_verified_once_more_and_opens(hand_made, tmp_path):
+    """faults B: data moved to another mount."""
+    made = hand_made()
+    ShardSet.open(made.folder, verify="once")
+    moved = tmp_path / "mnt" / "elsewhere"
+    moved.parent.mkdir()
+    made.folder.rename(moved)
+    for _ in range(2):
+        assert ShardSet.open(moved, verify="once").keys == tuple(made.labels)
+    assert index_path(moved) != index_path(made.folder)
 
 
 def test_folder_that_cannot_be_written_is_verified_each_time_with_a_warning(hand_made, monkeypatch, caplog):
@@ -287,7 +399,8 @@ def test_folder_that_cannot_be_written_is_verified_each_time_with_a_warning(hand
 
     monkeypatch.setattr(Index, "save", read_only)
     assert len(ShardSet.open(made.folder, verify="once")) == 9
-    assert "the index cannot be kept (Read-only file system), so every open verifies again" in caplog.text
+    assert "no index can be kept in" in caplog.text
+    assert "(Read-only file system), so every open verifies again" in caplog.text
     flip(made.folder / "s-0.tar", 600)
     with pytest.raises(DataError, match="is not the one in the manifest"):
         ShardSet.open(made.folder, verify="once")

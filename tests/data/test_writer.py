@@ -1,5 +1,6 @@
 """The writer: ordinary tars that tarfile and webdataset read, equal bytes for equal samples, all of it or nothing."""
 
+import errno
 import hashlib
 import json
 import resource
@@ -15,7 +16,8 @@ from made import array_of, chw, contents, encoded, picture, pixels_of, tree_of
 
 from poisonshield.data import Manifest, ShardSet
 from poisonshield.data.writer import ShardWriter
-from poisonshield.errors import ConfigError, DataError
+from poisonshield.errors import BusyError, ConfigError, DataError, StorageError
+from poisonshield.files import LOCK
 
 
 def write(folder, count=7, *, size=(6, 5), shift=0, **settings_):
@@ -184,6 +186,7 @@ def test_file_of_another_kind_is_refused(tmp_path, extension):
     [
         ({"classes": ["a", "b", "a"]}, DataError, "class name 'a' comes twice"),
         ({"classes": []}, DataError, "there is no class"),
+        ({"classes": ["a\x1b[2J"]}, DataError, r"class name 'a\\x1b\[2J' has control characters"),
         ({"samples_per_shard": 0}, ConfigError, "samples_per_shard is 0, at least 1 was wanted"),
         ({"samples_per_shard": -5}, ConfigError, "samples_per_shard is -5, at least 1 was wanted"),
     ],
@@ -237,11 +240,65 @@ def test_full_disk_leaves_the_old_set(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # no file may grow beyond it
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(
+            StorageError, match=r"out cannot be written: the file would be larger than .* MiB are free at"
+        ):
             write(out, size=(64, 64), overwrite=True, samples_per_shard=50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tree_of(out) == before
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "rename"])
+def test_a_disk_that_is_full_at_any_step_is_worded_and_no_draft_stays(tmp_path, monkeypatch, step):
+    """faults B: a full or read-only disk."""
+    out = write(tmp_path / "out")
+    before = tree_of(out)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    where = {"write": "poisonshield.data.writer._HashedFile.write", "fsync": "os.fsync", "rename": "os.replace"}[step]
+    monkeypatch.setattr(where, full)
+    with pytest.raises(StorageError, match=r"cannot be written: the disk is full .* MiB are free"):
+        write(out, overwrite=True)
+    monkeypatch.undo()
+    if step != "rename":
+        assert tree_of(out) == before
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_two_writers_of_one_folder_do_not_meet(tmp_path):
+    """faults B: the second is refused before it writes, and the first goes on."""
+    out = tmp_path / "out"
+    out.mkdir()
+    owner = json.dumps({"host": "elsewhere", "pid": 7, "since": "now"})
+    (out / LOCK).write_text(owner)
+    before = tree_of(tmp_path)
+    with pytest.raises(BusyError, match="is in use: process 7 on elsewhere writes this data set"):
+        write(out)
+    assert tree_of(tmp_path) == before
+    (out / LOCK).unlink()
+    write(out)
+    assert len(ShardSet.open(out)) == 7 and not (out / LOCK).exists()
+
+
+def test_what_another_writer_finished_in_between_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    late = ShardWriter(out, classes=["a"], image_size=None)
+    write(out)
+    before = tree_of(out)
+    with pytest.raises(DataError, match="already holds a data set"):
+        with late:
+            pass
+    assert tree_of(out) == before
+
+
+def test_drafts_of_a_writer_that_was_killed_are_removed_by_the_next(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".shard-00007.tar.0a1b2c3d.tmp").write_bytes(b"half")
+    write(tmp_path / "out")
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
 
 
 def test_nothing_looks_like_a_data_set_until_all_of_it_is_whole(tmp_path):
