@@ -69,7 +69,7 @@ class Manifest(BaseModel):
     def _shards_are_plain_names(cls, shards: dict[str, ShardInfo]) -> dict[str, ShardInfo]:
         for name in shards:
             refuse_address(name, role="shard")
-            if not name.endswith(SHARD_ENDINGS) or "/" in name or "\\" in name:
+            if not name.endswith(SHARD_ENDINGS) or "/" in name or "\\" in name or len(name) > 200:
                 raise ValueError(f"shard {name!r} must be a file name in this folder that ends in .tar or .tar.gz")
         return shards
 
