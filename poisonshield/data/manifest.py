@@ -69,8 +69,10 @@ class Manifest(BaseModel):
     def _shards_are_plain_names(cls, shards: dict[str, ShardInfo]) -> dict[str, ShardInfo]:
         for name in shards:
             refuse_address(name, role="shard")
-            if not name.endswith(SHARD_ENDINGS) or "/" in name or "\\" in name or len(name) > 200:
+            if not name.endswith(SHARD_ENDINGS) or "/" in name or "\\" in name:
                 raise ValueError(f"shard {name!r} must be a file name in this folder that ends in .tar or .tar.gz")
+            if len(name) > 200:
+                raise ValueError(f"shard {name[:40]}... has {len(name)} letters in its name, 200 are the most")
         return shards
 
     @property
