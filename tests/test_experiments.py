@@ -223,3 +223,12 @@ def test_a_typo_in_the_methods_name_is_one_line_with_the_right_name(path):
     with pytest.raises(ConfigError) as error:
         read_experiment(path, [f"method.name={typo}"])
     assert len(str(error.value).splitlines()) == 1 and f"Did you mean {right}?" in str(error.value)
+
+
+def test_checking_a_config_takes_no_memory_for_its_networks():
+    """A layer of 65,536 x 65,536 numbers is 16 GiB: what a config asks for is looked at and not made."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read_experiment(MINI, ["method.hidden=65536", "method.out=65536"])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB

@@ -191,6 +191,7 @@ def test_the_config_for_own_images_asks_for_them(said):
                 "settings={engine.epochs: 2}",
             ],
         ),
+        ("defend/vespr_cifar10_mini", ("method.hidden=4294967296",), ["method: no network has such sizes"]),
         ("invert/szt", ("method.name=textual_inversoin",), ["Did you mean textual_inversion?"]),
         ("defend/vespr_cifar10_mini", ("model.name=resnet81",), ["not a timm model. Did you mean resnet18?"]),
         ("invert/rendered", ("seed=18446744073709551616",), ["seed=18446744073709551616", "is beyond 64 bits"]),

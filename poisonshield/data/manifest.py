@@ -84,6 +84,8 @@ class Manifest(BaseModel):
                 raise ValueError(f"shard {name!r} has control characters in its name")
             if not name.endswith(SHARD_ENDINGS) or "/" in name or "\\" in name:
                 raise ValueError(f"shard {name!r} must be a file name in this folder that ends in .tar or .tar.gz")
+            if len(name) > 200:
+                raise ValueError(f"shard {name[:40]}... has {len(name)} letters in its name, 200 are the most")
         return shards
 
     @property

@@ -23,7 +23,7 @@ from poisonshield.engine.checkpoint import sha256
 from poisonshield.engine.optim import parameter_groups
 from poisonshield.engine.processes import choose_device
 from poisonshield.engine.runfolder import RunFolder
-from poisonshield.errors import CheckpointError, ConfigError
+from poisonshield.errors import CheckpointError, ConfigError, reason_of
 from poisonshield.evals import EVALUATIONS
 from poisonshield.evals.base import Number
 from poisonshield.evals.pairs import watch_pairs
@@ -141,13 +141,18 @@ class Classify(Training):
             checker.problem(("model", "name"), str(err))
 
     def _try_stack(self, checker: Checker, settings: ClassifySettings) -> SSLMethod | None:
-        """Method and defenses around an encoder of one feature, or None with the problem noted."""
-        with torch.random.fork_rng(devices=[]):
+        """Method and defenses around an encoder of one feature, or None with the problem noted. Takes no memory."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             try:
                 inner = self.method.cls(self.method.config, encoder=OneFeature(), num_classes=2)
                 inner = _set_views(inner, settings)
             except ConfigError as err:
                 checker.problem(("method",), f"method: {err}")
+                return None
+            except RuntimeError as err:  # torch's, of sizes that no tensor can have
+                checker.problem(
+                    ("method",), f"method: no network has such sizes ({reason_of(err)}). Give smaller ones."
+                )
                 return None
             for i, choice in enumerate(self.defenses):
                 try:
