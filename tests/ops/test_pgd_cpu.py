@@ -80,6 +80,15 @@ def test_layouts_give_the_same_in_place(norm, case):
         assert torch.equal(same, plain) if norm == "linf" else (same - plain).abs().max() < 2e-6
 
 
+def test_autograd_sees_the_change():
+    x = made(1, 3, 8, 8)
+    leaf = torch.ones(1, requires_grad=True)
+    product = (leaf * x).sum()  # keeps x for its gradient
+    pgd_step_(x, torch.ones_like(x), x.clone(), step_size=0.1, eps=0.2, backend="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_flat_samples_and_clips():
     clean, grad = made(5, 7) * 1.4 - 0.2, made(5, 7, seed=1, normal=True)
     mean, std = made(7, seed=2), made(7, seed=3) + 0.5
