@@ -98,7 +98,7 @@ def test_every_file_that_the_compiled_sources_include_is_in_the_source_distribut
         for line in p.read_text().splitlines()
         if line.startswith(('#include "', "#define POISONSHIELD_KERNELS"))
     }
-    assert {"launch.cuh", "philox.cuh", "levels.h", "jpeg_kernels.h"} <= {name for _, name in included}
+    assert {"launch.cuh", "philox.cuh", "levels.h", "jpeg_kernels.h", "pgd_kernels.h"} <= {name for _, name in included}
     for source, name in included:
         assert (source.parent / name).is_file() or (sdist / "csrc" / "include" / name).is_file(), (source, name)
 

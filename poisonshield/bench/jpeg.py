@@ -39,7 +39,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
         return check
 
-    for name in ("reference", "compiled", "triton", "cuda"):
+    for name in ("reference", "compiled", "cpu", "triton", "cuda"):
         missing = _ROOM.missing(name, x.device)
 
         def run(v: Tensor, name: str = name) -> Tensor:

@@ -48,7 +48,7 @@ def _case(norm: str, textbook: Callable[[Tensor, Tensor, Tensor], Tensor], x0: T
             raise WrongResult(f"{name}: the step is off by {worst}")
         return ""
 
-    for name in ("reference", "compiled", "triton", "cuda"):
+    for name in ("reference", "compiled", "cpu", "triton", "cuda"):
         x = x0.clone()
         missing = _ROOM.missing(name, x.device)
 

@@ -3,9 +3,9 @@
 Each op has a room, a folder with up to four files of functions that have the same names and take the same record of
 arguments: `reference.py` (plain PyTorch, the oracle), `triton_kernels.py`, `cuda_binding.py` and `cpu_kernels.py`. A
 kernel file also has `refusal(function, arguments)`, which gives the reason why it cannot take a call, or None.
-Automatic takes the first of cuda, triton and reference that can; a backend asked for by name either runs or raises with
-its reason. `compiled` is the reference under torch.compile: never chosen automatically, since its first call with a new
-kind of input compiles for seconds. Rooms are found by scanning the folder.
+Automatic takes the first of cuda, triton, cpu and reference that can; a backend asked for by name either runs or raises
+with its reason. `compiled` is the reference under torch.compile: never chosen automatically, since its first call with
+a new kind of input compiles for seconds. Rooms are found by scanning the folder.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from poisonshield.errors import BackendError
 from poisonshield.ops import extension, native
 
 BACKENDS = ("cuda", "triton", "cpu", "compiled", "reference")
-AUTOMATIC = ("cuda", "triton", "reference")
+AUTOMATIC = ("cuda", "triton", "cpu", "reference")
 _FILES = {
     "cuda": "cuda_binding",
     "triton": "triton_kernels",

@@ -70,10 +70,14 @@ class Op:
         *values, backend = flat
         device = values[0].device.type
         arguments = rebuild(self.arguments, values)
-        if not torch.is_autocast_enabled(device):
-            return self.room.run(self.name, backend, arguments)
-        with torch.autocast(device, enabled=False):  # an op fixes its own precision
-            return self.room.run(self.name, backend, arguments)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # an op fixes its own precision
+                result = self.room.run(self.name, backend, arguments)
+        else:
+            result = self.room.run(self.name, backend, arguments)
+        if self.in_place:  # kernels write through pointers, which autograd does not see
+            torch.autograd.graph.increment_version(values[0])
+        return result
 
     def _run_fake(self, *flat: Any) -> Any:
         return self._fake(rebuild(self.arguments, flat[:-1]))

@@ -70,6 +70,13 @@ def test_l2_steps_do_not_depend_on_the_size_of_the_gradient(scale):
     assert (outs[0] - outs[1]).abs().max() < 2e-7 and (outs[0] != x0).any()
 
 
+def test_autograd_sees_the_change():
+    x = made(1, 3, 8, 8)
+    version = x._version
+    pgd_step_(x, torch.ones_like(x), x.clone(), step_size=0.1, eps=0.2, backend="triton")
+    assert x._version > version
+
+
 def test_nan_pixels_stay_nan():
     x0 = made(1, 3, 8, 8)
     x = x0.clone()
