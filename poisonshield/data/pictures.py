@@ -219,6 +219,7 @@ def _open_file(data: bytes, *, name: str, formats: Sequence[str], max_pixels: in
         with Image.open(io.BytesIO(data), formats=tuple(formats)) as file:
             kind = f"{file.format} "
             refuse_large(*file.size, name=name, max_pixels=max_pixels)
+            _refuse_empty_claim(data, name)
             if deep := _depth(data, file):
                 raise depth_error(name, deep)
             if photo == "HEIC" and (missed := phone_photos.missed_turn(file, data)) != 1:
@@ -250,6 +251,20 @@ def _orientation(file: "Image.Image") -> int:
     except _CODEC_ERRORS:  # cameras write broken EXIF data around whole pictures
         return 1
     return found if found in range(1, 9) else 1
+
+
+_DEFLATED = 1032
+"""The most bytes that one byte of a deflate stream unpacks to."""
+
+
+def _refuse_empty_claim(data: bytes, name: str) -> None:
+    """Raise DataError for a PNG of more pixels than its bytes can hold: the decoder takes memory for all of them."""
+    if not data.startswith(PNG_SIGNATURE):
+        return
+    width, height = struct.unpack(">II", data[16:24])
+    bits = data[24] * {2: 3, 4: 2, 6: 4}.get(data[25], 1)
+    if height * (width * bits // 8) > _DEFLATED * len(data):
+        raise damage_error(data, f"so few cannot hold {width}x{height} pixels", name=name, kind="PNG ")
 
 
 def _depth(data: bytes, file: "ImageFile") -> str:

@@ -317,3 +317,27 @@ def test_a_jpeg_with_further_pictures_behind_it_is_a_jpeg():
     picture, stored = read_picture(file.getvalue()), Preparation()(file.getvalue(), name="k")
     assert (picture.format, picture.frames, picture.pixels.shape) == ("MPO", 2, (3, 16, 8))
     assert (stored.data, stored.extension) == (file.getvalue(), "jpg")
+
+
+def claiming(width, height):
+    """A sound little PNG whose header says another size, with a checksum that fits."""
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def test_a_png_that_cannot_hold_what_it_claims_is_not_decoded():
+    """faults C: 100 bytes that claim 11,000 x 11,000 pixels took 2.3 GB before they were found to end early."""
+    with pytest.raises(DataError, match="so few cannot hold 11000x11000 pixels"):
+        read_picture(claiming(11_000, 11_000))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("side", [1, 3, 2500])
+def test_a_png_that_is_as_small_as_can_be_is_decoded(mode, side):
+    file = io.BytesIO()
+    Image.new(mode, (side, side)).save(file, "PNG", compress_level=9)
+    assert read_picture(file.getvalue()).pixels.shape == (3, side, side)
