@@ -21,7 +21,7 @@ from typing import Any, Self
 from poisonshield.errors import BusyError, ConfigError, DataError, StorageError
 
 LOCK = ".poisonshield.lock"
-MADE_LIST = ".poisonshield.json"
+MADE_LIST = ".poisonshield.files.json"
 BEAT = 30.0
 """Seconds between two touches of a lock by its owner."""
 STALE_AFTER = 20 * BEAT
@@ -101,7 +101,7 @@ def read_bounded(path: Path, *, max_bytes: int, what: str) -> bytes:
 
 
 class MadeList:
-    """Which files in a folder are ours: names in `.poisonshield.json`. Only these are ever replaced or removed.
+    """Which files in a folder are ours: names in a hidden list beside them. Only these are ever replaced or removed.
 
     A name is a path within the folder, with slashes; one of a folder stands for all that is in it.
     """
@@ -174,8 +174,8 @@ class Lock:
     def _take(self) -> None:
         """Make the lock file: written under a name of its own and linked, which fails if the lock is there."""
         draft = draft_of(self.path)
-        draft.write_text(json.dumps(_describe_self()))
         try:
+            draft.write_text(json.dumps(_describe_self()))
             for _ in range(3):
                 try:
                     os.link(draft, self.path)

@@ -112,7 +112,7 @@ def test_only_what_was_made_here_may_be_replaced(tmp_path):
     "text", ["{", "[]", '{"made": "a"}', '{"made": ["../a"]}', '{"made": ["/a"]}', '{"made": [1]}']
 )
 def test_damaged_list_of_what_was_made_is_refused(tmp_path, text):
-    (tmp_path / ".poisonshield.json").write_text(text)
+    (tmp_path / files.MADE_LIST).write_text(text)
     with pytest.raises(ConfigError, match="not readable as the names of what was made here"):
         MadeList(tmp_path).read()
 

@@ -6,6 +6,7 @@ One writer has a folder at a time.
 
 import gzip
 import hashlib
+import json
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -151,6 +152,13 @@ class ShardWriter:
                 f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
                 "  Choose another folder, remove this one, or set overwrite."
             )
+        known = _list_shards(self.folder)
+        others = [p.name for p in sorted(self.folder.glob("shard-*")) if p.name not in known]
+        if others:
+            raise DataError(
+                f"{self.folder / others[0]} belongs to no data set in {self.folder}, and is not written over.\n"
+                "  Choose another folder, or move such files away."
+            )
 
     def _give_back(self) -> None:
         self._lock.close()
@@ -260,12 +268,23 @@ def _remove_drafts(folder: Path) -> None:
 
 def _remove_old(folder: Path) -> None:
     """The manifest first, then its shards: a crash in between leaves no data set rather than half of one."""
-    if not (folder / FILE_NAME).exists():
-        return
-    try:
-        names = list(Manifest.load(folder).shards)
-    except DataError:
-        names = []  # damaged: shards of the same names are replaced anyway
-    (folder / FILE_NAME).unlink()
+    names = _list_shards(folder)
+    (folder / FILE_NAME).unlink(missing_ok=True)
     for name in names:
         (folder / name).unlink(missing_ok=True)
+
+
+def _list_shards(folder: Path) -> list[str]:
+    """Of the data set in a folder, by its manifest or, where that is damaged, by their names; none if there is no set.
+
+    Raises DataError for a whole manifest.json of something else.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return []
+    try:
+        return list(Manifest.load(folder).shards)
+    except DataError as err:
+        if isinstance(err.__cause__, json.JSONDecodeError):
+            return [p.name for p in folder.glob("shard-[0-9]*.tar*")]
+        raise

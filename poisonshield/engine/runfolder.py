@@ -6,7 +6,8 @@ results.json   rows of the table      tensorboard/        if asked for
                                       .poisonshield.json  names that runs have made here
                                       .poisonshield.data.json  digests of the run's data, by the setting that names it
 
-Only names on that list are ever removed, and a folder with neither the list nor a run's config.yaml is another's.
+Only names on that list are ever removed, and in folders of such names only the kinds of files that runs write. A folder
+with neither the list nor a run's config.yaml is another's.
 """
 
 import json
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import yaml
 
 from poisonshield import collectives
-from poisonshield.engine.checkpoint import together
+from poisonshield.engine.checkpoint import ASIDE, PREFIX, together
 from poisonshield.errors import BusyError, ConfigError
 from poisonshield.files import Lock, tell_of_disk, write_whole
 
@@ -31,6 +32,13 @@ log = logging.getLogger(__name__)
 
 _HOW_TO_START = ("run.dir", "run.overwrite", "engine.resume")
 _EVERY_RUN_MAKES = ("checkpoints", "export", "tensorboard", "metrics.jsonl", "results.json")
+_PICTURES = ("*.png", "*/*.png", "*.json", "*/*.json")
+_KINDS = {
+    "checkpoints": (f"{PREFIX}[0-9]*", f"{ASIDE}{PREFIX}[0-9]*", f".{PREFIX}*.tmp"),
+    "export": ("*.safetensors", "*/*.safetensors", "*.json", "*/*.json", "*/*.txt"),
+    "tensorboard": ("events.out.tfevents.*",),
+}
+"""What runs write into a folder of theirs, as patterns; into those that are not named here, pictures."""
 _MADE_BEFORE_LISTS = (*_EVERY_RUN_MAKES, "validation")  # what a run may have made that wrote no list yet
 
 
@@ -238,15 +246,28 @@ class RunFolder:
         for path in (self.path / name for name in self._list_made()):
             if path.is_dir() and not path.is_symlink():  # what a link points to is not of this folder
                 log.warning("Starting anew: removing %s.", path)
-                shutil.rmtree(path)
+                _remove_kinds(path, _KINDS.get(path.name, _PICTURES))
             else:
                 path.unlink(missing_ok=True)
 
 
+def _remove_kinds(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove what a folder holds of these patterns, and the folders that are empty then; anything else stays."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    below = sorted((p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True)
+    _remove_if_empty([*below, folder])
+    if folder.exists():
+        log.warning("%s stays: it holds what no run made.", folder)
+
+
 def _remove_if_empty(folders: Sequence[Path]) -> None:
     """folders: the innermost first."""
-    with suppress(OSError):
-        for folder in folders:
+    for folder in folders:
+        with suppress(OSError):
             folder.rmdir()
 
 

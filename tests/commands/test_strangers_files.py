@@ -8,6 +8,7 @@ import yaml
 
 from poisonshield.api import demo, demo_szt
 from poisonshield.errors import PoisonShieldError
+from poisonshield.files import MADE_LIST
 from poisonshield.runs import read_experiment
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -66,4 +67,4 @@ def test_demo_may_be_run_again_where_it_ran(tmp_path):
     for _ in range(2):
         claim_folder(tmp_path, ("results.json", "report.html"), demo.STORIES)
         (tmp_path / "results.json").write_text("[]")
-    assert json.loads((tmp_path / ".poisonshield.json").read_text())["made"] == ["report.html", "results.json"]
+    assert json.loads((tmp_path / MADE_LIST).read_text())["made"] == ["report.html", "results.json"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +47,10 @@ def folder(tmp_path):
     folder.claim(RECORD, resume=False)
     folder.metrics.write_text('{"step": 1}\n')
     folder.add_result(ROW, identity=IDENTITY)
-    for sub in ("checkpoints", "export", "tensorboard", "pictures", "poisoned.set"):
-        (folder.path / sub).mkdir()
-        (folder.path / sub / "file").write_text("x")
+    for name in ("checkpoints/.step-00000001.tmp", "export/method.safetensors", "tensorboard/events.out.tfevents.1",
+                 "pictures/ring/recon-000.png", "poisoned.set/file"):  # fmt: skip
+        (folder.path / name).parent.mkdir(parents=True)
+        (folder.path / name).write_text("x")
     (folder.path / "sheet.png").write_text("x")
     (folder.path / "notes.txt").write_text("mine")
     return folder
@@ -227,6 +229,15 @@ def test_experiment_of_another_kind_removes_what_the_list_names_and_no_more(fold
     assert left(folder) == ["config.yaml", "notes.txt", "poisoned.set", "table.csv"]
 
 
+def test_what_somebody_put_into_the_runs_own_folders_stays(folder, caplog):
+    theirs = ["checkpoints/best.pt", "export/notes.txt", "pictures/ring/sketch.psd", "tensorboard/other"]
+    for name in theirs:
+        (folder.path / name).write_text("mine")
+    RunFolder(folder.path, overwrite=True, **MAKES).claim(changed(seed=2), resume=False)
+    kept = sorted(p.relative_to(folder.path).as_posix() for p in folder.path.glob("*/**/*") if p.is_file())
+    assert kept == sorted([*theirs, "poisoned.set/file"]) and "export stays: it holds what no run made" in caplog.text
+
+
 def test_folder_that_was_marked_is_a_runs_whatever_is_put_there_before_the_run(tmp_path):
     folder = RunFolder(tmp_path / "run", **MAKES)
     folder.mark()
@@ -383,8 +394,7 @@ def test_of_processes_that_have_not_met_none_takes_the_lock(tmp_path, monkeypatc
 
 def test_link_that_a_run_was_given_is_removed_and_what_it_points_to_stays(folder, tmp_path):
     """Checkpoints on a larger disk."""
-    (folder.checkpoints / "file").unlink()
-    folder.checkpoints.rmdir()
+    shutil.rmtree(folder.checkpoints)
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "file").touch()
     folder.checkpoints.symlink_to(tmp_path / "large")

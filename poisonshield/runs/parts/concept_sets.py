@@ -42,6 +42,7 @@ def release(run: Training) -> Path:
     out, overwrite = Path(run.settings.run.dir) / "concepts", run.settings.run.overwrite
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} holds a set already. Choose another run.dir, or set run.overwrite=true.")
+    _refuse_files_of_others(out)
     model = load_model(run.settings.model)
     clean = open_concepts(run.settings.data, model)
     state = out.with_name("concepts.unfinished")
@@ -49,6 +50,13 @@ def release(run: Training) -> Path:
     log.info("written   %s; learn from it with data.train=%s data.poison=null", out, out)
     log.info("measured  %s", [record["measured"] for record in summary["pictures"]])
     return out
+
+
+def _refuse_files_of_others(out: Path) -> None:
+    """Raise ConfigError if the set that would give way holds what no set does."""
+    others = [p for p in out.rglob("*") if p.is_file() and p.suffix not in (".png", ".json")]
+    if others:
+        raise ConfigError(f"{others[0]} is of no set of concepts, and would be lost with it. Move it away first.")
 
 
 def apply_poison(
