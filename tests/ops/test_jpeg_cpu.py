@@ -242,6 +242,15 @@ def test_no_pictures_give_no_pictures():
     assert out.shape == x.grad.shape == (0, 3, 8, 8)
 
 
+def test_calls_on_the_cpu_take_it_by_themselves_where_it_can():
+    x = made(1, 3, 8, 8).requires_grad_()
+    stats(reset=True)
+    jpeg(x, 50).sum().backward()
+    assert stats()["runs"] == {"jpeg on cpu": 1, "jpeg_backward on cpu": 1}
+    jpeg(x.double(), 50)
+    assert stats(reset=True)["runs"]["jpeg on reference"] == 1
+
+
 def test_what_is_not_covered_is_refused_with_the_reason():
     x = made(1, 3, 8, 8)
     with pytest.raises(BackendError, match="the cpu backend cannot run this call: float64 is for the reference"):

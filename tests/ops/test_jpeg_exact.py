@@ -9,7 +9,7 @@ import torch
 from PIL import Image, features
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from poisonshield.ops import jpeg, jpeg_coefficients, jpeg_tables
+from poisonshield.ops import jpeg, jpeg_coefficients, jpeg_tables, use_backend
 
 QUALITIES = (1, 2, 5, 10, 25, 49, 50, 51, 75, 90, 95, 99, 100)
 SIZES = (
@@ -21,6 +21,13 @@ PILLOW = {"444": 0, "420": 2}
 pytestmark = pytest.mark.skipif(
     not features.check("libjpeg_turbo"), reason=f"Pillow's codec is {features.version('jpg')}, not libjpeg-turbo"
 )
+
+
+@pytest.fixture(scope="module", params=["auto", "reference"], autouse=True)
+def backend(request):
+    """What a CPU takes by itself, which is compiled where the library is built; and the oracle of all backends."""
+    with use_backend(request.param):
+        yield
 
 
 def encoded(pixels, quality, subsampling):

@@ -12,8 +12,15 @@ from PIL import Image
 from torch import nn
 
 from poisonshield.errors import BudgetError, GradientError, ShapeError
-from poisonshield.ops import philox_uniform
+from poisonshield.ops import philox_uniform, use_backend
 from poisonshield.ops.pgd import pgd_random_start_, pgd_step_
+
+
+@pytest.fixture(scope="module", params=["auto", "reference"], autouse=True)
+def backend(request):
+    """What a CPU takes by itself, which is compiled where the library is built; and the oracle of all backends."""
+    with use_backend(request.param):
+        yield
 
 
 def made(*shape, seed=0, dtype=torch.float32, normal=False):
