@@ -82,6 +82,17 @@ def tell_of_disk(path: Path) -> Iterator[None]:
         ) from err
 
 
+@contextmanager
+def tell_of_long_names() -> Iterator[None]:
+    """Turn the system's refusal of a name that is too long into words. Raises ConfigError."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno != errno.ENAMETOOLONG:
+            raise
+        raise ConfigError(f"{str(err.filename)[:60]}... is too long for the name of a file or folder.") from err
+
+
 def read_bounded(path: Path, *, max_bytes: int, what: str) -> bytes:
     """The bytes of a plain file. what: how errors call it.
 

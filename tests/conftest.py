@@ -1,7 +1,10 @@
 """Shared by all tests: where the optional real data is, and one thread, so that sums are the same on every machine."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,9 @@ if not torch.cuda.is_available():
     import triton.language  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="poisonshield-tests-")  # no test writes into the user's own
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny.py and dist.py
 torch.set_num_threads(1)

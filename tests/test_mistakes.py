@@ -18,9 +18,11 @@ import pytest
 import torch
 import yaml
 
+from poisonshield import api
 from poisonshield.cli import main
 from poisonshield.data import open_dataset
 from poisonshield.data.writer import ShardWriter
+from poisonshield.errors import PoisonShieldError
 from poisonshield.runs import read_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -298,3 +300,19 @@ def test_good_data_is_trained_on(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "override", ["data.train={}", "run.dir={}", "engine.resume={}", "data.poison={}", "method.weights={}"]
+)
+def test_a_name_that_no_disk_takes_is_told_in_words(override, tmp_path):
+    """pathlib raises OSError where it is asked whether such a file exists."""
+    settings = [f"run.dir={tmp_path / 'run'}", "data.poison=null", override.format("x" * 300)]
+    with pytest.raises(PoisonShieldError):
+        api.train("defend/vespr_cifar10_mini", settings)
+
+
+@pytest.mark.parametrize("setting", ["data.train", "model.pipeline", "generate.clean"])
+def test_a_long_name_in_a_words_config_is_told_too(setting, tmp_path):
+    with pytest.raises(PoisonShieldError):
+        api.train("invert/szt_rendered", [f"run.dir={tmp_path / 'run'}", f"{setting}={'x' * 300}"])

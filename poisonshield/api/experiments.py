@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from poisonshield.files import tell_of_long_names
 from poisonshield.runs import read_experiment, read_finished
 
 
+@tell_of_long_names()
 def train(config: str | Path, overrides: Sequence[str] = (), *, part: str = "1/1") -> Path:
     """The folder of a finished experiment of any kind. Everything is checked before any process group starts.
 

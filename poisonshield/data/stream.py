@@ -5,7 +5,7 @@ batches handed out, so what workers have prefetched is read again after a restar
 """
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.data.plan import Plan
 from poisonshield.data.source import Source, batch_of, read_batch
-from poisonshield.errors import CheckpointError, ConfigError, PoisonShieldError
+from poisonshield.errors import CheckpointError, ConfigError, DataError, PoisonShieldError
 
 Stage = Callable[[Batch], Batch]
 
@@ -113,7 +113,7 @@ class ShardStream:
             worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else the loader draws from the global generator, and workers change a run
         )
-        for item in loader:
+        for item in _tell_of_lost_worker(loader):
             if isinstance(item, PoisonShieldError):
                 raise item
             yield tuple(item)
@@ -127,6 +127,19 @@ def _outlive_signals(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def _tell_of_lost_worker(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's items. Raises DataError, where torch raises RuntimeError, if a worker was killed."""
+    try:
+        yield from loader
+    except RuntimeError as err:
+        if "DataLoader worker" not in str(err):
+            raise
+        raise DataError(
+            f"a process that reads data was killed ({str(err).splitlines()[0].strip()})\n"
+            "  Often memory ran out: set data.workers or data.window lower. Go on with engine.resume=auto."
+        ) from err
 
 
 class _Sampler:

@@ -19,6 +19,7 @@ from poisonshield.config.tree import override
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import CheckpointError, ConfigError, RenamedSettings
+from poisonshield.files import tell_of_long_names
 from poisonshield.registry import Registry, suggest
 
 KINDS = Registry("poisonshield.runs", kind="kind of experiment")
@@ -115,6 +116,7 @@ class Experiment(ABC):
         return notes_of(self.settings)
 
 
+@tell_of_long_names()
 def read_experiment(config: str | Path, overrides: Overrides = ()) -> Experiment:
     """The checked experiment of a config file (a path, or the name of a shipped one) and its overrides.
 

@@ -163,7 +163,7 @@ class Training(Experiment):
             overwrite=run.overwrite,
             makes=self.makes,
             keeps=self.keeps,
-            harmless=("evaluate.", "generate."),
+            harmless=("evaluate.", "generate.", "data.workers", "data.verify"),
             places=self.places,
         )
 
