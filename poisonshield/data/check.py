@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from poisonshield.data.decode import load_codecs
 from poisonshield.data.index import Index, repeated_keys
 from poisonshield.data.manifest import Manifest
 from poisonshield.data.shards import ShardSet
@@ -61,5 +62,6 @@ def _pixel_problems(shards: ShardSet) -> list[str]:
             return str(err)
         return None
 
+    load_codecs()
     with ThreadPoolExecutor() as pool:  # the codecs leave the interpreter free
         return [problem for problem in pool.map(look, range(len(shards)), chunksize=64) if problem]

@@ -21,6 +21,15 @@ MAX_SIDE = 65_500  # JPEG's limit; PNG's is a million
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG markers before which height and width stand
 
 
+def load_codecs() -> None:
+    """Import what images are decoded, resized and encoded with, before threads do it.
+
+    Two threads that import parts of torchvision at the same time find one of them half imported.
+    """
+    import torchvision.io
+    import torchvision.transforms.v2.functional  # noqa: F401
+
+
 def decode(data: bytes, extension: str, *, name: str) -> Tensor:
     """The image as uint8 [3, H, W], RGB; grey is repeated, alpha dropped, and pixels stay as they are stored.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from poisonshield.data.decode import load_codecs
 from poisonshield.data.images import Encoded, Preparation
 from poisonshield.data.summary import Summary
 from poisonshield.data.writer import ShardWriter
@@ -78,6 +79,7 @@ def write_split(
             overwrite=settings.overwrite,
         )
     )
+    load_codecs()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in _chunks(samples):
             for (key, _, label), image in zip(chunk, pool.map(ready, chunk), strict=True):
