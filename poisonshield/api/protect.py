@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from rich.progress import Progress
 from torch import Tensor
 
 from poisonshield.api.photos import Photo, find_photos, read_masks, read_photo, refuse_among_originals, refuse_file
+from poisonshield.config.reading import read_value
 from poisonshield.data.masks import sort_masks
 from poisonshield.data.summary import Summary
 from poisonshield.engine.processes import choose_device
@@ -345,10 +345,7 @@ def _parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
         name, equals, raw = text.partition("=")
         if not equals or not name:
             raise ConfigError(f"{text!r} is not a setting. Write name=value, for example t_range=[500,1000].")
-        try:
-            out[name] = yaml.safe_load(raw)
-        except yaml.YAMLError as err:
-            raise ConfigError(f"{text!r}: the value is not valid YAML: {err}") from err
+        out[name] = read_value(raw, label=f"--set {name}")
     return out
 
 

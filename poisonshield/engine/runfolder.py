@@ -24,6 +24,7 @@ import torch.distributed as dist
 import yaml
 
 from poisonshield import collectives
+from poisonshield.config.reading import read_file
 from poisonshield.engine.checkpoint import ASIDE, PREFIX, together
 from poisonshield.errors import BusyError, ConfigError
 from poisonshield.files import Lock, tell_of_disk, write_whole
@@ -204,8 +205,8 @@ class RunFolder:
 
     def _read_old_record(self) -> Any:
         try:
-            return yaml.safe_load(self.config.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as err:
+            return read_file(self.config)[0]
+        except ConfigError as err:
             raise ConfigError(f"{self.config} is not readable as a run's settings: {err}") from err
 
     def _find_changes(self, record: Mapping[str, Any]) -> list[str]:
