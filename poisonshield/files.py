@@ -14,9 +14,9 @@ import socket
 import stat
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from poisonshield.errors import BusyError, ConfigError, DataError, StorageError
 
@@ -166,7 +166,7 @@ class Lock:
         self.path = folder.resolve() / LOCK
         self._over = threading.Event()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Lock":
         if not self._held.get(self.path):
             with tell_of_disk(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -180,13 +180,15 @@ class Lock:
         self._held[self.path] -= 1
         if not self._held[self.path]:
             del self._held[self.path]
-            self.path.unlink(missing_ok=True)
+            if _read_owner(self.path).get("token") == _TOKEN:  # else another host took it from us
+                self.path.unlink(missing_ok=True)
 
     def _take(self) -> None:
         """Make the lock file: written under a name of its own and linked, which fails if the lock is there."""
         draft = draft_of(self.path)
         try:
             draft.write_text(json.dumps(_describe_self()))
+            flush(draft)
             for _ in range(3):
                 try:
                     os.link(draft, self.path)
@@ -199,29 +201,35 @@ class Lock:
 
     def _remove_if_left_behind(self, *, now: float) -> None:
         """now: the time by the clock of the disk, which may not be that of this host."""
+        owner = _read_owner(self.path)
         try:
-            age, owner = now - self.path.stat().st_mtime, json.loads(self.path.read_text())
-        except FileNotFoundError:  # given back in between
-            return
-        except ValueError:
-            owner = {}
-        if _is_gone(owner, age):
-            aside = draft_of(self.path)  # of two that find it stale, one moves it
+            age = now - self.path.stat().st_mtime
+            if not _is_gone(owner, age):
+                raise self._tell(owner)
+            aside = draft_of(self.path)  # of two that find it left behind, one moves it
             os.rename(self.path, aside)
-            aside.unlink()
+        except FileNotFoundError:  # given back, or moved by the other one
             return
-        raise BusyError(
-            f"{self.folder} is in use: process {owner.get('pid')} on {owner.get('host')} writes this {self.what} "
-            f"(since {owner.get('since')}).\n  Wait for it, stop it, or choose another folder. If it is gone, remove "
-            f"{self.path}."
+        moved = _read_owner(aside)
+        if moved != owner:  # it was taken anew in between
+            with suppress(FileExistsError):
+                os.link(aside, self.path)
+        aside.unlink()
+        if moved != owner:
+            raise self._tell(moved)
+
+    def _tell(self, owner: dict[str, Any]) -> BusyError:
+        who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "an unknown process"
+        return BusyError(
+            f"{self.folder} is in use: {who} writes this {self.what} (since {owner.get('since', 'some minutes')}).\n"
+            f"  Wait for it, stop it, or choose another folder. If it is gone, remove {self.path}."
         )
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
-            try:
-                os.utime(self.path)
-            except OSError:  # the folder was removed, or the disk went away: the run itself will say so
-                return
+            with suppress(OSError):  # a disk may be away for a moment
+                if _read_owner(self.path).get("token") == _TOKEN:
+                    os.utime(self.path)
 
 
 @contextmanager
@@ -244,6 +252,10 @@ def _is_within(name: str) -> bool:
     return bool(name) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
+_TOKEN = secrets.token_hex(8)
+"""By which this process knows its own locks."""
+
+
 def _describe_self() -> dict[str, Any]:
     from datetime import datetime
 
@@ -252,29 +264,45 @@ def _describe_self() -> dict[str, Any]:
         "pid": os.getpid(),
         "start": _start_of(os.getpid()),
         "boot": _boot(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "token": _TOKEN,
+        "slurm": _slurm_start(),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
+def _read_owner(path: Path) -> dict[str, Any]:
+    """What a lock file says; nothing if it is gone or damaged."""
+    try:
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
 def _is_gone(owner: dict[str, Any], age: float) -> bool:
-    if owner.get("slurm_job") and owner["slurm_job"] == os.environ.get("SLURM_JOB_ID") and not _is_here(owner):
+    job, restarts = _slurm_start() or (None, 0)
+    if job and owner.get("slurm") and owner["slurm"][0] == job and owner["slurm"][1] < restarts:
         return True
-    if _is_here(owner):
-        return owner.get("boot") != _boot() or _start_of(owner.get("pid", 0)) != owner.get("start")
-    return age > STALE_AFTER
+    if owner.get("host") != socket.gethostname():
+        return age > STALE_AFTER
+    start = _start_of(owner.get("pid", 0))
+    if start is None:  # /proc may hide the processes of others
+        return owner.get("boot") != _boot() or not _is_alive(owner.get("pid", 0))
+    return (owner.get("boot"), owner.get("start")) != (_boot(), start)
 
 
-def _is_here(owner: dict[str, Any]) -> bool:
-    return owner.get("host") == socket.gethostname()
+def _slurm_start() -> list[Any] | None:
+    """The job, and how often Slurm has started it again; None outside of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return [job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)] if job else None
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this host started, in the kernel's ticks since the boot; None if there is no such process."""
+    """When a process of this host started, in the kernel's ticks since the boot; None if that cannot be seen."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
-        return "unknown" if not Path("/proc/self").exists() and _is_alive(pid) else None
+        return None
 
 
 def _is_alive(pid: int) -> bool:
@@ -295,7 +323,7 @@ def _boot() -> str:
 
 
 def _free_space(path: Path) -> str:
-    here = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    here = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.exists(p))
     try:
         return f"{shutil.disk_usage(here).free / 2**20:,.0f} MiB are free at {here}"
     except OSError:

@@ -162,9 +162,44 @@ def test_lock_from_another_host_is_known_by_its_age(tmp_path, age, free):
 
 def test_requeued_slurm_job_takes_its_own_lock_from_a_lost_node(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    (tmp_path / LOCK).write_text(json.dumps({"host": "lost-node", "pid": 1, "slurm_job": "77"}))
+    (tmp_path / LOCK).write_text(json.dumps({"host": "lost-node", "pid": 1, "slurm": ["77", 0]}))
+    with pytest.raises(BusyError, match="lost-node"), Lock(tmp_path, what="run"):  # another step of this very start
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with Lock(tmp_path, what="run"):
         pass
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "null"])
+def test_lock_that_says_nothing_is_known_by_its_age(tmp_path, text):
+    (tmp_path / LOCK).write_text(text)
+    with pytest.raises(BusyError, match="an unknown process"), Lock(tmp_path, what="run"):
+        pass
+    os.utime(tmp_path / LOCK, (0, 0))
+    with Lock(tmp_path, what="run"):
+        pass
+
+
+def test_lock_that_was_taken_anew_meanwhile_is_given_back(tmp_path, monkeypatch):
+    """Between judging a dead owner's lock and moving it aside, another process took it."""
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    os.utime(tmp_path / LOCK, (0, 0))
+    rename = os.rename
+
+    def slow(source, target):
+        (tmp_path / LOCK).write_text(json.dumps({"host": "third", "pid": 2}))
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", slow)
+    with pytest.raises(BusyError, match="process 2 on third"), Lock(tmp_path, what="run"):
+        pass
+    assert json.loads((tmp_path / LOCK).read_text())["host"] == "third" and os.listdir(tmp_path) == [LOCK]
+
+
+def test_lock_that_another_took_over_is_not_removed(tmp_path):
+    with Lock(tmp_path, what="run"):
+        (tmp_path / LOCK).write_text(json.dumps({"host": "third", "pid": 2, "token": "x"}))
+    assert json.loads((tmp_path / LOCK).read_text())["host"] == "third"
 
 
 def test_owner_touches_its_lock_and_may_take_it_twice(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from poisonshield.data.decode import IMAGE_EXTENSIONS
 from poisonshield.data.index import forget_members, split_name
@@ -84,7 +84,7 @@ class _StrictHeader(tarfile.TarInfo):
     without a word: webdataset's own reader, which stands on it, loses it too."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
         try:
             header = super().frombuf(buf, encoding, errors)
             if (
