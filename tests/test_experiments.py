@@ -151,7 +151,14 @@ def test_set_without_test_images_trains_and_says_so(tmp_path, caplog):
     mini = open_data(read_experiment(MINI)).train.folder
     shutil.copytree(mini, tmp_path / "same")
     data = open_data(read_experiment(MINI, [f"data.train={tmp_path / 'same'}", "data.poison=null"]))
-    assert data.test is None and "no test split, so there are no numbers on test images" in caplog.text
+    (tmp_path / "one").mkdir()
+    (tmp_path / "same").rename(tmp_path / "one" / "train")
+    alone = open_data(read_experiment(MINI, [f"data.train={tmp_path / 'one'}", "data.poison=null"]))
+    assert (
+        data.test is None
+        and alone.test is None
+        and "no test split, so there are no numbers on test images" in caplog.text
+    )
 
 
 def test_vespr_on_unlabelled_images_is_refused():

@@ -117,7 +117,7 @@ def test_grid_leaves_files_of_others_alone(tmp_path, grid):
 
 def test_two_of_a_run_share_nothing_of_its_folder(tmp_path):
     """The lock is taken before data is opened."""
-    run = read_experiment(MINI, [*SMALL, "data.train=nowhere", f"run.dir={tmp_path / 'run'}"])
+    run = read_experiment(MINI, [*SMALL, "data.train=nowhere", "data.poison=null", f"run.dir={tmp_path / 'run'}"])
     held = {"host": "elsewhere", "pid": 7, "since": "now"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).write_text(json.dumps(held))

@@ -116,7 +116,7 @@ def protect(
         raise _failure(failed, len(paths))
     size = len(paths) if poison.coupled else micro_batch
     places = list(zip(paths, outs, strict=True))
-    for place in outs if overwrite else ():
+    for place in (place for place in outs if overwrite or not place.exists()):
         _refuse_other_picture(place)
     if not poison.coupled:  # hours may lie between the first photo and the last: look at all of them before
         for path, place in places:

@@ -69,11 +69,22 @@ def run_chaos(
 
 def _strike(fault: Fault, case: Any, trial: Trial, wanted: Outcome, rng: random.Random, seconds: float) -> Entry:
     name = f"{fault.name} {case}".strip()
-    seen = fault.strike(trial, case, steps=wanted.steps, seconds=seconds, rng=rng)
+    try:
+        seen = fault.strike(trial, case, steps=wanted.steps, seconds=seconds, rng=rng)
+    except PoisonShieldError as err:
+        return Entry(name, str(err), False)
     if seen is None:
         return Entry(name, fault.needs, None)
-    trial.finish()
-    return Entry(name, seen, _compare(trial, wanted))
+    return _finish(name, seen, trial, wanted)
+
+
+def _finish(name: str, seen: str, trial: Trial, wanted: Outcome) -> Entry:
+    """Start the run again until it is done; a run that cannot go on is not equal."""
+    try:
+        trial.finish()
+        return Entry(name, seen, _compare(trial, wanted))
+    except PoisonShieldError as err:
+        return Entry(name, f"{seen}; then {err}", False)
 
 
 def _kill(
@@ -85,9 +96,9 @@ def _kill(
         trial, done = Trial(config, tuple(settings), out / f"{KILL}-{number}"), 0
         while done < left and trial.kill_after(rng.uniform(0, seconds)):
             done += 1
-        trial.finish()
-        if done:
-            yield Entry(f"{KILL} x {done}", "killed, started again", _compare(trial, wanted))
+        entry = _finish(f"{KILL} x {done}", "killed, started again", trial, wanted)
+        if done or not entry.equal:
+            yield entry
         left, number = left - done, number + 1
 
 

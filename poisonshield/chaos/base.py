@@ -57,7 +57,7 @@ class Trial:
         start = time.monotonic()
         status, said = self.run()
         if status:
-            raise StartFailed(f"the run in {self.folder}, undisturbed, ended with status {status}:\n{said[-3000:]}")
+            raise StartFailed(f"the run in {self.folder} ended with status {status}:\n{said[-3000:]}")
         return time.monotonic() - start
 
     def kill_after(self, seconds: float) -> bool:
@@ -75,13 +75,17 @@ class Trial:
         Raises StartFailed if neither comes.
         """
         process, over = self.start(), time.monotonic() + _LONGEST
-        while not condition(process.pid):
-            if process.poll() is not None:
-                process.communicate()
-                return None
-            if time.monotonic() > over:
-                wait(process, 0)
-            time.sleep(0.02)
+        try:
+            while not condition(process.pid):
+                if process.poll() is not None:
+                    process.communicate()
+                    return None
+                if time.monotonic() > over:
+                    wait(process, 0)
+                time.sleep(0.02)
+        except BaseException:
+            process.kill()
+            raise
         return process
 
     def steps_done(self) -> int:

@@ -41,6 +41,11 @@ def open_dataset(
     A folder wins over a bundled name only when written as a path (`./cifar10-mini`). Raises ConfigError with the
     nearest bundled name if there is no such data set, DataError if it is damaged (see ShardSet.open).
     """
+    return ShardSet.open(find_folder(name_or_path, split), verify=verify)
+
+
+def find_folder(name_or_path: str | Path, split: str = "train") -> Path:
+    """Where `open_dataset` finds the data set. Raises ConfigError as it does."""
     refuse_address(name_or_path)
     if str(name_or_path) in bundled_names():
         folder = _BUNDLED / str(name_or_path)
@@ -48,7 +53,7 @@ def open_dataset(
         folder = Path(name_or_path)
     for candidate in (folder, folder / split):
         if (candidate / FILE_NAME).is_file():
-            return ShardSet.open(candidate, verify=verify)
+            return candidate
     state = f"has neither {FILE_NAME} nor {split}/{FILE_NAME}" if folder.is_dir() else "is not a folder"
     raise ConfigError(
         f"{str(name_or_path)!r} is not a data set: it {state}, and is no bundled name."

@@ -104,6 +104,10 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in JUNK
 
 
+def _refuse_folder(err: OSError) -> None:
+    raise DataError(f"{err.filename} cannot be read: {err.strerror}. Make it readable, or move it away.") from err
+
+
 def walk_files(folder: Path, *, passed_over: list[Path] | None = None) -> list[Path]:
     """All files below a folder, sorted; hidden ones and hidden folders are left out, links to folders not followed.
 
@@ -111,7 +115,7 @@ def walk_files(folder: Path, *, passed_over: list[Path] | None = None) -> list[P
     """
     found: list[Path] = []
     left: list[Path] = []
-    for here, folders, files in os.walk(folder):
+    for here, folders, files in os.walk(folder, onerror=_refuse_folder):
         left += [Path(here, name) for name in folders if is_hidden(name) or Path(here, name).is_symlink()]
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:

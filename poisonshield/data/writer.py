@@ -19,7 +19,7 @@ from poisonshield.data.decode import IMAGE_EXTENSIONS, encode_png
 from poisonshield.data.manifest import FILE_NAME, Manifest, ShardInfo, refuse_address
 from poisonshield.data.tars import tar_writer
 from poisonshield.errors import ConfigError, DataError
-from poisonshield.files import Lock, draft_of, flush, tell_of_disk
+from poisonshield.files import Lock, MadeList, draft_of, flush, tell_of_disk
 from poisonshield.plain import is_plain
 
 
@@ -129,11 +129,14 @@ class ShardWriter:
                 manifest = self._finish()
                 described.write_text(manifest.text, encoding="utf-8")
                 flush(described)
-                _remove_old(self.folder)
+                made = MadeList(self.folder)  # until there is a manifest it says whose these shards are
+                made.add(shard.path.name for shard in self._whole)
+                remove_dataset(self.folder)
                 for shard in self._whole:
                     os.replace(shard.temporary, shard.path)
                 os.replace(described, self.folder / FILE_NAME)
                 flush(self.folder)
+                made.path.unlink()
         except BaseException:
             described.unlink(missing_ok=True)
             self.abandon()
@@ -152,7 +155,7 @@ class ShardWriter:
                 f"{self.folder} already holds a data set; it is not overwritten unless asked to.\n"
                 "  Choose another folder, remove this one, or set overwrite."
             )
-        known = _list_shards(self.folder)
+        known = {*_list_shards(self.folder), *MadeList(self.folder).read()}
         others = [p.name for p in sorted(self.folder.glob("shard-*")) if p.name not in known]
         if others:
             raise DataError(
@@ -266,8 +269,11 @@ def _remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _remove_old(folder: Path) -> None:
-    """The manifest first, then its shards: a crash in between leaves no data set rather than half of one."""
+def remove_dataset(folder: Path) -> None:
+    """Remove a data set, if there is one.
+
+    The manifest goes first, then its shards: a crash in between leaves no data set rather than half of one.
+    """
     names = _list_shards(folder)
     (folder / FILE_NAME).unlink(missing_ok=True)
     for name in names:

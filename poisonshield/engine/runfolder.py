@@ -80,10 +80,11 @@ class RunFolder:
         Of processes that a launcher started none knows before they met who is rank 0; until then the call does nothing.
         Folders that were made for the lock and stay empty are removed. Raises BusyError, StorageError.
         """
+        collectives.map_launcher_environment()
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             yield
             return
-        new = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        new = [p for p in (self.path, *self.path.parents) if not os.path.exists(p)]
         with ExitStack() as stack:
             if collectives.rank() == 0:
                 stack.callback(_remove_if_empty, new)

@@ -127,7 +127,8 @@ class Trainer:
     def _end_step(self, lr: float, verdict: Verdict) -> None:
         """Log and save what is due after a step; raises Preempted if told to stop before the last one."""
         done = self.step == self.total_steps
-        if self.metrics.count and (done or self.step % self.config.log_every_steps == 0):
+        due = done or (self.metrics.count > 0 and self.step % self.config.log_every_steps == 0)
+        if due:
             watched = None if self.watch is None else self.watch()
             self.metrics.write(self.step, lr, watched, self.tally.take(last=done))
         every = self.config.checkpoint_every_steps

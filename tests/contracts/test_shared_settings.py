@@ -15,7 +15,13 @@ PARENTS = {"Settings"}
 def all_settings():
     """Every Settings class of the package, after importing all of it but ops, commands and benchmarks."""
     # Kernels decide when they are imported how they run, so ops stay with their own tests; they have no settings.
-    left_out = ("poisonshield.ops", "poisonshield.commands", "poisonshield.bench", "poisonshield._C")
+    left_out = (
+        "poisonshield.ops",
+        "poisonshield.commands",
+        "poisonshield.bench",
+        "poisonshield._C",
+        "poisonshield._cpu",
+    )
     for module in pkgutil.walk_packages(poisonshield.__path__, "poisonshield.", onerror=lambda name: None):
         if not module.name.startswith(left_out):
             import_module(module.name)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import resource
 import tarfile
 import time
@@ -341,3 +342,21 @@ def test_image_size_and_provenance_may_be_known_only_at_the_end(tmp_path):
         writer.image_size, writer.provenance = (9, 7), "measured"
     manifest = Manifest.load(tmp_path / "out")
     assert manifest.image_size == (9, 7) and manifest.provenance == "measured"
+
+
+def test_shards_of_a_writer_that_was_stopped_at_the_last_moment_are_known_as_ours(tmp_path, monkeypatch):
+    """Between the old set's end and the new manifest the shards lie there without one."""
+    out, replace = write(tmp_path / "out", 2), os.replace
+
+    def power_cut(source, target):
+        if str(target).endswith("manifest.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("poisonshield.data.writer.os.replace", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        write(out, 3, overwrite=True)
+    monkeypatch.undo()
+    assert not (out / "manifest.json").exists() and list(out.glob("shard-*"))
+    write(out, 4)
+    assert len(ShardSet.open(out)) == 4 and not [p for p in out.iterdir() if p.name.startswith(".")]

@@ -143,7 +143,7 @@ def test_pipeline_is_loaded_from_its_folder_when_the_first_picture_comes(model, 
     from poisonshield.world.small_pipeline import build_tokenizer, write_pipeline
 
     missing = VAERoundtrip(VAERoundtrip.Config(pipeline=str(tmp_path / "none")))
-    with pytest.raises(ConfigError, match="no Stable Diffusion folder"):
+    with pytest.raises(ConfigError, match="none is no folder. Give a Stable Diffusion folder"):
         missing.before(photos())
     build_tokenizer(world.WORDS, tmp_path / "tokenizer", length=24)
     write_pipeline(

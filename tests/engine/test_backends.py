@@ -229,6 +229,7 @@ def load_an_attack(root):
         torch.save({"module": {}, "attack": Attack(str(trace))}, file)
         index["files"][str(file.relative_to(step))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         (step / "index.json").write_text(json.dumps(index))
+        (step / "index.sha256").unlink(missing_ok=True)  # as whoever writes the index could do, or write a right one
         words[part] = refused(CheckpointError, lambda: run(root / "good", resume="auto", **BACKENDS["zero1"]))
         file.write_bytes(content)
         index["files"][str(file.relative_to(step))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}

@@ -231,7 +231,7 @@ def test_a_nan_stays_in_its_neighbourhood():
 def test_numbers_far_out_of_range_are_clamped_as_in_the_reference(rounding):
     x = torch.zeros(1, 3, 16, 16)
     x[..., :8] = 1e7
-    outs = [jpeg(x, 90, subsampling="444", rounding=rounding, backend=b) for b in ("cpu", "reference")]
+    outs = [jpeg(x, 90, subsampling="444", rounding=rounding, backend=b, check=False) for b in ("cpu", "reference")]
     assert (outs[0] - outs[1]).abs().max() < 2e-4
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -21,8 +22,12 @@ class LoaderKill(Fault):
         process = trial.start_until(lambda pid: trial.steps_done() >= goal and bool(_children(pid)))
         if process is None:
             return None
-        os.kill(rng.choice(_children(process.pid)), signal.SIGKILL)
+        if workers := _children(process.pid):
+            with suppress(ProcessLookupError):  # the run came to its end at this moment
+                os.kill(rng.choice(workers), signal.SIGKILL)
         status, said = wait(process)
+        if status == 0:
+            return None
         return f"status {status}: {last_words(said)}"
 
 

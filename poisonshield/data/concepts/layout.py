@@ -4,14 +4,13 @@ No picture is decoded here. Where names leave open what belongs together, that i
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from poisonshield.data.masks import is_mask_folder, sort_masks
-from poisonshield.data.pictures import is_picture
+from poisonshield.data.pictures import is_hidden, is_picture, walk_files
 from poisonshield.data.summary import Summary
 from poisonshield.errors import DataError
 from poisonshield.files import read_bounded
@@ -73,28 +72,25 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _walk(folder: Path, summary: Summary) -> list[Path]:
     """All files of a folder at every depth, sorted. summary: told of what is hidden, and of links to folders."""
-    found: list[Path] = []
-    for here, folders, files in os.walk(folder):
-        for name in (name for name in (*folders, *files) if name.startswith(".")):
-            summary.leave_out(HIDDEN, f"{folder.name}/{Path(here, name).relative_to(folder).as_posix()}")
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for link in (Path(here, name) for name in folders if Path(here, name).is_symlink()):
-            summary.leave_out("links to folders", f"{folder.name}/{link.relative_to(folder).as_posix()}")
-        found += [Path(here, name) for name in files if not name.startswith(".")]
-    for path in (path for path in found if not path.is_file()):
-        summary.leave_out("links to nowhere, pipes or devices", f"{folder.name}/{path.relative_to(folder).as_posix()}")
-    return sorted(path for path in found if path.is_file())
+    passed: list[Path] = []
+    found = walk_files(folder, passed_over=passed)
+    for path in passed:
+        other = "links to folders" if path.is_dir() else "links to nowhere, pipes or devices"
+        why = HIDDEN if is_hidden(path.name) else other
+        summary.leave_out(why, f"{folder.name}/{path.relative_to(folder).as_posix()}")
+    return found
 
 
 def _in_folder(folder: Path, summary: Summary) -> list[Sample]:
     files = _walk(folder, summary)
+    there = set(files)
     photos, masks = sort_masks(path.relative_to(folder) for path in files if is_picture(path))
     by_stem = _by_stem(folder, ((path.stem, path) for path in photos))
     mask_of = _by_stem(folder, ((stem, path) for path, stem in masks.items()))
     samples, texts = [], set()
     for stem, path in by_stem.items():
         beside = {end: path.with_name(f"{stem}{end}") for end in (".json", *CAPTIONS)}
-        beside = {end: text for end, text in beside.items() if text in files}
+        beside = {end: text for end, text in beside.items() if text in there}
         texts |= set(beside.values())
         read = {end: read_bounded(text, max_bytes=_MAX_TEXT, what="text") for end, text in beside.items()}
         about = about_picture(read, str(path), summary)

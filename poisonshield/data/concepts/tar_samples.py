@@ -7,6 +7,7 @@ import bz2
 import gzip
 import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -93,18 +94,22 @@ def _match_masks(
     return found
 
 
+def _lower_ending(name: PurePosixPath) -> PurePosixPath:
+    return name.with_suffix(name.suffix.lower()) if name.name else name
+
+
 def _read_tar(path: Path, summary: Summary) -> dict[PurePosixPath, bytes]:
     """Pictures, JSONs and captions by their names. A tar that is cut or damaged is an error, in headers too."""
     found: dict[PurePosixPath, bytes] = {}
     try:
         with _unpack(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                name = PurePosixPath(member.name)
+                name = _lower_ending(PurePosixPath(member.name))
                 if not member.isfile() or _tell_if_hidden(name, summary):
                     continue
                 if name in found:
                     raise tarfile.ReadError(f"{member.name} is in it twice")
-                if not is_picture(name.name) and name.suffix.lower() not in (".json", *CAPTIONS):
+                if not is_picture(name.name) and name.suffix not in (".json", *CAPTIONS):
                     summary.leave_out(OTHER, f"{name} in {path.name}")
                     continue
                 if member.size > MAX_MEMBER:
@@ -112,14 +117,14 @@ def _read_tar(path: Path, summary: Summary) -> dict[PurePosixPath, bytes]:
                         f"{member.name} in {path} has {member.size:,} bytes, and {MAX_MEMBER:,} are the most that is "
                         "read of one file. Leave it out, or make it smaller."
                     )
-                found[name.with_suffix(name.suffix.lower())] = file_in(tar, member)
+                found[name] = file_in(tar, member)
             # tarfile takes a damaged header for the end and says nothing; the true end is a block of zeros
             stream.seek(tar.offset)
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("a damaged header, or no end mark")
     except DataError:
         raise
-    except (tarfile.TarError, OSError, EOFError, ValueError, lzma.LZMAError) as err:
+    except (tarfile.TarError, OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as err:
         raise DataError(f"{path} cannot be read as a tar ({err}). Copy it again from its source.\n{FORMS}") from err
     if not found:
         raise DataError(f"{path} holds no sample.\n{FORMS}")

@@ -88,7 +88,8 @@ def refuse_other_family(folder: Path, index: Mapping[str, Any], parts: Mapping[s
         raise _other(folder, f"its tokenizer is a {found}")
     latents, inputs = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if inputs != latents:
-        raise _other(folder, f"{_INPUTS.get(inputs, 'an unknown one')}, whose U-Net takes {inputs} channels")
+        known = _INPUTS.get(inputs) if isinstance(inputs, int) else None
+        raise _other(folder, f"{known or 'an unknown one'}, whose U-Net takes {inputs} channels")
     for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if unet.get(name):
             raise _other(folder, f"one whose U-Net wants more than a text and a timestep ({name})")
@@ -112,7 +113,7 @@ def _refuse_mismatch(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> No
             f"gives {given}.\n  Copy all parts from one and the same source."
         )
     length, most = parts["tokenizer"].get("model_max_length"), parts["text_encoder"].get("max_position_embeddings", 77)
-    if not isinstance(length, int) or not 2 < length <= most:
+    if not isinstance(length, int) or not isinstance(most, int) or not 2 < length <= most:
         raise ConfigError(
             f"{folder}: tokenizer/tokenizer_config.json says model_max_length {length}, and the text encoder reads 3 "
             f"to {most} tokens.\n  Copy both parts from one and the same source."

@@ -136,13 +136,15 @@ def _files_of(part: Path, name: str, variant: str | None) -> list[Path]:
     index = part / (f"{name}.index.json" if variant is None else f"{name}.index.{variant}.json")
     if whole.is_file() or not index.is_file():
         return [whole] if whole.is_file() else []
-    shards = set(_read_json(index).get("weight_map", {}).values())
-    for shard in sorted(shards, key=str):
+    named = _read_json(index).get("weight_map")
+    if not isinstance(named, dict):
+        raise DataError(f"{index} has no table weight_map, which says what lies in which file.\n{_AGAIN}.")
+    for shard in named.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise DataError(f"{index} names {shard!r}, and a file in its own folder is wanted.\n{_AGAIN}.")
         if not (part / shard).is_file():
             raise DataError(f"{part / shard} is missing, and {index.name} names it.\n{_AGAIN}.")
-    return [part / shard for shard in sorted(shards)]
+    return [part / shard for shard in sorted(set(named.values()))]
 
 
 def _variants(part: Path, name: str) -> set[str]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
-from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, open_dataset
+from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, find_folder, open_dataset
 from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.errors import ConfigError, DataError
@@ -79,10 +79,16 @@ def _open_test(run: Training, train: ShardSet) -> ShardSet | None:
     """The test images; None, and said so, if data.test names none and data.train has no test split, or if the training
     images are unlabelled, so that no number on test images has a meaning."""
     data = run.settings.data
-    test = open_dataset(data.test or str(data.train), "test", verify=data.verify)
-    if data.test is None and test.digest == train.digest:
+    try:
+        place = find_folder(data.test or str(data.train), "test")
+    except ConfigError:
+        if data.test is not None:
+            raise
+        place = train.folder
+    if data.test is None and place == train.folder:
         log.warning("%s has no test split, so there are no numbers on test images. data.test names some.", data.train)
         return None
+    test = ShardSet.open(place, verify=data.verify)
     if len(train.classes) == 1 and test.classes != train.classes:
         log.warning("%s has no labels to learn test images' classes from: %s is not used.", data.train, test.folder)
         return None

@@ -18,7 +18,7 @@ from poisonshield import __version__
 from poisonshield.batch import Batch
 from poisonshield.data import ShardSet, read_batch
 from poisonshield.data.manifest import FILE_NAME
-from poisonshield.data.writer import ShardWriter
+from poisonshield.data.writer import ShardWriter, remove_dataset
 from poisonshield.errors import BudgetError, ConfigError
 from poisonshield.files import tell_of_disk
 from poisonshield.poisons.base import KeyedPoison
@@ -158,7 +158,7 @@ def measure_shards(source: ShardSet, poison: KeyedPoison, out: Path) -> dict[str
             found = torch.tensor([where[key] for key in clean.keys])
             budget.add(clean, written.read(found).float() / 255)
     except BudgetError:
-        (out / FILE_NAME).unlink()
+        remove_dataset(out)
         raise
     measured = budget.record()
     manifest = written.manifest

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 
-from poisonshield import collectives
 from poisonshield.batch import Stream
 from poisonshield.config import Checker, Choice, Tree, dump
 from poisonshield.config.describe import Notes, notes_of
@@ -174,7 +173,6 @@ class Training(Experiment):
         is of one process.
         """
         engine, folder = self.settings.engine, self.folder
-        collectives.map_launcher_environment()
         self.refuse_planting()
         folder.check(self.record, resume=engine.resume)
         refuse_missing(engine)

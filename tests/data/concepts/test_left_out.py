@@ -192,3 +192,9 @@ def test_what_is_neither_folder_nor_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="neither a folder nor a plain file"):
         read(tmp_path / "pipe")
+
+
+def test_pictures_of_one_name_in_two_spellings_in_a_tar_are_refused(tmp_path):
+    write_tar(tmp_path / "c.tar", [("ring/a.png", encoded(array())), ("ring/a.PNG", encoded(array()))])
+    with pytest.raises(DataError, match="is in it twice"):
+        load_concepts(tmp_path / "c.tar", size=16)

@@ -179,3 +179,12 @@ def test_a_header_that_claims_more_than_its_file_is_refused(copy):
     (copy / PARTS["vae"]).write_bytes((2**60).to_bytes(8, "little") + b"{}")
     with pytest.raises(DataError, match="its header claims"):
         LatentDiffusion.load(copy)
+
+
+@pytest.mark.parametrize("named", [[], "x", None, {"a": ["b"]}, {"a": "../b"}], ids=str)
+def test_an_index_of_weights_that_is_no_table_of_names_is_refused(copy, named):
+    part = copy / "unet"
+    (part / "diffusion_pytorch_model.safetensors").unlink()
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(DataError, match="weight_map|a file in its own folder"):
+        LatentDiffusion.load(copy)
