@@ -4,6 +4,9 @@ The plan says which samples form batch (epoch, step); workers only read and deco
 batches handed out, so what workers have prefetched is read again after a restart: nothing is lost or repeated.
 """
 
+import atexit
+import multiprocessing
+import multiprocessing.process
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -130,16 +133,35 @@ def _outlive_signals(_: int) -> None:
 
 
 def _tell_of_lost_worker(loader: Iterable[Any]) -> Iterator[Any]:
-    """The loader's items. Raises DataError, where torch raises RuntimeError, if a worker was killed."""
+    """The loader's items. Raises DataError, where torch raises RuntimeError, if a worker was killed.
+
+    A worker outlives the one SIGTERM that it gets when Python ends after an error, and Python would wait for it: it is
+    killed before.
+    """
+    before = set(multiprocessing.active_children())
+    items = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    atexit.register(_kill_all, workers)
     try:
-        yield from loader
-    except RuntimeError as err:
-        if "DataLoader worker" not in str(err):
+        yield from items
+    except (
+        RuntimeError,
+        ConnectionError,
+        EOFError,
+    ) as err:
+        # a reader that dies while it hands something over breaks the connection
+        if isinstance(err, RuntimeError) and "DataLoader worker" not in str(err):
             raise
         raise DataError(
             f"a process that reads data was killed ({str(err).splitlines()[0].strip()})\n"
             "  Often memory ran out: set data.workers or data.window lower. Go on with engine.resume=auto."
         ) from err
+
+
+def _kill_all(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 class _Sampler:

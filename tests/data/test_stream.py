@@ -1,5 +1,7 @@
 """The stream: exactly once, resumable anywhere, the same from tar and from memory, whatever the ranks and workers."""
 
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -208,3 +210,20 @@ def test_a_broken_image_is_named_by_key_and_shard_from_workers_too(hand_made, wo
     stream = ShardStream(ShardSet.open(made.folder), batch_size=3, seed=0, workers=workers)
     with pytest.raises(DataError, match=r"^sample img/0006 in s-1.tar: 200 bytes are not a whole JPG image"):
         take(stream, 3)
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_reader_that_is_killed_is_told_and_the_process_ends(attempt, tmp_path):
+    """The other reader ignores the first SIGTERM, and Python used to wait for it at its end for ever."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, os, signal, time\n"
+        "from poisonshield.data import ShardStream, open_dataset\n"
+        "stream = iter(ShardStream(open_dataset('cifar10-mini'), batch_size=50, seed=0, workers=2))\n"
+        "next(stream)\n"
+        "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\n"
+        "for batch in stream:\n"
+        "    time.sleep(0.01)\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1 and "DataError: a process that reads data was killed" in ended.stderr
