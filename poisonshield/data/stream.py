@@ -144,16 +144,13 @@ def _tell_of_lost_worker(loader: Iterable[Any]) -> Iterator[Any]:
     atexit.register(_kill_all, workers)
     try:
         yield from items
-    except (
-        RuntimeError,
-        ConnectionError,
-        EOFError,
-    ) as err:
+    except (RuntimeError, ConnectionError, EOFError) as err:
         # a reader that dies while it hands something over breaks the connection
-        if isinstance(err, RuntimeError) and "DataLoader worker" not in str(err):
+        if isinstance(err, RuntimeError) and not any(sign in str(err) for sign in ("DataLoader worker", "ancdata")):
             raise
+        why = (str(err).splitlines() or [type(err).__name__])[0].strip()
         raise DataError(
-            f"a process that reads data was killed ({str(err).splitlines()[0].strip()})\n"
+            f"a process that reads data was killed ({why})\n"
             "  Often memory ran out: set data.workers or data.window lower. Go on with engine.resume=auto."
         ) from err
 
