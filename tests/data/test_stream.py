@@ -214,7 +214,10 @@ def test_a_broken_image_is_named_by_key_and_shard_from_workers_too(hand_made, wo
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_a_reader_that_is_killed_is_told_and_the_process_ends(attempt, tmp_path):
-    """The other reader ignores the first SIGTERM, and Python used to wait for it at its end for ever."""
+    """The other reader ignores the first SIGTERM, and Python used to wait for it at its end for ever.
+
+    torch may raise in the main thread the moment the reader dies, wherever that thread is: then the words are torch's.
+    """
     script = tmp_path / "run.py"
     script.write_text(
         "import multiprocessing, os, signal, time\n"
@@ -226,4 +229,6 @@ def test_a_reader_that_is_killed_is_told_and_the_process_ends(attempt, tmp_path)
         "    time.sleep(0.01)\n"
     )
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 1 and "DataError: a process that reads data was killed" in ended.stderr
+    assert ended.returncode == 1
+    told = ("a process that reads data was killed", "is killed by signal: Killed")
+    assert any(words in ended.stderr for words in told), ended.stderr
