@@ -144,10 +144,10 @@ def _is_surplus(data: bytes, scan: Scan, pixels: Tensor, decode: Callable[[bytes
 
     def matters(start: int, stop: int) -> bool:
         try:
-            changed = [decode(data[:start] + noise + data[stop:]) for noise in (NOISE[:TAIL], NOISE[TAIL:])]
+            changed = (decode(data[:start] + noise + data[stop:]) for noise in (NOISE[:TAIL], NOISE[TAIL:]))
+            return not all(torch.equal(pixels, other) for other in changed)
         except ValueError:  # so much did they matter
             return True
-        return not all(torch.equal(pixels, other) for other in changed)
 
     # the code of an even grey has one word, and whatever is read means that: nothing of such a scan matters
     return not matters(cut, end) and matters(scan.start, scan.start + TAIL)
