@@ -19,7 +19,7 @@ from poisonshield.config import Checker, Choice, Settings
 from poisonshield.data import ShardStream, bundled_names
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.defenses.base import Context
-from poisonshield.engine.checkpoint import sha256
+from poisonshield.engine.checkpoint import sha256, together
 from poisonshield.engine.optim import parameter_groups
 from poisonshield.engine.processes import choose_device
 from poisonshield.engine.runfolder import RunFolder
@@ -199,9 +199,7 @@ class Classify(Training):
                 write_results(self, data, folder, values, steps=done["steps"], seconds=done["seconds"])
                 plot_run(folder)
 
-        if collectives.rank() == 0:
-            end()
-        collectives.barrier()
+        together(end, what="measuring and writing results", only_first=True, patient=True)
 
     def measure(self, data: OpenData, training: TrainingSet, method: SSLMethod, device: torch.device) -> Measured:
         """What each evaluation gives, {name: {key: value}}, None for one that the settings leave out."""
