@@ -42,7 +42,6 @@ inline void check_launch() {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#ifdef __CUDACC__
 // The sum of v over the threads of a block, in the same order every time. Every thread gets it.
 __device__ __forceinline__ double block_sum(double v) {
   __shared__ double parts[kThreads / 32];
@@ -54,6 +53,5 @@ __device__ __forceinline__ double block_sum(double v) {
   for (int warp = 0; warp < kThreads / 32; ++warp) total += parts[warp];
   return total;
 }
-#endif
 
 }  // namespace poisonshield
