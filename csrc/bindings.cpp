@@ -11,11 +11,13 @@ STABLE_TORCH_LIBRARY(poisonshield_cuda, m) {
       "Tensor? mean, Tensor? std, Tensor? mask, Tensor? active, Tensor(b!) sums, float low, float high, int channel_step, "
       "bool signs) -> ()");
   m.def(
-      "linf_start_(Tensor(a!) x, Tensor x0, Tensor? eps, float eps_number, Tensor seed, Tensor offset, Tensor ids, "
-      "Tensor stream, Tensor? mean, Tensor? std, Tensor? mask, float low, float high, int channel_step, int columns) -> ()");
+      "linf_start_(Tensor(a!) x, Tensor x0, Tensor? eps, float eps_number, Tensor? seed, int seed_number, "
+      "Tensor? offset, int offset_number, Tensor? stream, int stream_number, Tensor ids, Tensor? mean, Tensor? std, "
+      "Tensor? mask, float low, float high, int channel_step, int columns) -> ()");
   m.def(
-      "ball_start_(Tensor(a!) x, Tensor x0, Tensor? eps, float eps_number, Tensor seed, Tensor offset, Tensor ids, "
-      "Tensor stream, Tensor? mean, Tensor? std, Tensor? mask, Tensor(b!) sums, float low, float high, int channel_step, "
+      "ball_start_(Tensor(a!) x, Tensor x0, Tensor? eps, float eps_number, Tensor? seed, int seed_number, "
+      "Tensor? offset, int offset_number, Tensor? stream, int stream_number, Tensor ids, Tensor? mean, Tensor? std, "
+      "Tensor? mask, Tensor(b!) sums, float low, float high, int channel_step, "
       "int columns) -> ()");
   m.def(
       "noising_(Tensor(a!) out, Tensor(b!) kept, Tensor x0, Tensor? noise, Tensor t, Tensor alphas, Tensor seed, "

@@ -33,8 +33,13 @@ struct Call {
 
 // Where in Philox's numbers a start lies.
 struct Draw {
-  const int64_t *seed, *offset, *ids, *stream;
-  __device__ __forceinline__ Stream of(int64_t b) const { return {*seed, *offset, ids[b], *stream}; }
+  const int64_t *seed, *offset, *stream;  // or null where the number below serves
+  int64_t seed_number, offset_number, stream_number;
+  const int64_t* ids;  // [B]
+  __device__ __forceinline__ Stream of(int64_t b) const {
+    return {seed != nullptr ? *seed : seed_number, offset != nullptr ? *offset : offset_number, ids[b],
+            stream != nullptr ? *stream : stream_number};
+  }
 };
 
 struct Limits {
@@ -334,13 +339,15 @@ void ball_step_cuda(
 }
 
 void linf_start_cuda(
-    Tensor x, const Tensor& x0, const Optional& eps, double eps_number, const Tensor& seed, const Tensor& offset,
-    const Tensor& ids, const Tensor& stream, const Optional& mean, const Optional& std, const Optional& mask, double low,
+    Tensor x, const Tensor& x0, const Optional& eps, double eps_number, const Optional& seed, int64_t seed_number,
+    const Optional& offset, int64_t offset_number, const Optional& stream, int64_t stream_number, const Tensor& ids,
+    const Optional& mean, const Optional& std, const Optional& mask, double low,
     double high, int64_t channel_step, int64_t columns) {
   check_devices(x, x0, eps, seed, offset, ids, stream, mean, std, mask);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call c = call_of(x, std::nullopt, 0, eps, eps_number, mean, std, mask, std::nullopt, low, high, channel_step, columns);
-  const Draw draw{data<int64_t>(seed), data<int64_t>(offset), data<int64_t>(ids), data<int64_t>(stream)};
+  const Draw draw{data<int64_t>(seed), data<int64_t>(offset), data<int64_t>(stream), seed_number, offset_number,
+                  stream_number, data<int64_t>(ids)};
   by_types(x, x0, [&]<class T, class G, class O>(Of<T>, Of<G>, Of<O>) {
     const bool wide = is_wide<T>(c, {x.const_data_ptr(), x0.const_data_ptr(), c.mask});
     const uint32_t grid = divide<T>(c, x, wide);
@@ -351,13 +358,15 @@ void linf_start_cuda(
 }
 
 void ball_start_cuda(
-    Tensor x, const Tensor& x0, const Optional& eps, double eps_number, const Tensor& seed, const Tensor& offset,
-    const Tensor& ids, const Tensor& stream, const Optional& mean, const Optional& std, const Optional& mask, Tensor sums,
+    Tensor x, const Tensor& x0, const Optional& eps, double eps_number, const Optional& seed, int64_t seed_number,
+    const Optional& offset, int64_t offset_number, const Optional& stream, int64_t stream_number, const Tensor& ids,
+    const Optional& mean, const Optional& std, const Optional& mask, Tensor sums,
     double low, double high, int64_t channel_step, int64_t columns) {
   check_devices(x, x0, eps, seed, offset, ids, stream, mean, std, mask, sums);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call c = call_of(x, std::nullopt, 0, eps, eps_number, mean, std, mask, std::nullopt, low, high, channel_step, columns);
-  const Draw draw{data<int64_t>(seed), data<int64_t>(offset), data<int64_t>(ids), data<int64_t>(stream)};
+  const Draw draw{data<int64_t>(seed), data<int64_t>(offset), data<int64_t>(stream), seed_number, offset_number,
+                  stream_number, data<int64_t>(ids)};
   const uint32_t grid = divide<float>(c, x, false);
   STD_TORCH_CHECK(sums.numel() >= grid * 2LL, "sums has ", sums.numel(), " numbers, and ", grid * 2LL, " are needed");
   noise_sums<<<grid, kThreads, 0, stream_of(x)>>>(writable<double>(sums), draw, c);

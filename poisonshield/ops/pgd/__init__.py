@@ -148,16 +148,22 @@ def pgd_random_start_(
     normalized = statistics(x_adv, mean, std, channels=x_adv.shape[1], owner="x_adv")
     mean, std = normalized or (None, None)
     eps_each, eps_number = _per_sample(x_adv, eps, "eps", most=_reach(x_adv, norm, clip))
+    seed_word, seed_number = _word(x_adv, seed, "seed")
+    offset_word, offset_number = _word(x_adv, offset, "offset")
+    stream_word, stream_number = _word(x_adv, stream, "stream")
     arguments = StartArguments(
         x_adv=x_adv,
         clean=clean,
         eps=eps_each,
         eps_number=eps_number,
         norm=norm,
-        seed=word(x_adv, seed, "seed"),
-        offset=word(x_adv, offset, "offset"),
+        seed=seed_word,
+        seed_number=seed_number,
+        offset=offset_word,
+        offset_number=offset_number,
+        stream=stream_word,
+        stream_number=stream_number,
         sample_ids=sample_ids,
-        stream=word(x_adv, stream, "stream"),
         mean=mean,
         std=std,
         clip_low=float(clip[0]),
@@ -256,6 +262,13 @@ def _per_sample(x_adv: Tensor, value: float | Tensor, name: str, *, most: float)
         if value.numel():
             _check_radius(float(value.max()), name, most)
     return bring(x_adv, value, name, owner="x_adv").to(_wide(x_adv)).expand(x_adv.shape[0]).contiguous(), 0.0
+
+
+def _word(x_adv: Tensor, value: int | Tensor, name: str) -> tuple[Tensor | None, int]:
+    """(int64 [], unused), or (None, the number's lowest 64 bits as a signed number)."""
+    if isinstance(value, Tensor) or torch.compiler.is_compiling() or not is_number(value, whole=True):
+        return word(x_adv, value, name), 0
+    return None, (int(value) + 2**63) % 2**64 - 2**63
 
 
 def _no_output(arguments: StepArguments | StartArguments) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poisonshield.ops import native
 from poisonshield.ops.pgd.layout import Layout
-from poisonshield.ops.pgd.reference import StartArguments, StepArguments
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments, place_of
 
 _NORMS = {"linf": 0, "l2": 1, "sign_l2": 2}
 
@@ -89,12 +89,12 @@ def _run(
     alike = {"grad": grad, "clean": clean, "mask": layout.mask(args.mask)}  # kept alive until the call is over
     flat = {"step": step, "eps": eps, "mean": args.mean, "std": args.std, "active": active, "samples": samples}
     tensors = alike | {name: None if v is None else v.contiguous() for name, v in flat.items()}
-    whole = {} if isinstance(args, StepArguments) else {n: int(getattr(args, n)) for n in ("seed", "offset", "stream")}
+    place = () if isinstance(args, StepArguments) else map(int, place_of(args))
     record = _Call(
         size=ctypes.sizeof(_Call),
         x=native.pointer(x),
         **{name: native.pointer(v) for name, v in tensors.items()},
-        **whole,
+        **dict(zip(("seed", "offset", "stream"), place, strict=False)),
         batch=len(x),
         count=layout.count,
         channels=layout.channels,

@@ -41,10 +41,13 @@ class StartArguments(NamedTuple):
     eps: Tensor | None  # [B]
     eps_number: float
     norm: str  # "linf": uniform in a box; else uniform in a Euclidean ball
-    seed: Tensor  # int64 [], and the next four: where in Philox's numbers the draw lies
-    offset: Tensor  # int64 []
+    seed: Tensor | None  # int64 [], and the next six: where in Philox's numbers the draw lies
+    seed_number: int  # where seed is None: needs no memory on a device
+    offset: Tensor | None  # int64 []
+    offset_number: int
+    stream: Tensor | None  # int64 []
+    stream_number: int
     sample_ids: Tensor  # int64 [B]
-    stream: Tensor  # int64 []
     mean: Tensor | None  # [C]
     std: Tensor | None  # [C]
     clip_low: float
@@ -98,28 +101,34 @@ def _within_ball(args: StepArguments, space: "Space") -> Tensor:
 
 def _drawn_from_box(args: StartArguments, space: "Space") -> Tensor:
     """clean + (2u - 1) * eps with u uniform in [0, 1): [B, ...]."""
-    u = philox_uniform(
-        args.x_adv.shape, seed=args.seed, offset=args.offset, sample_ids=args.sample_ids, stream=args.stream
-    ).to(space.dtype)
+    seed, offset, stream = place_of(args)
+    u = philox_uniform(args.x_adv.shape, seed, offset, sample_ids=args.sample_ids, stream=stream).to(space.dtype)
     return space.clean + (u * 2 - 1) * (space.each(args.eps, args.eps_number) / space.std)
 
 
 def _drawn_from_ball(args: StartArguments, space: "Space") -> Tensor:
     """clean plus a Gaussian direction at the radius eps * u^(1/n), n the number of free elements: [B, ...]."""
     x_adv, eps = args.x_adv, space.each(args.eps, args.eps_number)
-    count = x_adv[:1].numel()
-    noise = philox_normal(count, seed=args.seed, ids=args.sample_ids, offset=args.offset, stream=args.stream)
+    count, (seed, offset, stream) = x_adv[:1].numel(), place_of(args)
+    noise = philox_normal(count, seed=seed, ids=args.sample_ids, offset=offset, stream=stream)
     noise = noise.view(x_adv.shape).to(space.dtype)  # [B, ...]
     free = torch.full_like(eps, count)
     if args.mask is not None:
         noise = noise.where(args.mask != 0, 0.0)
         free = space.per_sample((args.mask != 0).expand(x_adv.shape).flatten(1).sum(1).clamp(min=1))
-    u = philox_uniform(
-        (len(x_adv), 1), seed=args.seed, offset=args.offset, sample_ids=args.sample_ids, stream=args.stream + 1
-    )
+    u = philox_uniform((len(x_adv), 1), seed, offset, sample_ids=args.sample_ids, stream=stream + 1)
     radius = eps * space.per_sample(u[:, 0]) ** (1 / free)  # [B, 1, ...]
     length = space.per_sample(_length(noise).clamp_min(1e-12))
     return space.clean + noise * (radius / length) / space.std
+
+
+def place_of(args: StartArguments) -> tuple[int | Tensor, int | Tensor, int | Tensor]:
+    """seed, offset and stream, as tensors where they are."""
+    return (
+        args.seed_number if args.seed is None else args.seed,
+        args.offset_number if args.offset is None else args.offset,
+        args.stream_number if args.stream is None else args.stream,
+    )
 
 
 class Space:
@@ -223,9 +232,9 @@ def examples() -> dict[str, list[Any]]:
         norm="linf", mean=None, std=None, clip_low=0.0, clip_high=1.0, mask=None, active=None, levels=0,
     )  # fmt: skip
     start = StartArguments(
-        x_adv=x_adv, clean=clean, eps=radius, eps_number=0.0, norm="linf", seed=torch.tensor(5), offset=torch.tensor(0),
-        sample_ids=torch.arange(2), stream=torch.tensor(1), mean=None, std=None, clip_low=0.0, clip_high=1.0,
-        mask=None, levels=0,
+        x_adv=x_adv, clean=clean, eps=radius, eps_number=0.0, norm="linf", seed=torch.tensor(5), seed_number=0,
+        offset=torch.tensor(0), offset_number=0, stream=None, stream_number=1, sample_ids=torch.arange(2),
+        mean=None, std=None, clip_low=0.0, clip_high=1.0, mask=None, levels=0,
     )  # fmt: skip
     return {
         "pgd_step_": [

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.pgd.layout import Layout, refused
-from poisonshield.ops.pgd.reference import StartArguments, StepArguments
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments, place_of
 from poisonshield.ops.pgd.triton_parts import (
     clip,
     element_of,
@@ -342,7 +342,11 @@ def pgd_random_start_(args: StartArguments) -> None:
     layout = Layout(args.x_adv, row_major=True)
     call = _Call(layout, args)
     x, clean, eps = layout.x, layout.alike(args.clean), call.pointer(args.eps)
-    draw = (args.seed, args.offset, args.sample_ids.contiguous(), args.stream)
+    # The JIT would compile anew for some numbers, such as 1 and multiples of 16: once an attack, a tensor is better.
+    seed, offset, stream = (
+        v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.int64, device=x.device) for v in place_of(args)
+    )
+    draw = (seed, offset, args.sample_ids.contiguous(), stream)
     numbers = (args.eps_number, args.clip_low, args.clip_high)
     flags = call.flags | {"PERMUTED": layout.columns > 1}
     sizes, columns = call.sizes, layout.columns

@@ -37,7 +37,9 @@ def record(kind, shape, norm, case, dtype):
     each = torch.linspace(0.01, 0.06, shape[0]) if everything else None
     if kind is reference.StartArguments:
         ids = torch.tensor([5, 2**35 + 1, -3])[: shape[0]]
-        own = {"seed": torch.tensor(-7), "offset": torch.tensor(3), "sample_ids": ids, "stream": torch.tensor(9)}
+        own = {"seed": torch.tensor(-7), "offset": torch.tensor(3), "stream": torch.tensor(9)} if everything else {}
+        own = {"seed": None, "offset": None, "stream": None, "sample_ids": ids} | own
+        own |= {"seed_number": 2**62 + 5, "offset_number": -3, "stream_number": 2**32 - 1}
     else:
         grad = made(shape, 2, normal=True).to(dtype)
         grad.view(-1)[0] = torch.nan if norm != "l2" else 0.0
@@ -89,10 +91,10 @@ def compare(function, kind, norms, shapes, dtypes):
 def refuse_other_devices():
     """A tensor that lies elsewhere is told of by the source itself."""
     x, elsewhere = torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.int64, device="meta")
-    number = torch.tensor(1)
+    place = (None, 1, None, 1, None, 1)
     try:
         torch.ops.poisonshield_cuda.linf_start_(
-            x, x.clone(), None, 0.1, number, number, elsewhere, number, None, None, None, 0.0, 1.0, 16, 1
+            x, x.clone(), None, 0.1, *place, elsewhere, None, None, None, 0.0, 1.0, 16, 1
         )
     except RuntimeError as err:
         print(json.dumps({"function": "refusal", "told": str(err).splitlines()[0]}))
