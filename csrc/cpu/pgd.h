@@ -22,7 +22,7 @@ struct PgdCall {
   int64_t batch, count, channels;
   int64_t channel_step;  // element i is of channel i / channel_step % C
   int64_t threads;  // at most
-  int32_t bytes;    // whether clean is uint8
+  int64_t bytes;    // whether clean is uint8
   int32_t norm;
   float low, high;  // least and greatest pixel
 };

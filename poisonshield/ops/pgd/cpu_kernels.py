@@ -26,9 +26,9 @@ class _Call(ctypes.Structure):
         ("samples", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
-            for name in ("seed", "offset", "stream", "batch", "count", "channels", "channel_step", "threads")
+            for name in ("seed", "offset", "stream", "batch", "count", "channels", "channel_step", "threads", "bytes")
         ),
-        *((name, ctypes.c_int32) for name in ("bytes", "norm")),
+        ("norm", ctypes.c_int32),
         ("low", ctypes.c_float),
         ("high", ctypes.c_float),
     ]
