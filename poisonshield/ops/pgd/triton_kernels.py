@@ -20,6 +20,7 @@ from poisonshield.ops.pgd.layout import Layout, refused
 from poisonshield.ops.pgd.reference import StartArguments, StepArguments, place_of
 from poisonshield.ops.pgd.triton_parts import (
     clip,
+    direction,
     element_of,
     fraction,
     limits,
@@ -128,16 +129,6 @@ def linf_start(
     least, most = clip(clean - reach, low, high), clip(clean + reach, low, high)
     new = clip(clean + (u * 2 - 1) * reach, least, most)
     store(x_ptr, mask_ptr, at, inside, new, clean, least, most, HAS_MASK, False)
-
-
-@triton.jit
-def direction(g_ptr, mask_ptr, at, inside, std, HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, SIGN: tl.constexpr):
-    """v, where to go, in pixel units: the gradient's sign or the gradient; 0 under the mask."""
-    g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
-    v = sign(g) if SIGN else scaled(g, std, HAS_STD)
-    if HAS_MASK:
-        v = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, v, 0.0)
-    return v
 
 
 @triton.jit

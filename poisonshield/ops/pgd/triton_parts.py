@@ -80,6 +80,16 @@ def sign(g):
 
 
 @triton.jit
+def direction(g_ptr, mask_ptr, at, inside, std, HAS_STD: tl.constexpr, HAS_MASK: tl.constexpr, SIGN: tl.constexpr):
+    """v, where to go, in pixel units: the gradient's sign or the gradient; 0 under the mask."""
+    g = tl.load(g_ptr + at, mask=inside, other=0).to(tl.float32)
+    v = sign(g) if SIGN else scaled(g, std, HAS_STD)
+    if HAS_MASK:
+        v = tl.where(tl.load(mask_ptr + at, mask=inside, other=0) != 0, v, 0.0)
+    return v
+
+
+@triton.jit
 def rounded(v, dtype: tl.constexpr):
     """v to the nearest number of x_adv's dtype, ties to even: bfloat16 by bits, as the interpreter would cut it off."""
     if dtype == tl.bfloat16:
