@@ -4,14 +4,21 @@
 
 STABLE_TORCH_LIBRARY(poisonshield_cuda, m) {
   m.def(
-      "linf_step_(Tensor(a!) x, Tensor grad, Tensor x0, Tensor step, Tensor eps, Tensor? mean, Tensor? std, Tensor? mask, "
-      "Tensor? active, float low, float high, int channels, bool bytes) -> ()");
+      "linf_step_(Tensor(a!) x, Tensor grad, Tensor x0, Tensor? step, float step_number, Tensor? eps, float eps_number, "
+      "Tensor? mean, Tensor? std, Tensor? mask, Tensor? active, float low, float high, int channel_step) -> ()");
   m.def(
-      "ball_step_(Tensor(a!) x, Tensor grad, Tensor x0, Tensor step, Tensor eps, Tensor? mean, Tensor? std, Tensor? mask, "
-      "Tensor? active, Tensor(b!) sums, float low, float high, int channels, bool bytes, bool sign) -> ()");
+      "ball_step_(Tensor(a!) x, Tensor grad, Tensor x0, Tensor? step, float step_number, Tensor? eps, float eps_number, "
+      "Tensor? mean, Tensor? std, Tensor? mask, Tensor? active, Tensor(b!) sums, float low, float high, int channel_step, "
+      "bool signs) -> ()");
   m.def(
-      "linf_start_(Tensor(a!) x, Tensor x0, Tensor eps, Tensor seed, Tensor offset, Tensor ids, Tensor stream, Tensor? mean, "
-      "Tensor? std, Tensor? mask, float low, float high, int channels, bool bytes) -> ()");
+      "linf_start_(Tensor(a!) x, Tensor x0, Tensor? eps, float eps_number, Tensor? seed, int seed_number, "
+      "Tensor? offset, int offset_number, Tensor? stream, int stream_number, Tensor ids, Tensor? mean, Tensor? std, "
+      "Tensor? mask, float low, float high, int channel_step, int columns) -> ()");
+  m.def(
+      "ball_start_(Tensor(a!) x, Tensor x0, Tensor? eps, float eps_number, Tensor? seed, int seed_number, "
+      "Tensor? offset, int offset_number, Tensor? stream, int stream_number, Tensor ids, Tensor? mean, Tensor? std, "
+      "Tensor? mask, Tensor(b!) sums, float low, float high, int channel_step, "
+      "int columns) -> ()");
   m.def(
       "noising_(Tensor(a!) out, Tensor(b!) kept, Tensor x0, Tensor? noise, Tensor t, Tensor alphas, Tensor seed, "
       "Tensor offset, Tensor stream, bool keep) -> ()");

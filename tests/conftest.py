@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Triton's own functions decide when they are imported whether they can be interpreted, so that comes first.
+# Triton's functions decide when they are imported whether they are interpreted or compiled, so that a process has one
+# way for all tests: the interpreter without a GPU, and with one where TRITON_INTERPRET=1 asks for it.
+INTERPRETING = os.environ.pop("TRITON_INTERPRET", None) == "1" or not torch.cuda.is_available()
+if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language  # noqa: F401
 
@@ -29,8 +31,12 @@ LARGEST_KEPT = 4096  # bytes of an encoded image
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests get hours where others get the minutes of pyproject.toml."""
+    """Slow tests get hours where others get the minutes of pyproject.toml; GPU tests run on compiled kernels alone."""
+    interpreted = "Triton kernels are interpreted in this process"
+    absent = interpreted if torch.cuda.is_available() else "needs a CUDA device"
     for item in items:
+        if INTERPRETING and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=absent))
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
@@ -69,7 +75,12 @@ def small_images_are_decoded_once() -> Iterator[None]:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton kernels run in Triton's interpreter, on CPU tensors: backend="triton" works without a GPU."""
+    """Triton kernels run in Triton's interpreter, on CPU tensors: backend="triton" works without a GPU.
+
+    Skipped where the process compiles them for its GPU: an interpreted one that stayed would pass for a compiled one.
+    """
+    if not INTERPRETING:
+        pytest.skip("Triton kernels are compiled in this process. TRITON_INTERPRET=1 pytest ... interprets them.")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     yield
 

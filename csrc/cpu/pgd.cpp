@@ -30,7 +30,7 @@ class PieceSpace {
   // For elements first .. first+count-1 of a sample.
   void move(int64_t first, int64_t count) {
     if (!call_.std) return;
-    const int64_t inner = call_.channel_last ? 1 : call_.count / call_.channels;
+    const int64_t inner = call_.channel_step;
     int64_t channel = first / inner % call_.channels, left = inner - first % inner;
     for (int64_t i = 0; i < count;) {
       const int64_t run = std::min(left, count - i);

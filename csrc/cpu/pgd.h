@@ -20,9 +20,9 @@ struct PgdCall {
   const int64_t* samples;  // [B] ids, read by the start
   int64_t seed, offset, stream;
   int64_t batch, count, channels;
-  int64_t threads;       // at most
-  int32_t bytes;         // whether clean is uint8
-  int32_t channel_last;  // element i is of channel i % C; else of i / (count / C)
+  int64_t channel_step;  // element i is of channel i / channel_step % C
+  int64_t threads;  // at most
+  int64_t bytes;    // whether clean is uint8
   int32_t norm;
   float low, high;  // least and greatest pixel
 };

@@ -35,6 +35,17 @@ inline cudaStream_t stream_of(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline bool beside(const Tensor& x, const Tensor& other) {
+  return other.get_device_index() == x.get_device_index() && other.is_cpu() == x.is_cpu();
+}
+inline bool beside(const Tensor& x, const Optional& other) { return !other.has_value() || beside(x, *other); }
+
+// A kernel would read a pointer of another device, or of the host, as one of its own.
+template <class... Others>
+void check_devices(const Tensor& x, const Others&... others) {
+  STD_TORCH_CHECK((beside(x, others) && ...), "poisonshield: a tensor is on another device than the first one");
+}
+
 inline void check_launch() {
   const cudaError_t status = cudaGetLastError();
   STD_TORCH_CHECK(status == cudaSuccess, "poisonshield: a kernel did not start: ", cudaGetErrorString(status));
@@ -42,7 +53,6 @@ inline void check_launch() {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#ifdef __CUDACC__
 // The sum of v over the threads of a block, in the same order every time. Every thread gets it.
 __device__ __forceinline__ double block_sum(double v) {
   __shared__ double parts[kThreads / 32];
@@ -54,6 +64,5 @@ __device__ __forceinline__ double block_sum(double v) {
   for (int warp = 0; warp < kThreads / 32; ++warp) total += parts[warp];
   return total;
 }
-#endif
 
 }  // namespace poisonshield

@@ -135,7 +135,7 @@ class Room:
         return f"poisonshield.ops.{self.name}.{_FILES[backend]}"
 
     def _module(self, backend: str) -> Any:
-        return importlib.import_module(self._path(backend))
+        return _load(self._path(backend))
 
     def _run(self, backend: str, function: str, arguments: Any) -> Any:
         call = getattr(self._module(backend), function)
@@ -197,6 +197,11 @@ def _everywhere(backend: str) -> str | None:
 @cache
 def _exists(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+@cache
+def _load(module: str) -> Any:
+    return importlib.import_module(module)
 
 
 @cache

@@ -23,15 +23,46 @@ def on(backend, function):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", ["linf", "l2", "sign_l2"])
-def test_pgd(backend, norm):
-    x0, grad = made(8, 3, 224, 224), made(8, 3, 224, 224, seed=1) - 0.5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [224, 37])  # aligned samples, and others
+def test_pgd(backend, norm, dtype, form, size):
+    """linf to the bit; in a ball to float32's rounding, or to the next number of half precision."""
+    x0, grad = (made(8, 3, size, size, seed=s).to(dtype, memory_format=form) for s in range(2))
+    grad -= 0.5
     settings = {"norm": norm, "step_size": 0.01 if norm == "linf" else 1.0, "eps": 0.03 if norm == "linf" else 2.0}
-    outs = [on(b, lambda b: pgd_step_(x0.clone(), grad, x0, backend=b, **settings)) for b in (backend, "reference")]
-    assert torch.equal(*outs) if norm == "linf" else (outs[0] - outs[1]).abs().max() < 2e-6
+    steps = [on(b, lambda b: pgd_step_(x0.clone(), grad, x0, backend=b, **settings)) for b in (backend, "reference")]
     starts = [
-        on(b, lambda b: pgd_random_start_(x0.clone(), x0, eps=0.1, seed=3, backend=b)) for b in (backend, "reference")
+        on(b, lambda b: pgd_random_start_(x0.clone(), x0, eps=settings["eps"], norm=norm, seed=3, backend=b))
+        for b in (backend, "reference")
     ]
-    assert torch.equal(*starts)
+    near = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for ours, plain in (steps, starts):
+        assert torch.equal(ours, plain) if norm == "linf" else (ours - plain).abs().max() <= near
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", ["linf", "l2", "sign_l2"])
+def test_pgd_on_more_samples_than_a_second_grid_axis_holds(backend, norm):
+    x0, grad = made(70_000, 5), made(70_000, 5, seed=1) - 0.5
+    settings = {"step_size": 0.1, "eps": 0.1, "norm": norm}
+    outs = [on(b, lambda b: pgd_step_(x0.clone(), grad, x0, backend=b, **settings)) for b in (backend, "reference")]
+    assert (outs[0] - outs[1]).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_the_host_make_no_kernels_and_no_waits(backend):
+    """A channels-last step with plain numbers is one kernel, and copies nothing to the device."""
+    x0, grad = (made(8, 3, 32, 32, seed=s).to(memory_format=torch.channels_last) for s in range(2))
+    x = x0.clone()
+    step = lambda b: pgd_step_(x, grad, x0, step_size=0.1, eps=0.1, backend=b)
+    on(backend, step)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(backend)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1 and "linf_step" in kernels[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

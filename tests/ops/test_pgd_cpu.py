@@ -71,8 +71,9 @@ def test_layouts_give_the_same_in_place(norm, case):
     x, clean, settings = arguments(norm, case)
     plain = stepped(x.clone(), clean, "cpu", **settings)
     last = x.to(memory_format=torch.channels_last, copy=True)
+    swapped = x.transpose(2, 3).contiguous().transpose(2, 3)
     sliced = torch.zeros(6, 3, 80, 66)[::2, :, ::2, ::2].copy_(x)
-    for same in (last, sliced):
+    for same in (last, swapped, sliced):
         address = same.data_ptr()
         stepped(same, clean, "cpu", **settings)
         assert same.data_ptr() == address

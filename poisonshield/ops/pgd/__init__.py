@@ -77,14 +77,17 @@ def pgd_step_(
     _check_same(x_adv, grad, "grad")
     _check_separate(x_adv, grad, "grad")
     reach = _reach(x_adv, norm, clip)
-    step_size = _per_sample(x_adv, step_size, "step_size", most=2 * reach)
+    step_each, step_number = _per_sample(x_adv, step_size, "step_size", most=2 * reach)
+    eps_each, eps_number = _per_sample(x_adv, eps, "eps", most=reach)
     if isinstance(targeted, Tensor):
         _check_flags(x_adv, targeted, "targeted")
-        step_size = torch.where(targeted, -step_size, step_size)
+        step_each = torch.where(targeted, -1.0, 1.0).to(_wide(x_adv)) * (
+            step_number if step_each is None else step_each
+        )
     elif targeted not in (True, False):
         raise TypeError(f"targeted is {targeted!r}. Give a bool, or a bool tensor [{x_adv.shape[0]}].")
     elif targeted:
-        step_size = -step_size
+        step_each, step_number = None if step_each is None else -step_each, -step_number
     if active is not None:
         _check_flags(x_adv, active, "active")
     normalized = statistics(x_adv, mean, std, channels=x_adv.shape[1], owner="x_adv")
@@ -93,8 +96,10 @@ def pgd_step_(
         x_adv=x_adv,
         grad=grad,
         clean=clean,
-        step_size=step_size,
-        eps=_per_sample(x_adv, eps, "eps", most=reach),
+        step_size=step_each,
+        step_number=step_number,
+        eps=eps_each,
+        eps_number=eps_number,
         norm=norm,
         mean=mean,
         std=std,
@@ -142,15 +147,23 @@ def pgd_random_start_(
         check_reach(clean, clip, "clean")  # once an attack; a step is not worth the time
     normalized = statistics(x_adv, mean, std, channels=x_adv.shape[1], owner="x_adv")
     mean, std = normalized or (None, None)
+    eps_each, eps_number = _per_sample(x_adv, eps, "eps", most=_reach(x_adv, norm, clip))
+    seed_word, seed_number = _word(x_adv, seed, "seed")
+    offset_word, offset_number = _word(x_adv, offset, "offset")
+    stream_word, stream_number = _word(x_adv, stream, "stream")
     arguments = StartArguments(
         x_adv=x_adv,
         clean=clean,
-        eps=_per_sample(x_adv, eps, "eps", most=_reach(x_adv, norm, clip)),
+        eps=eps_each,
+        eps_number=eps_number,
         norm=norm,
-        seed=word(x_adv, seed, "seed"),
-        offset=word(x_adv, offset, "offset"),
+        seed=seed_word,
+        seed_number=seed_number,
+        offset=offset_word,
+        offset_number=offset_number,
+        stream=stream_word,
+        stream_number=stream_number,
         sample_ids=sample_ids,
-        stream=word(x_adv, stream, "stream"),
         mean=mean,
         std=std,
         clip_low=float(clip[0]),
@@ -224,12 +237,18 @@ def _check_radius(value: float, name: str, most: float) -> None:
         )
 
 
-def _per_sample(x_adv: Tensor, value: float | Tensor, name: str, *, most: float) -> Tensor:
-    """float [B] on the device: float64 only where x_adv is. Raises BudgetError outside 0..most."""
-    dtype = torch.promote_types(x_adv.dtype, torch.float32)
+def _wide(x_adv: Tensor) -> torch.dtype:
+    """The dtype of radii: float64 only where x_adv is."""
+    return torch.promote_types(x_adv.dtype, torch.float32)
+
+
+def _per_sample(x_adv: Tensor, value: float | Tensor, name: str, *, most: float) -> tuple[Tensor | None, float]:
+    """(float [B] on the device, unused), or (None, the number of all). Raises BudgetError outside 0..most."""
     if not isinstance(value, Tensor) and is_number(value):
         _check_radius(value, name, most)
-        return torch.full((x_adv.shape[0],), value, dtype=dtype, device=x_adv.device)
+        if torch.compiler.is_compiling():  # a number of the program would compile it anew for each other one
+            return torch.full((x_adv.shape[0],), value, dtype=_wide(x_adv), device=x_adv.device), 0.0
+        return None, float(value)
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} is {kind(value)}. Give a number or a tensor [{x_adv.shape[0]}].")
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, x_adv.shape[0])):
@@ -242,7 +261,14 @@ def _per_sample(x_adv: Tensor, value: float | Tensor, name: str, *, most: float)
             raise BudgetError(f"{name} {value.tolist()} has a negative or NaN entry. Give pixel units, such as 4/255.")
         if value.numel():
             _check_radius(float(value.max()), name, most)
-    return bring(x_adv, value, name, owner="x_adv").to(dtype).expand(x_adv.shape[0]).contiguous()
+    return bring(x_adv, value, name, owner="x_adv").to(_wide(x_adv)).expand(x_adv.shape[0]).contiguous(), 0.0
+
+
+def _word(x_adv: Tensor, value: int | Tensor, name: str) -> tuple[Tensor | None, int]:
+    """(int64 [], unused), or (None, the number's lowest 64 bits as a signed number)."""
+    if isinstance(value, Tensor) or torch.compiler.is_compiling() or not is_number(value, whole=True):
+        return word(x_adv, value, name), 0
+    return None, (int(value) + 2**63) % 2**64 - 2**63
 
 
 def _no_output(arguments: StepArguments | StartArguments) -> None:

@@ -1,8 +1,8 @@
 """The compiled PGD kernels of csrc/cpu/pgd.cpp, called as the reference is.
 
 linf, step and start, equals the reference to the bit; l2 and sign_l2 agree to float32's rounding. Results have the same
-bits whatever the number of threads and the processor's level. Channels-last tensors are changed where they lie, others
-that are not contiguous in a copy.
+bits whatever the number of threads and the processor's level. A step changes tensors of any dense order of dimensions
+where they lie, others in a copy; a start takes numbers in row-major order, and a copy for any other one.
 """
 
 import ctypes
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from poisonshield.ops import native
-from poisonshield.ops.pgd.layout import expanded_mask
-from poisonshield.ops.pgd.reference import StartArguments, StepArguments
+from poisonshield.ops.pgd.layout import Layout
+from poisonshield.ops.pgd.reference import StartArguments, StepArguments, place_of
 
 _NORMS = {"linf": 0, "l2": 1, "sign_l2": 2}
 
@@ -24,8 +24,11 @@ class _Call(ctypes.Structure):
         ("size", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("x", "grad", "clean", "step", "eps", "mean", "std", "mask", "active")),
         ("samples", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("seed", "offset", "stream", "batch", "count", "channels", "threads")),
-        *((name, ctypes.c_int32) for name in ("bytes", "channel_last", "norm")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("seed", "offset", "stream", "batch", "count", "channels", "channel_step", "threads", "bytes")
+        ),
+        ("norm", ctypes.c_int32),
         ("low", ctypes.c_float),
         ("high", ctypes.c_float),
     ]
@@ -44,15 +47,12 @@ def refusal(function: str, args: StepArguments | StartArguments) -> str | None:
 
 def pgd_step_(args: StepArguments) -> None:
     """As the reference: linf in one pass, l2 and sign_l2 in two."""
-    x_adv = args.x_adv
-    if not x_adv.numel():
+    if not args.x_adv.numel():
         return
-    order = _order(x_adv)
-    x = x_adv.permute(order).contiguous()  # x_adv itself where it is dense in that order
-    active = None if args.active is None else args.active.to(torch.uint8)
-    _run("pgd_step", args, x, order, grad=args.grad.float(), step=args.step_size, active=active)
-    if x.data_ptr() != x_adv.data_ptr():
-        x_adv.copy_(x)
+    layout = Layout(args.x_adv)
+    step = _each(args.step_size, args.step_number, layout.x)
+    active = None if args.active is None else args.active.view(torch.uint8)
+    _run("pgd_step", args, layout, grad=layout.alike(args.grad.float()), step=step, active=active)
 
 
 def pgd_random_start_(args: StartArguments) -> None:
@@ -60,53 +60,50 @@ def pgd_random_start_(args: StartArguments) -> None:
     x_adv = args.x_adv
     if not x_adv.numel():
         return
-    order = list(range(x_adv.dim()))  # numbers are drawn in it
-    x = x_adv if x_adv.is_contiguous() else torch.empty(x_adv.shape)
-    _run("pgd_start", args, x, order, samples=args.sample_ids)
-    if x is not x_adv:
-        x_adv.copy_(x)
+    if x_adv.is_contiguous():
+        _run("pgd_start", args, Layout(x_adv), samples=args.sample_ids)
+        return
+    x = torch.empty(x_adv.shape)
+    _run("pgd_start", args, Layout(x), samples=args.sample_ids)
+    x_adv.copy_(x)
 
 
-def _order(x: Tensor) -> list[int]:
-    """The dimensions of x from the outermost in memory to the innermost: rows, or channels last."""
-    plain = list(range(x.dim()))
-    last = [0, *plain[2:], 1]
-    return last if not x.is_contiguous() and x.permute(last).is_contiguous() else plain
+def _each(values: Tensor | None, number: float, x: Tensor) -> Tensor:
+    """[B] of a number for each sample, or of the one for all."""
+    return torch.full((len(x),), number) if values is None else values
 
 
 def _run(
     function: str,
     args: StepArguments | StartArguments,
-    x: Tensor,
-    order: list[int],
+    layout: Layout,
     *,
     grad: Tensor | None = None,
     step: Tensor | None = None,
     active: Tensor | None = None,
     samples: Tensor | None = None,
 ) -> None:
-    """Change x, contiguous and in `order`; the other tensors are as the record has them."""
-    clean, mask = args.clean, expanded_mask(args.mask, args.x_adv)
-    if clean.dtype != torch.uint8:
-        clean = clean.float()
-    alike = {"grad": grad, "clean": clean, "mask": mask}  # of the shape of x
-    tensors = {name: None if v is None else v.permute(order).contiguous() for name, v in alike.items()}
-    flat = {"step": step, "eps": args.eps, "mean": args.mean, "std": args.std, "active": active, "samples": samples}
-    tensors |= {name: None if v is None else v.contiguous() for name, v in flat.items()}
-    whole = {} if isinstance(args, StepArguments) else {n: int(getattr(args, n)) for n in ("seed", "offset", "stream")}
+    """Change the x of the layout; grad lies as it does."""
+    x, eps = layout.x, _each(args.eps, args.eps_number, layout.x)
+    clean = layout.alike(args.clean if args.clean.dtype == torch.uint8 else args.clean.float())
+    alike = {"grad": grad, "clean": clean, "mask": layout.mask(args.mask)}  # kept alive until the call is over
+    flat = {"step": step, "eps": eps, "mean": args.mean, "std": args.std, "active": active, "samples": samples}
+    tensors = alike | {name: None if v is None else v.contiguous() for name, v in flat.items()}
+    place = () if isinstance(args, StepArguments) else map(int, place_of(args))
     record = _Call(
         size=ctypes.sizeof(_Call),
         x=native.pointer(x),
         **{name: native.pointer(v) for name, v in tensors.items()},
-        **whole,
+        **dict(zip(("seed", "offset", "stream"), place, strict=False)),
         batch=len(x),
-        count=x[0].numel(),
-        channels=args.x_adv.shape[1],
+        count=layout.count,
+        channels=layout.channels,
+        channel_step=layout.channel_step,
         threads=native.threads(),
         bytes=args.clean.dtype == torch.uint8,
-        channel_last=order[-1] == 1 and len(order) > 2,
         norm=_NORMS[args.norm],
         low=args.clip_low,
         high=args.clip_high,
     )
     native.call(function, record)
+    layout.finish()

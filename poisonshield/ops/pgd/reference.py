@@ -19,8 +19,10 @@ class StepArguments(NamedTuple):
     x_adv: Tensor  # [B, ...], moved in place
     grad: Tensor  # [B, ...], d loss/d x_adv
     clean: Tensor  # [B, ...], the original: in the space of x_adv, or uint8 pixels
-    step_size: Tensor  # [B], how far to go, in pixel units; negative goes down
-    eps: Tensor  # [B], radius of the ball around clean, in pixel units
+    step_size: Tensor | None  # [B], how far to go, in pixel units; negative goes down
+    step_number: float  # the same for all samples, where step_size is None: needs no memory on a device
+    eps: Tensor | None  # [B], radius of the ball around clean, in pixel units
+    eps_number: float  # the same for all samples, where eps is None
     norm: str  # "linf" (sign step, box), "l2" (step of that length, ball), "sign_l2" (sign step, ball)
     mean: Tensor | None  # [C], of the normalized space; None where x_adv holds pixels
     std: Tensor | None  # [C], given if mean is
@@ -36,12 +38,16 @@ class StartArguments(NamedTuple):
 
     x_adv: Tensor  # [B, ...], overwritten
     clean: Tensor  # [B, ...]
-    eps: Tensor  # [B]
+    eps: Tensor | None  # [B]
+    eps_number: float
     norm: str  # "linf": uniform in a box; else uniform in a Euclidean ball
-    seed: Tensor  # int64 [], and the next four: where in Philox's numbers the draw lies
-    offset: Tensor  # int64 []
+    seed: Tensor | None  # int64 [], and the next six: where in Philox's numbers the draw lies
+    seed_number: int  # where seed is None: needs no memory on a device
+    offset: Tensor | None  # int64 []
+    offset_number: int
+    stream: Tensor | None  # int64 []
+    stream_number: int
     sample_ids: Tensor  # int64 [B]
-    stream: Tensor  # int64 []
     mean: Tensor | None  # [C]
     std: Tensor | None  # [C]
     clip_low: float
@@ -54,7 +60,7 @@ def pgd_step_(args: StepArguments) -> None:
     """x_adv moves by step_size along grad, then into the ball of radius eps around clean, then into the clip."""
     space = Space(args)
     if args.norm == "linf":
-        low, high = space.box(space.per_sample(args.eps))
+        low, high = space.box(space.each(args.eps, args.eps_number))
         new, bounds = _along_signs(args, space), (low, high)
     else:
         low, high = space.low, space.high
@@ -66,7 +72,7 @@ def pgd_random_start_(args: StartArguments) -> None:
     """x_adv becomes a uniform draw from the ball around clean, clipped."""
     space = Space(args)
     if args.norm == "linf":
-        low, high = space.box(space.per_sample(args.eps))
+        low, high = space.box(space.each(args.eps, args.eps_number))
         new, bounds = _drawn_from_box(args, space), (low, high)
     else:
         low, high = space.low, space.high
@@ -77,7 +83,7 @@ def pgd_random_start_(args: StartArguments) -> None:
 def _along_signs(args: StepArguments, space: "Space") -> Tensor:
     """x_adv + step_size * sign(grad), a NaN giving no step: [B, ...], not projected."""
     signs = args.grad.to(space.dtype).nan_to_num(nan=0.0).sign()
-    return args.x_adv.to(space.dtype) + signs * (space.per_sample(args.step_size) / space.std)
+    return args.x_adv.to(space.dtype) + signs * (space.each(args.step_size, args.step_number) / space.std)
 
 
 def _within_ball(args: StepArguments, space: "Space") -> Tensor:
@@ -89,33 +95,40 @@ def _within_ball(args: StepArguments, space: "Space") -> Tensor:
     if args.norm == "l2":
         direction = _unit(direction)
     delta = (args.x_adv.to(space.dtype) - space.clean) * space.std  # in pixel units
-    return space.into_ball(delta + space.per_sample(args.step_size) * direction, space.per_sample(args.eps))
+    step = space.each(args.step_size, args.step_number)
+    return space.into_ball(delta + step * direction, space.each(args.eps, args.eps_number))
 
 
 def _drawn_from_box(args: StartArguments, space: "Space") -> Tensor:
     """clean + (2u - 1) * eps with u uniform in [0, 1): [B, ...]."""
-    u = philox_uniform(
-        args.x_adv.shape, seed=args.seed, offset=args.offset, sample_ids=args.sample_ids, stream=args.stream
-    ).to(space.dtype)
-    return space.clean + (u * 2 - 1) * (space.per_sample(args.eps) / space.std)
+    seed, offset, stream = place_of(args)
+    u = philox_uniform(args.x_adv.shape, seed, offset, sample_ids=args.sample_ids, stream=stream).to(space.dtype)
+    return space.clean + (u * 2 - 1) * (space.each(args.eps, args.eps_number) / space.std)
 
 
 def _drawn_from_ball(args: StartArguments, space: "Space") -> Tensor:
     """clean plus a Gaussian direction at the radius eps * u^(1/n), n the number of free elements: [B, ...]."""
-    x_adv, eps = args.x_adv, space.per_sample(args.eps)
-    count = x_adv[:1].numel()
-    noise = philox_normal(count, seed=args.seed, ids=args.sample_ids, offset=args.offset, stream=args.stream)
+    x_adv, eps = args.x_adv, space.each(args.eps, args.eps_number)
+    count, (seed, offset, stream) = x_adv[:1].numel(), place_of(args)
+    noise = philox_normal(count, seed=seed, ids=args.sample_ids, offset=offset, stream=stream)
     noise = noise.view(x_adv.shape).to(space.dtype)  # [B, ...]
     free = torch.full_like(eps, count)
     if args.mask is not None:
         noise = noise.where(args.mask != 0, 0.0)
         free = space.per_sample((args.mask != 0).expand(x_adv.shape).flatten(1).sum(1).clamp(min=1))
-    u = philox_uniform(
-        (len(x_adv), 1), seed=args.seed, offset=args.offset, sample_ids=args.sample_ids, stream=args.stream + 1
-    )
+    u = philox_uniform((len(x_adv), 1), seed, offset, sample_ids=args.sample_ids, stream=stream + 1)
     radius = eps * space.per_sample(u[:, 0]) ** (1 / free)  # [B, 1, ...]
     length = space.per_sample(_length(noise).clamp_min(1e-12))
     return space.clean + noise * (radius / length) / space.std
+
+
+def place_of(args: StartArguments) -> tuple[int | Tensor, int | Tensor, int | Tensor]:
+    """seed, offset and stream, as tensors where they are."""
+    return (
+        args.seed_number if args.seed is None else args.seed,
+        args.offset_number if args.offset is None else args.offset,
+        args.stream_number if args.stream is None else args.stream,
+    )
 
 
 class Space:
@@ -134,6 +147,10 @@ class Space:
     def per_sample(self, values: Tensor) -> Tensor:
         """[B] -> [B, 1, ...]."""
         return values.to(self.dtype).view(-1, *[1] * (self.x_adv.dim() - 1))
+
+    def each(self, values: Tensor | None, number: float) -> Tensor:
+        """[B, 1, ...] of a number for each sample, or [] of one for all."""
+        return self.x_adv.new_full((), number, dtype=self.dtype) if values is None else self.per_sample(values)
 
     def _per_channel(self, values: Tensor | None, default: float) -> Tensor:
         """[C] -> [C, 1, ...], or the default as a scalar."""
@@ -211,15 +228,18 @@ def examples() -> dict[str, list[Any]]:
     x_adv, grad, clean = (philox_uniform(shape, seed) * 0.8 + 0.1 for seed in range(3))
     radius = torch.tensor([0.1, 0.2])
     step = StepArguments(
-        x_adv=x_adv, grad=grad - 0.5, clean=clean, step_size=radius, eps=radius, norm="linf", mean=None, std=None,
-        clip_low=0.0, clip_high=1.0, mask=None, active=None, levels=0,
+        x_adv=x_adv, grad=grad - 0.5, clean=clean, step_size=radius, step_number=0.0, eps=radius, eps_number=0.0,
+        norm="linf", mean=None, std=None, clip_low=0.0, clip_high=1.0, mask=None, active=None, levels=0,
     )  # fmt: skip
     start = StartArguments(
-        x_adv=x_adv, clean=clean, eps=radius, norm="linf", seed=torch.tensor(5), offset=torch.tensor(0),
-        sample_ids=torch.arange(2), stream=torch.tensor(1), mean=None, std=None, clip_low=0.0, clip_high=1.0,
-        mask=None, levels=0,
+        x_adv=x_adv, clean=clean, eps=radius, eps_number=0.0, norm="linf", seed=torch.tensor(5), seed_number=0,
+        offset=torch.tensor(0), offset_number=0, stream=None, stream_number=1, sample_ids=torch.arange(2),
+        mean=None, std=None, clip_low=0.0, clip_high=1.0, mask=None, levels=0,
     )  # fmt: skip
     return {
-        "pgd_step_": [step._replace(norm=norm) for norm in ("linf", "l2", "sign_l2")],
+        "pgd_step_": [
+            *(step._replace(norm=norm) for norm in ("linf", "l2", "sign_l2")),
+            step._replace(norm="l2", step_size=None, step_number=0.1, eps=None, eps_number=0.2),
+        ],
         "pgd_random_start_": [start._replace(norm=norm) for norm in ("linf", "l2")],
     }
