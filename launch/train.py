@@ -9,5 +9,5 @@ import sys
 from poisonshield.cli import main
 
 if __name__ == "__main__":
-    # DeepSpeed's launcher puts --local_rank=N first; it sets LOCAL_RANK as well, which is the one that is read.
-    main(["train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))])
+    # Launchers put --local_rank=N or --local-rank=N first; they set LOCAL_RANK as well, which is the one that is read.
+    main(["train", *(a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank")))])

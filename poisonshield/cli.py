@@ -60,25 +60,31 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             app(arguments, standalone_mode=True)
         except PoisonShieldError as err:
-            print(f"{type(err).__name__}: {err}", file=sys.stderr)
+            print(f"{_name_rank()}{type(err).__name__}: {err}", file=sys.stderr)
             sys.exit(1)
         except Exception as err:
-            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            if not _name_rank():
                 raise
             print(_tell_of_rank(err), file=sys.stderr)
             sys.exit(1)
 
 
+def _name_rank() -> str:
+    """What begins a message of one process of several; "" for one alone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return "" if world < 2 else f"rank {os.environ.get('RANK', '?')} of {world} on {socket.gethostname()}: "
+
+
 def _tell_of_rank(err: Exception) -> str:
     """One line for a rank of several that failed, often because another one did; its traceback is in a file."""
-    rank, host = os.environ.get("RANK", "?"), socket.gethostname()
+    rank = os.environ.get("RANK", "?")
     place = Path(f"poisonshield-rank-{rank}.traceback.txt").absolute()
     try:
         place.write_text("".join(traceback.format_exception(err)))
         told = f"its traceback is in {place}"
     except OSError as refused:
         told = f"its traceback cannot be written to {place}: {refused.strerror}"
-    return f"rank {rank} on {host}: {type(err).__name__}: {reason_of(err)} ({told})"
+    return f"{_name_rank()}{type(err).__name__}: {reason_of(err)} ({told})"
 
 
 def _speak_alone() -> None:

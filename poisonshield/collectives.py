@@ -42,24 +42,50 @@ def world_size() -> int:
 
 
 def map_launcher_environment(environ: MutableMapping[str, str] = os.environ) -> bool:
-    """Give torch its RANK, LOCAL_RANK and WORLD_SIZE from Slurm's names; True if it did.
+    """Give torch its RANK, LOCAL_RANK and WORLD_SIZE from the names of Slurm, Open MPI or MPICH; True if it did.
 
-    Only for tasks that `srun` starts directly, one a device: inside torchrun or the deepspeed launcher RANK is set
-    already and wins, and with one Slurm task there is nothing to number.
+    Only for processes that `srun` or `mpirun` starts directly, one a device: inside torchrun or the deepspeed launcher
+    RANK is set already and wins, and with one process there is nothing to number. Raises ConfigError where they are not
+    told where to meet.
     """
     if any(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")):
         return False
-    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-    if int(environ.get("SLURM_NTASKS", "1")) < 2 or any(name not in environ for name in names.values()):
+    launcher = next((name for name, names in _LAUNCHERS.items() if _has_started(environ, names)), None)
+    if launcher is None:
         return False
+    names = _LAUNCHERS[launcher]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
     if missing:
         raise ConfigError(
-            f"Slurm started {environ['SLURM_NTASKS']} tasks, but without {' and '.join(missing)} they cannot meet.\n"
-            "  Export them before srun, as launch/slurm/train.sbatch does."
+            f"{launcher} started {environ[names['WORLD_SIZE']]} processes, but without {' and '.join(missing)} they "
+            f"cannot meet.\n  {_HOW_TO_EXPORT[launcher]}"
         )
     environ.update({ours: environ[theirs] for ours, theirs in names.items()})
     return True
+
+
+_LAUNCHERS = {
+    "Slurm": {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"},
+    "Open MPI": {
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    },
+    "MPICH": {"RANK": "PMI_RANK", "LOCAL_RANK": "MPI_LOCALRANKID", "WORLD_SIZE": "PMI_SIZE"},
+}
+"""How each of them calls what torch reads."""
+
+
+def _has_started(environ: Mapping[str, str], names: Mapping[str, str]) -> bool:
+    """Whether a launcher with these names started several processes."""
+    return all(name in environ for name in names.values()) and int(environ[names["WORLD_SIZE"]]) > 1
+
+
+_HOW_TO_EXPORT = {
+    "Slurm": "Export them before srun, as launch/slurm/train.sbatch does.",
+    "Open MPI": "Give them to all: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ..., HOST being that of rank 0.",
+    "MPICH": "Give them to all: mpiexec -env MASTER_ADDR HOST -env MASTER_PORT 29500 ..., HOST being that of rank 0.",
+}
 
 
 class _Gather(torch.autograd.Function):

@@ -6,8 +6,9 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy
 import torch
@@ -15,12 +16,9 @@ import torch.distributed as dist
 
 from poisonshield import collectives
 from poisonshield.engine.backends.base import Backend
+from poisonshield.engine.meeting import Meeting, current, facts_of_process, meet, taking_part
 from poisonshield.engine.settings import EngineConfig, backends
 from poisonshield.errors import BackendError, reason_of
-
-log = logging.getLogger(__name__)
-
-TIMEOUT = datetime.timedelta(minutes=30)  # the longest honest wait: rank 0 hashing a large checkpoint
 
 
 def choose_device(wish: str) -> torch.device:
@@ -54,11 +52,13 @@ def refuse_missing(config: EngineConfig) -> None:
 
 
 @contextmanager
-def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
+def processes(config: EngineConfig, *, seed: int, facts: Mapping[str, Any] | None = None) -> Iterator[torch.device]:
     """Join the other processes if a launcher started several, and give this one's device; leave them at the end.
 
     Build the method inside: every rank is seeded alike here, so all start from the same weights. A group that exists
-    already is used and left in place.
+    already is used and left in place. facts: what all ranks must have in common beside versions and devices, by name;
+    where they meet here, they compare it first. Raises BackendError if they do not meet, and ConfigError on every rank
+    if they have not been told the same.
     """
     collectives.map_launcher_environment()
     device = choose_device(config.device)
@@ -68,42 +68,66 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
     backend.prepare_process(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    ours = _join(device, alone_too=backend.needs_group)
-    rank, world = collectives.rank(), collectives.world_size()
     package_log = logging.getLogger("poisonshield")
     level = package_log.level
-    if rank > 0:
-        package_log.setLevel(logging.ERROR)  # rank 0 speaks, the others only when they fail
-    seed_everything(seed)
-    try:
+    with ExitStack() as stack:
+        _join(stack, config, device, facts or {})
+        if not dist.is_initialized() and backend.needs_group:
+            _make_group_of_one(device)
+        if collectives.rank() > 0:
+            package_log.setLevel(logging.ERROR)  # rank 0 speaks, the others only when they fail
+        stack.callback(package_log.setLevel, level)
+        seed_everything(seed)
         yield device
-    except Exception as err:
-        if world > 1:
-            kind, host = type(err).__name__, socket.gethostname()
-            log.error("rank %d of %d on %s failed: %s: %s", rank, world, host, kind, reason_of(err))
-        raise
-    finally:
-        package_log.setLevel(level)
-        if ours:
-            dist.destroy_process_group()
 
 
-def _join(device: torch.device, *, alone_too: bool) -> bool:
-    """Make the group that the environment names (alone_too: or one of this process); True if it is to be left."""
-    world, backend = int(os.environ.get("WORLD_SIZE", "1")), "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_initialized() or (world < 2 and not alone_too):
-        return False
-    if world < 2:
-        os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return False  # it stays: a backend that needs a group alone may hold on to it, and the next run takes it again
-    rank, where = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+@contextmanager
+def met(config: EngineConfig) -> Iterator[Meeting | None]:
+    """The meeting with the other processes that a launcher started, None without such; `processes` inside joins them.
+
+    Around what each process does before it is ready to train: an error there is told to those that wait for it. Raises
+    BackendError if they do not come, ConfigError if their numbers do not fit together.
+    """
+    collectives.map_launcher_environment()
+    if current() is not None or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield current()
+        return
+    meeting = meet(datetime.timedelta(minutes=config.timeout_minutes))
+    with taking_part(meeting):
+        yield meeting
+
+
+def _join(stack: ExitStack, config: EngineConfig, device: torch.device, facts: Mapping[str, Any]) -> None:
+    """Make the group of the processes that meet, if there is none, until the stack is left."""
+    meeting = stack.enter_context(met(config))
+    if meeting is None or dist.is_initialized():
+        return
+    meeting.agree({**facts_of_process(device), **facts})
+    _make_group(meeting, device, datetime.timedelta(minutes=config.timeout_minutes))
+    stack.callback(dist.destroy_process_group)
+
+
+def _make_group(meeting: Meeting, device: torch.device, timeout: datetime.timedelta) -> None:
+    backend = _messenger(device)
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", meeting.store), rank=meeting.rank, world_size=meeting.world,
+            timeout=timeout, device_id=device if backend == "nccl" else None,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as err:
         raise BackendError(
-            f"rank {rank} of {world} on {socket.gethostname()} could not join the others at {where}: {err}\n"
-            "  Are all processes started, with one MASTER_ADDR and MASTER_PORT? Where the host name resolves to "
-            "loopback, set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network's interface."
+            f"rank {meeting.rank} of {meeting.world} on {socket.gethostname()} met the others, and {backend} finds no "
+            f"way to them: {reason_of(err)}\n"
+            "  Where the host name resolves to loopback, set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the "
+            "network's interface."
         ) from err
-    return True
+
+
+def _make_group_of_one(device: torch.device) -> None:
+    """It stays: a backend that needs a group alone may hold on to it, and the next run takes it again."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group(_messenger(device), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _messenger(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

@@ -191,7 +191,7 @@ class RunFolder:
     def _list_made(self) -> tuple[str, ...]:
         """Names that runs have made in this folder: those on the list, or what a run made that wrote none yet."""
         if not self.list.exists():
-            old = dict(_flatten(self._read_old_record())) if self.config.exists() else {}
+            old = dict(flatten(self._read_old_record())) if self.config.exists() else {}
             return _MADE_BEFORE_LISTS if "run.dir" in old and any(key.startswith("engine.") for key in old) else ()
         try:
             made = json.loads(self.list.read_text())["made"]
@@ -213,8 +213,8 @@ class RunFolder:
     def _find_changes(self, record: Mapping[str, Any]) -> list[str]:
         if not self.config.exists():
             return []
-        old = dict(_flatten(self._read_old_record() or {}))
-        new = dict(_flatten(_make_plain(record)))
+        old = dict(flatten(self._read_old_record() or {}))
+        new = dict(flatten(_make_plain(record)))
         keys = [*new, *(k for k in old if k not in new)]
         # A setting that is null is as good as absent, so that one that came with a later version changes no older run.
         changed = [k for k in keys if k not in _HOW_TO_START and old.get(k) != new.get(k)]
@@ -283,10 +283,10 @@ def _make_plain(record: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(record, default=str))
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("a.b.0", leaf) for each leaf; an empty dict or list is a leaf."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if not isinstance(value, (dict, list)) or not value:
         yield prefix, value
     for key, item in items:
-        yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))

@@ -62,6 +62,20 @@ class EngineConfig(BaseModel):
     )
     nonfinite_limit: int = Field(10, ge=1, description="How many steps skip may drop; with one more the run ends.")
     tensorboard: bool = Field(False, description="Write TensorBoard files too; metrics.jsonl has the same numbers.")
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="How long ranks wait for each other before the run fails: when they meet, and in each message. The "
+        "longest honest wait is that for rank 0 to hash a large checkpoint.",
+    )
+    late_factor: float = Field(
+        20.0,
+        gt=1,
+        allow_inf_nan=False,
+        description="A step that takes this many times its usual time, and at least half a minute, is told, with the "
+        "ranks that have not come.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of each process; null is torch's own choice.")
 
     @field_validator("backend")

@@ -21,6 +21,7 @@ from poisonshield.batch import Batch, StepOutput, Stream
 from poisonshield.engine import checkpoint
 from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.guards import FiniteGuard, Verdict
+from poisonshield.engine.meeting import current
 from poisonshield.engine.metrics import Metrics
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.processes import choose_device, seed_everything
@@ -29,6 +30,7 @@ from poisonshield.engine.schedule import ScheduleConfig, lr_at
 from poisonshield.engine.settings import EngineConfig, backends
 from poisonshield.engine.signals import Preempted, StopSignals
 from poisonshield.engine.tally import Tally
+from poisonshield.engine.watch import Watch
 from poisonshield.errors import CheckpointError
 from poisonshield.method import Method
 
@@ -63,6 +65,7 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(run_folder.checkpoints, keep=config.keep_checkpoints)
         self.guard = FiniteGuard(config.nonfinite, config.nonfinite_limit)
         self.tally = Tally(stream.steps_per_epoch, self.device)
+        self.signs = Watch(current(), config.late_factor)
         self.step, self.total_steps = 0, config.total_steps(stream.steps_per_epoch)
 
     def fit(self) -> dict[str, Any]:
@@ -74,7 +77,8 @@ class Trainer:
         with self.folder.held(), StopSignals() as signals:
             self._start()
             try:
-                self._loop(signals)
+                with self.signs.on():
+                    self._loop(signals)
             finally:
                 self.metrics.close()
         return {**self.metrics.latest, "steps": self.step, "seconds": self.metrics.seconds}
@@ -82,12 +86,14 @@ class Trainer:
     def _loop(self, signals: StopSignals) -> None:
         batches = iter(self.stream)
         while self.step < self.total_steps:
-            parts = []
-            for i in range(self.config.accumulate):
-                batch = self.gather(batches)
-                parts.append((self.backend.forward_backward(batch, part=i), batch))
-            norm = self.backend.clip()
-            verdict = self._agree(parts, norm, signals)
+            batch = self.gather(batches)
+            with self.signs.at(self.step + 1):
+                parts = [(self.backend.forward_backward(batch, part=0), batch)]
+                for i in range(1, self.config.accumulate):
+                    batch = self.gather(batches)
+                    parts.append((self.backend.forward_backward(batch, part=i), batch))
+                norm = self.backend.clip()
+                verdict = self._agree(parts, norm, signals)
             lr = self.lr()
             if verdict.finite:
                 self._move_weights(parts, lr)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from poisonshield import collectives
+from poisonshield.engine import processes as own_processes
+from poisonshield.engine.meeting import Meeting
 from poisonshield.engine.processes import choose_device, processes, seed_everything
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import BackendError, ConfigError
@@ -48,8 +50,16 @@ def config(**settings):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What would be asked of torch when a group is made, with the environment of that moment; none is made."""
+    """What would be asked of torch when a group is made, with the environment of that moment; none is made, and nobody
+    is met."""
     calls = []
+
+    def meet(timeout):
+        meeting = Meeting(dist.HashStore(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        monkeypatch.setattr(meeting, "agree", lambda facts: calls.append(dict(facts)))
+        return meeting
+
+    monkeypatch.setattr(own_processes, "meet", meet)
 
     def record(backend, **settings):
         numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -63,9 +73,11 @@ def joined(monkeypatch):
 def test_tasks_of_srun_get_torch_numbers_before_they_join(environ, joined):
     environ.update({**SLURM, **MEETING})
     with processes(config(), seed=1):
-        assert len(joined) == 1
-    call, left = joined
+        assert len(joined) == 2
+    facts, call, left = joined
+    assert facts["torch"] == torch.__version__ and facts["kind of device"] == "cpu"
     assert (call["backend"], call["RANK"], call["LOCAL_RANK"], call["WORLD_SIZE"]) == ("gloo", "5", "1", "8")
+    assert (call["rank"], call["world_size"]) == (5, 8)
     assert call["timeout"].total_seconds() == 1800 and left == "left"
 
 
@@ -73,7 +85,7 @@ def test_numbers_of_torchrun_win_over_those_of_slurm(environ, joined):
     environ.update({**SLURM, **MEETING, "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
     with processes(config(), seed=1):
         pass
-    assert (joined[0]["RANK"], joined[0]["LOCAL_RANK"], joined[0]["WORLD_SIZE"]) == ("1", "0", "2")
+    assert (joined[1]["RANK"], joined[1]["LOCAL_RANK"], joined[1]["WORLD_SIZE"]) == ("1", "0", "2")
 
 
 @pytest.mark.parametrize("numbers", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {**SLURM, "SLURM_NTASKS": "1"}], ids=str)
@@ -86,7 +98,7 @@ def test_one_process_makes_no_group(environ, joined, numbers):
 
 def test_tasks_of_srun_without_a_meeting_point_are_refused(environ, joined):
     environ.update(SLURM)
-    with pytest.raises(ConfigError, match="Slurm started 8 tasks, but without MASTER_ADDR and MASTER_PORT"):
+    with pytest.raises(ConfigError, match="Slurm started 8 processes, but without MASTER_ADDR and MASTER_PORT"):
         with processes(config(), seed=1):
             pass
     assert joined == []
@@ -115,7 +127,7 @@ def test_group_is_left_in_every_exit(environ, joined, ending):
 def test_deepspeed_alone_is_told_to_use_the_cpu_and_gets_a_group_that_stays(environ, joined):
     with processes(config(backend="deepspeed", zero_stage=1), seed=1):
         pass
-    (call,) = joined
+    (call,) = joined  # alone, there is nobody to meet
     assert (call["backend"], call["rank"], call["world_size"]) == ("gloo", 0, 1)
     assert environ["DS_ACCELERATOR"] == "cpu" and environ["LOCAL_RANK"] == "0"
 
@@ -177,17 +189,35 @@ def test_method_built_inside_has_the_weights_of_the_seed(environ):
     assert built[0] == built[1] != built[2]
 
 
-def test_only_the_first_rank_speaks_unless_another_fails(environ, joined, monkeypatch, caplog):
+def test_only_the_first_rank_speaks_unless_it_fails(environ, joined, monkeypatch, caplog):
     monkeypatch.setattr(collectives, "rank", lambda: 1)
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     environ.update({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **MEETING})
     before = logging.getLogger("poisonshield").level
     with pytest.raises(ValueError):
         with processes(config(), seed=1):
             logging.getLogger("poisonshield.engine.trainer").warning("rank 1 has an opinion")
+            logging.getLogger("poisonshield.engine.trainer").error("rank 1 fails")
             raise ValueError("no pixels")
-    assert caplog.messages == [f"rank 1 of 2 on {socket.gethostname()} failed: ValueError: no pixels"]
+    assert caplog.messages == ["rank 1 fails"]
     assert logging.getLogger("poisonshield").level == before
+
+
+def test_numbers_of_mpirun_are_read_too(environ, joined):
+    open_mpi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+    mpich = {"PMI_RANK": "3", "MPI_LOCALRANKID": "1", "PMI_SIZE": "4"}
+    for numbers in (open_mpi, mpich):
+        environ.update({**numbers, **MEETING})
+        with processes(config(), seed=1):
+            pass
+        call = joined[1]
+        assert (call["RANK"], call["LOCAL_RANK"], call["WORLD_SIZE"]) == ("3", "1", "4")
+        joined.clear()
+        for name in (*numbers, *MEETING, "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del environ[name]
+    environ.update(open_mpi)
+    with pytest.raises(ConfigError, match="Open MPI started 4 processes, but without MASTER_ADDR and MASTER_PORT"):
+        with processes(config(), seed=1):
+            pass
 
 
 def test_threads_are_as_asked(environ):

@@ -5,6 +5,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,8 +17,8 @@ from poisonshield.config import Checker, Choice, Tree, dump
 from poisonshield.config.describe import Notes, notes_of
 from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.optim import OptimConfig
-from poisonshield.engine.processes import processes, refuse_missing
-from poisonshield.engine.runfolder import RunFolder
+from poisonshield.engine.processes import met, processes, refuse_missing
+from poisonshield.engine.runfolder import RunFolder, flatten
 from poisonshield.engine.schedule import ScheduleConfig
 from poisonshield.engine.settings import backends
 from poisonshield.engine.trainer import Trainer
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.10 has none
 
 log = logging.getLogger(__name__)
+
+OF_A_PROCESS = ("engine.device", "engine.threads", "data.workers")
+"""Settings that may differ between the processes of a run."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,10 @@ class Training(Experiment):
         Raises BusyError if another process works in the folder, which it does before any data is opened where the run
         is of one process.
         """
+        with met(self.settings.engine):
+            return self._train()
+
+    def _train(self) -> Path:
         engine, folder = self.settings.engine, self.folder
         self.refuse_planting()
         folder.check(self.record, resume=engine.resume)
@@ -180,9 +188,16 @@ class Training(Experiment):
             opened = self.open(folder)
             folder.digests = self.digests(opened)
             folder.check(self.record, resume=engine.resume)
-            with processes(engine, seed=self.seed) as device, folder.held():
+            with processes(engine, seed=self.seed, facts=self.facts(folder)) as device, folder.held():
                 self.run(opened, folder, device)
         return folder.path
+
+    def facts(self, folder: RunFolder) -> dict[str, Any]:
+        """What all ranks must have in common: the settings that are not a process's own, and the digests of the data,
+        which may lie elsewhere on each host. The folder has its digests."""
+        own = (*OF_A_PROCESS, *folder.digests)
+        record = {name: value for name, value in flatten(self.record) if not any(fnmatch(name, o) for o in own)}
+        return record | {f"digest of {place}": digest for place, digest in folder.digests.items()}
 
     def refuse_planting(self) -> None:
         """Raise ConfigError if training would poison data that the poison was not written for, and nobody said so."""
