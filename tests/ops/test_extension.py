@@ -21,8 +21,8 @@ REGISTERS = {
     "linf_start": 48,
     "ball_sums": 56,
     "ball_step": 56,
-    "noising": 48,
-    "loss_and_gradient": 56,
+    "noising": 64,
+    "loss_and_gradient": 80,
     "add_rows": 40,
 }
 
