@@ -131,6 +131,8 @@ def _area_weight(pred: Tensor, mask: Tensor, zone: Zone) -> Tensor | None:
 def _average(m: Tensor, size: tuple[int, int]) -> Tensor:
     """Means over cells of H/h x W/w pixels. Pixels on a border of cells count by their share, so the area is kept."""
     height, width = m.shape[2:]
+    if height % size[0] == 0 and width % size[1] == 0:  # whole pixels, as a rule
+        return F.avg_pool2d(m, (height // size[0], width // size[1]))
     rows, columns = _overlap(height, size[0]).to(m), _overlap(width, size[1]).to(m)  # [h, H], [w, W]
     return (rows @ m @ columns.T) * (size[0] * size[1] / (height * width))
 

@@ -23,8 +23,8 @@ REGISTERS = {
     "ball_step": 104,
     "noise_sums": 40,
     "ball_start": 48,
-    "noising": 48,
-    "loss_and_gradient": 56,
+    "noising": 64,
+    "loss_and_gradient": 80,
     "add_rows": 40,
 }
 

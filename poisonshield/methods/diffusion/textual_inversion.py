@@ -25,7 +25,7 @@ from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.latents import LatentCache
 from poisonshield.models.diffusion.pipeline import LatentDiffusion, Placeholder
 from poisonshield.models.diffusion.timestep_sampler import draw_timesteps
-from poisonshield.random import KeyedRandom, sample_ids
+from poisonshield.random import KeyedRandom, draw_together, sample_ids
 
 log = logging.getLogger(__name__)
 
@@ -110,18 +110,10 @@ class TextualInversion(DiffusionMethod):
     def forward(self, batch: Batch) -> StepOutput:
         """The sum over concepts of the mean loss of each one's samples."""
         model, cache = self._frozen
-        x, y = batch.pixels(), batch.labels()
-        rng = batch.random(self.seed, x.device)
-
-        def normal(purpose: str, like: Tensor) -> Tensor:
-            return rng.normal(purpose, like[0].numel()).view_as(like).to(like.dtype)
-
-        posterior = None
-        if self.config.vae == "sample":
-            side = [s // model.factor for s in x.shape[2:]]
-            posterior = normal("posterior", x.new_empty(len(batch), model.latent_channels, *side))
-        z = cache(batch, noise=posterior)
-        t, noise = self.timesteps(batch), normal("noise", z)
+        y = batch.labels()
+        drawn = self._draw(batch)
+        z = cache(batch, noise=drawn.get("posterior"))
+        t, noise = self._timesteps(batch, drawn["t"]), drawn["noise"].to(z.dtype)
         context = model.text(self._tokens(batch.all_captions()), self.vectors)
         pred = model.predict(model.noised(z, t, noise), t, context)
         losses = self._losses(pred, model.target(z, t, noise), t, batch, y)  # [B]
@@ -132,7 +124,19 @@ class TextualInversion(DiffusionMethod):
     def timesteps(self, batch: Batch) -> Tensor:
         """int64 [B], from batch.t_range or all of them."""
         device = None if batch.x is None else batch.x.device
-        u = batch.random(self.seed, device).uniform("t", 1)[:, 0]
+        return self._timesteps(batch, batch.random(self.seed, device).uniform("t", 1))
+
+    def _draw(self, batch: Batch) -> dict[str, Tensor]:
+        """The random numbers of a step: t [B, 1] in [0, 1); noise, and posterior if asked for, normal [B, C, h, w]."""
+        x, model = batch.pixels(), self.model
+        shape = (model.latent_channels, *(s // model.factor for s in x.shape[2:]))
+        normal = ("noise", "posterior") if self.config.vae == "sample" else ("noise",)
+        drawn = draw_together(batch.random(self.seed, x.device), ("t",), normal, math.prod(shape))
+        return drawn | {purpose: drawn[purpose].view(-1, *shape) for purpose in normal}
+
+    def _timesteps(self, batch: Batch, u: Tensor) -> Tensor:
+        """int64 [B] of u [B, 1]."""
+        u = u[:, 0]
         t_range = batch.t_range or (0, self.model.num_timesteps)
         stratum = None
         if self.t_sampler == "stratified":

@@ -137,7 +137,7 @@ class LatentDiffusion(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the weights. Latents, noise and losses are float32 (float64 where the networks are)."""
-        return self.unet.dtype
+        return next(self.unet.parameters()).dtype  # diffusers' own answer goes through all of them in every step
 
     @property
     def latent_channels(self) -> int:

@@ -65,14 +65,15 @@ def q_sample(
     if noise is not None:
         _check_like(x0, noise, "noise", "x0")
     check_without_gradient(alphas_cumprod=alphas_cumprod)
+    place = _place(x0, seed, offset)
     arguments = NoisingArguments(
         x0=x0,
         t=t,
         alphas_cumprod=alphas_cumprod,
         noise=noise,
-        seed=word(x0, 0 if seed is None else seed, "seed"),
-        offset=word(x0, offset, "offset"),
-        stream=word(x0, _STREAM, "stream"),
+        seed=place[0],
+        offset=place[1],
+        stream=place[2],
         return_noise=return_noise and noise is None,
         out_dtype=x0.dtype if out_dtype is None else out_dtype,
     )
@@ -141,6 +142,7 @@ def masked_diffusion_loss(
     check_without_gradient(mask=mask, weight=weights, alphas_cumprod=alphas_cumprod)
     if not grad_target:
         target, x0, noise = (None if v is None else v.detach() for v in (target, x0, noise))
+    place = _place(pred, seed, offset)
     arguments = LossArguments(
         pred=pred,
         target=target,
@@ -149,9 +151,9 @@ def masked_diffusion_loss(
         t=t,
         alphas_cumprod=alphas_cumprod,
         prediction_type=prediction_type,
-        seed=word(pred, 0 if seed is None else seed, "seed"),
-        offset=word(pred, offset, "offset"),
-        stream=word(pred, _STREAM, "stream"),
+        seed=place[0],
+        offset=place[1],
+        stream=place[2],
         mask=mask,
         weight=weights,
         gamma=float(gamma) if isinstance(weight, str) else 0.0,
@@ -165,6 +167,13 @@ def masked_diffusion_loss(
     if reduction != "mean" and normalize != "global":
         losses = losses * pred.shape[0]
     return losses if reduction == "none" else losses.sum()
+
+
+def _place(x: Tensor, seed: int | Tensor | None, offset: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(seed, offset, stream) on the device of x: where in Philox's numbers noise lies; unwritten if none is drawn."""
+    if seed is None:
+        return (x.new_empty((), dtype=torch.int64),) * 3
+    return word(x, seed, "seed"), word(x, offset, "offset"), word(x, _STREAM, "stream")
 
 
 def _check_float(x: Tensor, name: str) -> None:
@@ -271,16 +280,21 @@ def _check_out(x0: Tensor, out: Tensor | None) -> None:
 
 
 def _noising_fake(args: NoisingArguments) -> tuple[Tensor, Tensor]:
-    kept = args.x0.new_empty(args.x0.shape) if args.return_noise else args.x0.new_empty(0)
+    kept = torch.empty_like(args.x0) if args.return_noise else args.x0.new_empty(0)
     return torch.empty_like(args.x0, dtype=args.out_dtype), kept
 
 
 def _noising_save(ctx: Any, args: NoisingArguments, output: Any) -> None:
+    ctx.set_materialize_grads(False)  # else torch fills a tensor with zeros for the output that nobody differentiates
     ctx.save_for_backward(args.t, args.alphas_cumprod)
     ctx.dtypes = args.x0.dtype, args.x0.dtype if args.noise is None else args.noise.dtype
 
 
-def _noising_gradients(ctx: Any, wanted: Any, grad: Tensor, grad_noise: Tensor | None) -> dict[str, Tensor | None]:
+def _noising_gradients(
+    ctx: Any, wanted: Any, grad: Tensor | None, grad_noise: Tensor | None
+) -> dict[str, Tensor | None]:
+    if grad is None:
+        return {}
     # Two products: no kernel does them better, whatever backend the forward asked for.
     dx0, dnoise = _q_sample_backward(NoisingGradientArguments(grad, *ctx.saved_tensors, *ctx.dtypes), "reference")
     return {"x0": dx0, "noise": dnoise if wanted.noise else None}
@@ -297,13 +311,16 @@ def _loss_fake(args: LossArguments) -> tuple[Tensor, Tensor]:
 
 
 def _loss_save(ctx: Any, args: LossArguments, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # as above
     ctx.prediction_type = args.prediction_type
     ctx.dtypes = tuple(None if v is None else v.dtype for v in (args.target, args.x0, args.noise))
     ctx.save_for_backward(output[1], args.t, args.alphas_cumprod)
 
 
-def _loss_gradients(ctx: Any, wanted: Any, grad: Tensor, _: Tensor | None) -> dict[str, Tensor | None]:
+def _loss_gradients(ctx: Any, wanted: Any, grad: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
     """d loss/d pred times the row's upstream gradient [B]; the target's is its negative, chained to what formed it."""
+    if grad is None:
+        return {}
     saved, t, alphas_cumprod = ctx.saved_tensors
     saved = first_derivative("masked_diffusion_loss", saved)
     rows = grad.view(-1, *[1] * (saved.dim() - 1))  # [B, 1, ...]

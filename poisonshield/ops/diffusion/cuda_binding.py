@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from poisonshield.ops.diffusion.layout import strided_mask
+from poisonshield.ops.diffusion.layout import MOST, finished, in_order_of, result_like, strided_mask
 from poisonshield.ops.diffusion.reference import LossArguments, NoisingArguments, NoisingGradientArguments, row_scale
 
-_CHUNK = 1024  # elements of a block: kChunk in csrc/diffusion.cu
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_THREADS, _BYTES = 256, 16  # of a block, and how many bytes each of them reads at once: kThreads, kBytes in csrc
 _KINDS = {"given": 0, "epsilon": 1, "v": 2, "sample": 3}
 _LOSSES = {"mse": 0, "huber": 1, "l1": 2}
 
@@ -15,26 +16,34 @@ def refusal(function: str, args: NoisingArguments | NoisingGradientArguments | L
     """Why these kernels cannot take a call, or None."""
     if isinstance(args, NoisingGradientArguments):
         return "two products, which the reference does as well"
-    pixels: tuple[Tensor | None, ...]
+    if args[0][:1].numel() > MOST:
+        return f"a sample of over {MOST:,} elements"
     if isinstance(args, NoisingArguments):
-        pixels, out_dtype = (args.x0, args.noise), args.out_dtype
-    else:
-        pixels, out_dtype = (args.pred, args.target, args.x0, args.noise), torch.float32
-    wrong = [d for d in (*(v.dtype for v in pixels if v is not None), out_dtype) if d != torch.float32]
-    return f"a tensor is {wrong[0]}, and these kernels take float32" if wrong else None
+        return _refuse_dtypes((args.x0, args.noise), args.out_dtype)
+    return _refuse_dtypes((args.target, args.x0, args.noise), args.pred.dtype)
+
+
+def _refuse_dtypes(given: tuple[Tensor | None, ...], result: torch.dtype) -> str | None:
+    """Kernels read tensors of one dtype, float32 or that of the result, which may be any of three."""
+    dtypes = [v.dtype for v in given if v is not None] or [result]
+    for dtype in (*dtypes, result):
+        if dtype not in _FLOATS:
+            return f"a tensor is {dtype}, and these kernels take float32, float16 and bfloat16"
+    if len(set(dtypes)) > 1 or dtypes[0] not in (torch.float32, result):
+        return f"tensors are {', '.join(map(str, dtypes))} beside {result}, and these kernels take float32 beside it"
+    return None
 
 
 def q_sample(args: NoisingArguments) -> tuple[Tensor, Tensor]:
     """As the reference; drawn noise equals it to a few units in the last place."""
-    source = args.x0.contiguous()
-    out = torch.empty_like(source)
-    kept = source.new_empty(source.shape if args.return_noise else 0)
-    if source.numel():
+    result, out = result_like(args.x0, args.out_dtype)
+    noise, kept = result_like(args.x0) if args.return_noise else (args.x0.new_empty(0),) * 2
+    if out.numel():
         torch.ops.poisonshield_cuda.noising_(
             out,
             kept,
-            source,
-            None if args.noise is None else args.noise.contiguous(),
+            in_order_of(out, args.x0),
+            None if args.noise is None else in_order_of(out, args.noise),
             args.t,
             args.alphas_cumprod.float(),
             args.seed,
@@ -42,24 +51,25 @@ def q_sample(args: NoisingArguments) -> tuple[Tensor, Tensor]:
             args.stream,
             args.return_noise,
         )
-    return torch.empty_like(args.x0).copy_(out), kept
+    return finished(result, out), finished(noise, kept)
 
 
 def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     """As the reference."""
     pred, scale = args.pred, row_scale(args, torch.float32).contiguous()  # [B, C, ...], [B]
-    losses = torch.zeros_like(scale)
     if not pred.numel():
-        return losses, torch.empty_like(pred) if args.pred_grad else pred.new_empty(0)
-    p = pred.contiguous()
+        return torch.zeros_like(scale), torch.empty_like(pred) if args.pred_grad else pred.new_empty(0)
+    losses = torch.empty_like(scale)
+    result, grad = result_like(pred)
+    p = in_order_of(grad, pred)
     mask, row, channel = (None, 0, 0) if args.mask is None else strided_mask(args.mask.float(), pred)
-    grad = torch.empty_like(p) if args.pred_grad else p.new_empty(0)
+    chunk = _THREADS * _BYTES // pred.element_size()
     torch.ops.poisonshield_cuda.loss_(
         losses,
         grad,
-        p.new_empty((len(p), -(-p[0].numel() // _CHUNK)), dtype=torch.float64),  # a sum for each block
+        scale.new_empty((len(p), -(-p[0].numel() // chunk)), dtype=torch.float64),  # a sum for each block
         p,
-        *(None if v is None else v.contiguous() for v in (args.target, args.x0, args.noise)),
+        *(None if v is None else in_order_of(grad, v) for v in (args.target, args.x0, args.noise)),
         args.t,
         None if args.alphas_cumprod is None else args.alphas_cumprod.float(),
         args.seed,
@@ -75,4 +85,4 @@ def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
         channel,
         args.pred_grad,
     )
-    return losses, torch.empty_like(pred).copy_(grad) if args.pred_grad else grad
+    return losses, finished(result, grad) if args.pred_grad else pred.new_empty(0)

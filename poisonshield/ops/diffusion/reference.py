@@ -65,8 +65,8 @@ def q_sample(args: NoisingArguments) -> tuple[Tensor, Tensor]:
     noise = drawn(x0, args).to(x0.dtype) if args.noise is None else args.noise
     signal, sigma = levels(args.t, args.alphas_cumprod, x0.dim(), dtype)
     out = torch.empty_like(x0, dtype=args.out_dtype)
-    out.copy_(signal * x0.to(dtype) + sigma * noise.to(dtype))
-    return out, noise.clone() if args.return_noise else x0.new_empty(0)
+    torch.add(signal * x0.to(dtype), sigma * noise.to(dtype), out=out)
+    return out, torch.empty_like(x0).copy_(noise) if args.return_noise else x0.new_empty(0)
 
 
 def q_sample_backward(args: NoisingGradientArguments) -> tuple[Tensor, Tensor]:
@@ -86,12 +86,13 @@ def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     value, slope = _penalty(residual, args.loss, args.delta)
     if mask is not None:
         # Selected, not multiplied by 0, so that NaN under the mask stays there.
-        value, slope = (torch.where(mask != 0, v * mask.to(dtype), 0.0) for v in (value, slope))
+        inside, weights = mask != 0, mask.to(dtype)
+        value, slope = (torch.where(inside, v * weights, 0.0) for v in (value, slope))
     losses = value.flatten(1).sum(1) * scale  # [B]
     if not args.pred_grad:
         return losses, pred.new_empty(0)
     rows = scale.view(-1, *[1] * (pred.dim() - 1))  # [B, 1, ...]
-    return losses, torch.empty_like(pred).copy_(slope * rows)
+    return losses, torch.mul(slope, rows, out=torch.empty_like(pred))
 
 
 def form_target(args: LossArguments) -> Tensor:
@@ -126,7 +127,8 @@ def _normalizer(args: LossArguments, dtype: torch.dtype) -> Tensor:
     if args.mask is None:
         area = pred.new_full((b,), each, dtype=dtype)
     else:
-        area = args.mask.to(dtype).expand(pred.shape).flatten(1).sum(1)  # [B]
+        repeats = each // max(1, args.mask[:1].numel())  # of each entry within a row
+        area = (args.mask.to(dtype).flatten(1).sum(1) * repeats).expand(b)  # [B]
     if args.normalize == "per_sample":
         return area.clamp(min=1) * max(1, b)
     return area.sum().clamp(min=1).expand(b)

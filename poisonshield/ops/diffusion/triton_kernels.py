@@ -3,8 +3,8 @@
 q_sample: elementwise, grid (chunks, samples); the two factors of a sample come from alphas_cumprod in the kernel, and a
 seed draws the noise there (each lane computes the word it needs: integer work instead of memory). The loss: one pass
 writes dL/dpred and a partial sum per chunk, reading each of pred, target and mask once; the partial sums of a row are
-then added in a fixed order. No atomics. Offsets are 64 bits wide. Row scales (weights over areas) are computed before
-by the reference's own few small operations.
+then added in a fixed order. No atomics. Offsets are 64 bits wide, those within a sample 32. Row scales (weights over
+areas) are computed before by the reference's own few small operations. Memory is taken as it lies: see layout.py.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from poisonshield.ops.diffusion.layout import strided_mask
+from poisonshield.ops.diffusion.layout import MOST, by_sites, finished, in_order_of, result_like, strided_mask
 from poisonshield.ops.diffusion.reference import LossArguments, NoisingArguments, NoisingGradientArguments, row_scale
 from poisonshield.ops.record import tensors
 from poisonshield.ops.trigonometry import cosine_of_turns
@@ -53,6 +53,15 @@ def normal(seed, offset, stream, b, element, count):
 
 
 @triton.jit
+def place(element, channels, inner, SITES: tl.constexpr):
+    """(channel, site) of an element as memory lies: by rows, or, with SITES, the channels of a site side by side."""
+    if SITES:
+        return element % channels, element // channels
+    else:
+        return element // inner, element % inner
+
+
+@triton.jit
 def noising(
     out_ptr,  # [B, count] x_t, written
     kept_ptr,  # [B, count] the noise, written if KEEP
@@ -64,6 +73,9 @@ def noising(
     offset_ptr,  # [] int64
     stream_ptr,  # [] int64
     count,  # elements of a sample
+    channels,  # of a sample
+    inner,  # elements of a channel
+    SITES: tl.constexpr,  # whether the channels of a site lie side by side
     DRAW: tl.constexpr,  # whether the noise is drawn here
     KEEP: tl.constexpr,  # whether drawn noise is stored
     BLOCK: tl.constexpr,  # elements of a program
@@ -76,7 +88,9 @@ def noising(
     a = tl.load(alphas_ptr + tl.load(t_ptr + b)).to(tl.float32)
     x0 = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
     if DRAW:
-        noise = normal(tl.load(seed_ptr), tl.load(offset_ptr), tl.load(stream_ptr), b, element, count)
+        channel, site = place(element, channels, inner, SITES)
+        number = channel * inner + site
+        noise = normal(tl.load(seed_ptr), tl.load(offset_ptr), tl.load(stream_ptr), b, number, count)
         noise = noise.to(x0_ptr.dtype.element_ty).to(tl.float32)
         if KEEP:
             tl.store(kept_ptr + at, noise, mask=inside)
@@ -103,10 +117,12 @@ def loss_and_gradient(
     sums_ptr,  # [B, chunks] float32: sums of the masked loss, before the scale, written
     delta,  # where huber turns linear
     count,  # elements of a sample
+    channels,  # of a sample
     inner,  # elements of a channel
     mask_row,  # steps in the mask from one sample to the next, 0 where it repeats itself
     mask_channel,  # steps from one channel to the next, 0 where it repeats itself
     chunks,  # programs of a sample
+    SITES: tl.constexpr,  # whether the channels of a site lie side by side
     KIND: tl.constexpr,  # the target: 0 given, 1 epsilon, 2 v, 3 sample
     DRAW: tl.constexpr,  # whether the noise is drawn here
     LOSS: tl.constexpr,  # 0 mse, 1 huber, 2 l1
@@ -118,7 +134,9 @@ def loss_and_gradient(
     b = tl.program_id(1)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < count
-    at = b.to(tl.int64) * count + element
+    row = b.to(tl.int64)
+    at = row * count + element
+    channel, site = place(element, channels, inner, SITES)
     pred = tl.load(pred_ptr + at, mask=inside, other=0).to(tl.float32)
     if KIND == 0:  # given
         target = tl.load(target_ptr + at, mask=inside, other=0).to(tl.float32)
@@ -126,7 +144,8 @@ def loss_and_gradient(
         target = tl.load(x0_ptr + at, mask=inside, other=0).to(tl.float32)
     else:
         if DRAW:
-            noise = normal(tl.load(seed_ptr), tl.load(offset_ptr), tl.load(stream_ptr), b, element, count)
+            number = channel * inner + site
+            noise = normal(tl.load(seed_ptr), tl.load(offset_ptr), tl.load(stream_ptr), b, number, count)
             noise = noise.to(pred_ptr.dtype.element_ty).to(tl.float32)
         else:
             noise = tl.load(noise_ptr + at, mask=inside, other=0).to(tl.float32)
@@ -147,13 +166,13 @@ def loss_and_gradient(
     else:
         value, slope = size, tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))
     if HAS_MASK:
-        site = b * mask_row + (element // inner) * mask_channel + element % inner
-        m = tl.load(mask_ptr + site, mask=inside, other=0).to(tl.float32)
+        weight = row * mask_row + channel * mask_channel + site
+        m = tl.load(mask_ptr + weight, mask=inside, other=0).to(tl.float32)
         value = tl.where(m != 0, value * m, 0.0)  # selected, so that NaN under the mask stays there
         slope = tl.where(m != 0, slope * m, 0.0)
     if GRAD:
         tl.store(grad_ptr + at, slope * tl.load(scale_ptr + b), mask=inside)
-    tl.store(sums_ptr + b * chunks + tl.program_id(0), tl.sum(tl.where(inside, value, 0.0)))
+    tl.store(sums_ptr + row * chunks + tl.program_id(0), tl.sum(tl.where(inside, value, 0.0)))
 
 
 def refusal(function: str, args: NoisingArguments | NoisingGradientArguments | LossArguments) -> str | None:
@@ -162,6 +181,8 @@ def refusal(function: str, args: NoisingArguments | NoisingGradientArguments | L
         return "a batch of over 65,535 samples exceeds the grid"
     if isinstance(args, NoisingGradientArguments):
         return "two products, which the reference does as well"
+    if args[0][:1].numel() > MOST:
+        return f"a sample of over {MOST:,} elements"
     if any(v.dtype == torch.float64 and v.dim() > 1 for v in tensors(args)):  # alphas_cumprod [T] may be float64
         return "float64 is for the reference"
     return None
@@ -170,19 +191,20 @@ def refusal(function: str, args: NoisingArguments | NoisingGradientArguments | L
 def q_sample(args: NoisingArguments) -> tuple[Tensor, Tensor]:
     """As the reference; drawn noise equals it to a few units in the last place."""
     x0, drawing = args.x0, args.noise is None
-    out = torch.empty(x0.shape, dtype=args.out_dtype, device=x0.device)
-    kept = x0.new_empty(x0.shape if args.return_noise else 0)
+    result, out = result_like(x0, args.out_dtype)
+    noise, kept = result_like(x0) if args.return_noise else (x0.new_empty(0),) * 2
     if x0.numel():
-        source = x0.contiguous()
-        noise = source if args.noise is None else args.noise.contiguous()
-        count = x0[0].numel()
+        source = in_order_of(out, x0)
+        given = source if args.noise is None else in_order_of(out, args.noise)
+        count, inner = x0[0].numel(), x0[0, 0].numel()
         noising[(triton.cdiv(count, _BLOCK), len(x0))](
-            out, kept, source, noise, args.t, args.alphas_cumprod.float(), args.seed, args.offset, args.stream, count,
-            DRAW=drawing, KEEP=args.return_noise and drawing, BLOCK=_BLOCK, **_OPTIONS,
+            out, kept, source, given, args.t, args.alphas_cumprod.float(), args.seed, args.offset, args.stream,
+            count, x0.shape[1], inner, SITES=by_sites(out), DRAW=drawing, KEEP=args.return_noise and drawing,
+            BLOCK=_BLOCK, **_OPTIONS,
         )  # fmt: skip
-        if args.return_noise and args.noise is not None:
+        if args.noise is not None and args.return_noise:
             kept.copy_(args.noise)
-    return torch.empty_like(x0, dtype=args.out_dtype).copy_(out), kept
+    return finished(result, out), finished(noise, kept)
 
 
 def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
@@ -191,8 +213,9 @@ def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     if not pred.numel():
         return scale * 0, torch.empty_like(pred) if args.pred_grad else pred.new_empty(0)
     kind = _GIVEN if args.target is not None else _KINDS[args.prediction_type]
-    p = pred.contiguous()  # stands too for a tensor that is absent, since a pointer must point somewhere
-    sources = [p if v is None else v.contiguous() for v in (args.target, args.x0, args.noise)]
+    result, grad = result_like(pred)
+    p = in_order_of(grad, pred)  # stands too for a tensor that is absent, since a pointer must point somewhere
+    sources = [p if v is None else in_order_of(grad, v) for v in (args.target, args.x0, args.noise)]
     count, inner = p[0].numel(), p[0, 0].numel()
     mask, row, channel = p, 0, 0
     if args.mask is not None:
@@ -201,15 +224,14 @@ def diffusion_loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     t = p if args.t is None else args.t
     alphas = p if args.alphas_cumprod is None else args.alphas_cumprod.float()
     chunks = triton.cdiv(count, _BLOCK)
-    grad = torch.empty_like(p) if args.pred_grad else p.new_empty(0)
     sums = torch.empty((len(p), chunks), dtype=torch.float32, device=p.device)
     loss_and_gradient[(chunks, len(p))](
         p, *sources, mask, t, alphas, args.seed, args.offset, args.stream, scale, grad, sums,
-        args.delta, count, inner, row, channel, chunks,
-        KIND=kind, DRAW=args.noise is None and kind in (_EPSILON, _V), LOSS=_LOSSES[args.loss],
+        args.delta, count, p.shape[1], inner, row, channel, chunks,
+        SITES=by_sites(grad), KIND=kind, DRAW=args.noise is None and kind in (_EPSILON, _V), LOSS=_LOSSES[args.loss],
         HAS_MASK=args.mask is not None, GRAD=args.pred_grad, BLOCK=_BLOCK, **_OPTIONS,
     )  # fmt: skip
-    return sums.sum(1) * scale, torch.empty_like(pred).copy_(grad) if args.pred_grad else grad
+    return sums.sum(1) * scale, finished(result, grad) if args.pred_grad else pred.new_empty(0)
 
 
 def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], tuple[str, ...]]]:
@@ -217,24 +239,22 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
     kinds = dict.fromkeys(("out_ptr", "kept_ptr", "x0_ptr", "noise_ptr", "pred_ptr", "target_ptr", "grad_ptr"), "*fp32")
     kinds |= dict.fromkeys(("alphas_ptr", "scale_ptr", "sums_ptr", "mask_ptr"), "*fp32") | {"delta": "fp32"}
     kinds |= dict.fromkeys(("t_ptr", "seed_ptr", "offset_ptr", "stream_ptr"), "*i64")
-    kinds |= dict.fromkeys(("count", "inner", "mask_row", "mask_channel", "chunks"), "i32")
+    kinds |= dict.fromkeys(("count", "channels", "inner", "mask_row", "mask_channel", "chunks"), "i32")
     halves = {n: "*bf16" for n in ("out_ptr", "kept_ptr", "x0_ptr", "noise_ptr", "pred_ptr", "target_ptr", "grad_ptr")}
     cases = []
+    given = {"KIND": 0, "DRAW": False, "LOSS": 0, "HAS_MASK": True, "GRAD": True}
     for name, kernel, constants, own in (
         ("noising", noising, {"DRAW": False, "KEEP": False}, kinds),
         ("noising_drawn", noising, {"DRAW": True, "KEEP": True}, kinds),
         ("noising_bf16", noising, {"DRAW": False, "KEEP": False}, kinds | halves),
-        ("loss_given", loss_and_gradient, {"KIND": 0, "DRAW": False, "LOSS": 0, "HAS_MASK": True, "GRAD": True}, kinds),
-        ("loss_v", loss_and_gradient, {"KIND": 2, "DRAW": False, "LOSS": 1, "HAS_MASK": True, "GRAD": True}, kinds),
-        ("loss_drawn", loss_and_gradient, {"KIND": 1, "DRAW": True, "LOSS": 2, "HAS_MASK": False, "GRAD": True}, kinds),
-        (
-            "loss_bf16",
-            loss_and_gradient,
-            {"KIND": 0, "DRAW": False, "LOSS": 0, "HAS_MASK": True, "GRAD": True},
-            kinds | halves,
-        ),
+        ("noising_drawn_sites", noising, {"DRAW": True, "KEEP": True, "SITES": True}, kinds),
+        ("loss_given", loss_and_gradient, given, kinds),
+        ("loss_v", loss_and_gradient, given | {"KIND": 2, "LOSS": 1}, kinds),
+        ("loss_drawn", loss_and_gradient, given | {"KIND": 1, "DRAW": True, "LOSS": 2, "HAS_MASK": False}, kinds),
+        ("loss_bf16", loss_and_gradient, given, kinds | halves),
+        ("loss_given_sites", loss_and_gradient, given | {"SITES": True}, kinds),
     ):
-        constants = constants | {"BLOCK": _BLOCK}
+        constants = {"SITES": False, "BLOCK": _BLOCK} | constants
         signature = {n: "constexpr" if n in constants else own[n] for n in kernel.arg_names}
         even = tuple(n for n in kernel.arg_names if n.endswith("_ptr") or n in ("count", "inner"))
         cases.append((name, kernel, signature, constants, dict(_OPTIONS), even))
