@@ -1,0 +1,93 @@
+// What the kernels of 4:2:0 share: a unit's luminance and averaged chrominance from its pixels, and chrominance at twice
+// its size.
+#pragma once
+#include "jpeg_colours.cuh"
+#include "jpeg_pixels.cuh"
+
+namespace poisonshield {
+
+// Two planes of 8x8 samples of a unit.
+template <class V>
+struct ChromaTile {
+  V at[2][8][9];
+};
+
+// The lane's row of luminance, and, on the groups 0 and 1, its row of Cb or Cr; 2 and 3 have the same once more.
+template <class R, class T>
+__device__ __forceinline__ void split_unit(
+    const JpegCall& call, const Shared<R>& shared, ChromaTile<typename R::V>& tile, const Place& at, const Unit& unit,
+    typename R::V (&luma)[8], typename R::V (&chroma)[8]) {
+  typename R::V planes[3][8];
+  {
+    float rgb[3][8];
+    load_pixels<T>(call.x, at.sample, min(unit.y, call.h - 1), unit.x, call.w, rgb);
+    to_range(shared.space, rgb);
+    to_planes(rgb, call.integer, planes);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) luma[i] = planes[0][i];
+  __syncwarp();
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      typename R::V sum = planes[1 + p][2 * i] + planes[1 + p][2 * i + 1];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      if (at.row % 2 == 0) tile.at[p][(unit.y - unit.top) / 2][at.group % 2 * 4 + i] = averaged(sum, i, call.integer);
+    }
+  }
+  __syncwarp();
+  const int row = min(at.row, unit.inside - 1);  // below the picture: its last averaged row
+#pragma unroll
+  for (int i = 0; i < 8; ++i) chroma[i] = tile.at[at.group % 2][row][i];
+}
+
+// One sample of chrominance, centred.
+template <class R>
+__device__ __forceinline__ typename R::V chroma_sample(
+    const JpegCall& call, const typename R::Stored* row, int column) {
+  return in_plane(typename R::V(row[column]), call.integer);
+}
+
+__device__ __forceinline__ float mixed_rows(float near, float far) { return 0.75f * near + 0.25f * far; }
+__device__ __forceinline__ int32_t mixed_rows(int32_t near, int32_t far) { return 3 * near + far; }
+
+__device__ __forceinline__ float mixed_columns(float near, float far, int, bool integer) {
+  return stored(0.75f * near + 0.25f * far, integer);
+}
+__device__ __forceinline__ int32_t mixed_columns(int32_t near, int32_t far, int odd, bool) {
+  return (3 * near + far + 8 - odd) >> 4;
+}
+
+// Which row or column of chrominance a pixel takes a quarter of: that on its side, or the last one.
+__device__ __forceinline__ int far_of(int pixel, int count) {
+  return clamped(pixel / 2 + (pixel % 2 ? 1 : -1), 0, count - 1);
+}
+
+// Cb or Cr of eight pixels, row y, from column x, which is a multiple of eight.
+template <class R>
+__device__ __forceinline__ void enlarged(
+    const JpegCall& call, const Planes<typename R::Stored>& planes, int plane, int y, int x, typename R::V (&to)[8]) {
+  typedef typename R::V V;
+  const auto* near = planes.chroma_row(plane, y / 2);
+  const int start = x / 2;
+  if (!call.smooth) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[2 * i] = to[2 * i + 1] = chroma_sample<R>(call, near, start + i);
+    return;
+  }
+  const auto* far = planes.chroma_row(plane, far_of(y, call.ch));
+  V mid[6];  // columns start - 1 to start + 4, those beyond the picture as its last one
+#pragma unroll
+  for (int i = 0; i < 6; ++i) {
+    const int column = clamped(start + i - 1, 0, call.cw - 1);
+    mid[i] = mixed_rows(chroma_sample<R>(call, near, column), chroma_sample<R>(call, far, column));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = mixed_columns(mid[i + 1], mid[i], 0, call.integer);
+    to[2 * i + 1] = mixed_columns(mid[i + 1], mid[i + 2], 1, call.integer);
+  }
+}
+
+}  // namespace poisonshield

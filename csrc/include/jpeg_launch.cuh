@@ -1,0 +1,59 @@
+// From tensors to what the kernels of JPEG are told.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "jpeg_call.cuh"
+#include "launch.cuh"
+
+namespace poisonshield {
+
+using torch::headeronly::ScalarType;
+
+inline Image image(const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+inline JpegCall jpeg_call(const Tensor& x, const Tensor& tables, const Tensor& affine, bool half) {
+  STD_TORCH_CHECK(tables.scalar_type() == ScalarType::Float && affine.scalar_type() == ScalarType::Float,
+                  "tables and affine must be float32");
+  STD_TORCH_CHECK(x.numel() / x.size(0) < int64_t(1) << 31, "a picture of 2^31 numbers or more");
+  JpegCall call = {};
+  call.x = image(x);
+  call.tables = data<float>(tables);
+  call.table_stride = tables.stride(0);
+  call.affine = data<float>(affine);
+  call.batch = x.size(0);
+  call.h = int32_t(x.size(2));
+  call.w = int32_t(x.size(3));
+  call.ch = (call.h + 1) / 2;
+  call.cw = (call.w + 1) / 2;
+  const int side = half ? 16 : 8, each = half ? kJpegWarps : kJpegThreads / 8;
+  call.across = int32_t(ceil_div(call.w, side));
+  call.cells = int32_t(ceil_div(call.h, side)) * call.across;
+  call.chunks = int32_t(ceil_div(call.cells, each));
+  return call;
+}
+
+inline void* planes_of(Tensor& planes, const JpegCall& call, bool half, int64_t element_size) {
+  if (!half) return nullptr;
+  const int64_t needed = call.batch * call.cells * (256 + 2 * 64) * element_size;
+  const int64_t given = planes.numel() * (planes.scalar_type() == ScalarType::Float ? 4 : 1);
+  STD_TORCH_CHECK(given == needed, "planes has ", given, " bytes, and ", needed, " are needed");
+  return planes.mutable_data_ptr();
+}
+
+// work(T()) for the type of numbers that a tensor has.
+template <class Work>
+void with_floats(ScalarType type, const Work& work) {
+  if (type == ScalarType::Float) {
+    work(float());
+  } else if (type == ScalarType::Half) {
+    work(__half());
+  } else {
+    STD_TORCH_CHECK(type == ScalarType::BFloat16, "pixels are neither float32, bfloat16, half nor 8 bits");
+    work(__nv_bfloat16());
+  }
+}
+
+}  // namespace poisonshield
