@@ -1,8 +1,8 @@
 // JPEG, compressed and decompressed in one go: smooth and exact. Semantics: poisonshield/ops/jpeg/reference.py, exact.py.
 //
-// 4:4:4 is one kernel, which reads and writes each pixel once. 4:2:0 is two: `decode_units` (jpeg_planes.cuh)
-// leaves decoded planes, 1.5 images of one channel: float32, or bytes in exact mode; and `join_planes` enlarges chrominance and converts; neighbours
-// share what the triangle filter reads, in the cache. All sums have a fixed order; nothing waits for the host.
+// 4:4:4 is one kernel, which reads and writes each pixel once. 4:2:0 is two: `decode_units` (jpeg_planes.cuh) leaves decoded
+// planes, 1.5 images of one channel, in float32 or, in exact mode, bytes; `join_planes` enlarges chrominance and converts,
+// and neighbours share what the triangle filter reads, in the cache. A NaN stays within 16x16 pixels and one around them.
 #include <cuda_runtime.h>
 
 #include "jpeg_colours.cuh"
@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(kJpegThreads) code_whole(JpegCall call) {
     const auto* table = shared.tables[p > 0];
     R::encode(planes[p], table, shared.scratch[at.warp], at);
     R::decode(planes[p], table, shared.scratch[at.warp], at, call);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) planes[p][i] = in_plane(planes[p][i], call.integer);
+    to_plane(planes[p], call.integer);
   }
   to_result(planes, shared.space, call.integer, pixels);
   if (block.valid && block.y < call.h) store_pixels<T>(call.out, at.sample, block.y, block.x, call.w, pixels);
@@ -56,7 +55,8 @@ __global__ void __launch_bounds__(kJpegThreads) join_planes(JpegCall call, int e
   typename R::Stored luma[8];
   load_words(planes.luma_row(y) + x, luma);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[0][i] = in_plane(typename R::V(luma[i]), call.integer);
+  for (int i = 0; i < 8; ++i) v[0][i] = typename R::V(luma[i]);
+  to_plane(v[0], call.integer);
   enlarged<R>(call, planes, 0, y, x, v[1]);
   enlarged<R>(call, planes, 1, y, x, v[2]);
   float pixels[3][8];

@@ -76,12 +76,18 @@ __device__ __forceinline__ void through_block(
   transforms::forward_pass<transforms::FloatRules>(g);
   transpose(g, scratch, at);
   transforms::forward_pass<transforms::FloatRules>(g);
+  float slopes[8];
+  slopes_of(u, call, slopes);
+  if (call.sums != nullptr && counts) {
+    float whole[8];
 #pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const float by_u = slope(u[k], call.rounding, call.terms), by_decoded = g[k] * 0.125f;
-    if (call.sums != nullptr && counts) t[k] += by_decoded * (rounded(u[k], call.rounding, call.terms) - u[k] * by_u);
-    g[k] = by_decoded * by_u * 0.125f;
+    for (int k = 0; k < 8; ++k) whole[k] = u[k];
+    round_all(whole, call);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) t[k] += g[k] * 0.125f * (whole[k] - u[k] * slopes[k]);
   }
+#pragma unroll
+  for (int k = 0; k < 8; ++k) g[k] *= slopes[k] * 0.015625f;  // 1 / 64: two transforms, each 8 times the orthonormal one
   Smooth::inverse(g, scratch, at);
 }
 
@@ -122,7 +128,8 @@ __global__ void __launch_bounds__(kJpegThreads) return_whole(JpegCall call) {
   shared.fill(call, at);
   const int y = min(block.y, call.h - 1);
   Scratch& scratch = shared.scratch[at.warp];
-  float units[3][8], g[3][8], slopes[3][8];
+  float units[3][8], g[3][8];
+  unsigned int outside = 0;  // a bit for each decoded sample that its plane's clamp cuts
   load_pixels<T>(call.x, at.sample, y, block.x, call.w, g);
   to_range(shared.space, g);
   float planes[3][8];
@@ -135,9 +142,10 @@ __global__ void __launch_bounds__(kJpegThreads) return_whole(JpegCall call) {
     Smooth::decode(planes[p], shared.tables[p > 0], scratch, at, call);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      slopes[p][i] = kept(planes[p][i], -128.0f, 127.0f, call.clamp_grad);
-      planes[p][i] = in_plane(planes[p][i], call.integer);
+      const float v = planes[p][i];
+      outside |= v >= -128.0f && v <= 127.0f ? 0u : 1u << (8 * p + i);
     }
+    to_plane(planes[p], call.integer);
   }
   load_pixels<T>(call.grad, at.sample, y, block.x, call.w, g);
 #pragma unroll
@@ -145,7 +153,10 @@ __global__ void __launch_bounds__(kJpegThreads) return_whole(JpegCall call) {
     through_colours(planes[0][i], planes[1][i], planes[2][i], shared.space, call.clamp_grad, g[0][i], g[1][i], g[2][i]);
     const bool inside = block.y < call.h && block.x + i < call.w;
 #pragma unroll
-    for (int p = 0; p < 3; ++p) g[p][i] = inside ? g[p][i] * slopes[p][i] : 0.0f;
+    for (int p = 0; p < 3; ++p) {
+      const float by_clamp = outside >> (8 * p + i) & 1 ? call.clamp_grad : 1.0f;
+      g[p][i] = inside ? g[p][i] * by_clamp : 0.0f;
+    }
   }
   float by_table[2][8] = {};
 #pragma unroll
@@ -173,21 +184,24 @@ __device__ __forceinline__ void pixel_gradient(
     const JpegCall& call, const Space& space, const Planes<float>& planes, int64_t sample, int y, int x, float (&g)[3]) {
   g[0] = g[1] = g[2] = 0.0f;
   if (y < 0 || x < 0 || y >= call.h || x >= call.w) return;
-  float chroma[2];
-  const int far_y = far_of(y, call.ch), far_x = far_of(x, call.cw);
+  // Eight samples at once, as elsewhere: of Cb and Cr the four that the triangle filter mixes; and of luminance one.
+  const int rows[2] = {y / 2, far_of(y, call.ch)}, columns[2] = {x / 2, far_of(x, call.cw)};
+  float v[8], luma[8] = {planes.luma_row(y)[x]};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = planes.chroma_row(i / 4, rows[i % 2])[columns[i / 2 % 2]];
+  to_plane(v, call.integer);
+  to_plane(luma, call.integer);
+  float chroma[8] = {};
 #pragma unroll
   for (int p = 0; p < 2; ++p) {
-    const float *near = planes.chroma_row(p, y / 2), *far = planes.chroma_row(p, far_y);
-    const float beside = mixed_rows(chroma_sample<Smooth>(call, near, far_x), chroma_sample<Smooth>(call, far, far_x));
-    const float here = mixed_rows(chroma_sample<Smooth>(call, near, x / 2), chroma_sample<Smooth>(call, far, x / 2));
-    chroma[p] = mixed_columns(here, beside, 0, call.integer);
+    chroma[p] = mixed_columns(mixed_rows(v[4 * p], v[4 * p + 1]), mixed_rows(v[4 * p + 2], v[4 * p + 3]), 0);
   }
+  store_all(chroma, call.integer);
   const int64_t* s = call.grad.strides;
   const T* from = static_cast<const T*>(call.grad.data) + sample * s[0] + y * s[2] + x * s[3];
 #pragma unroll
   for (int c = 0; c < 3; ++c) g[c] = widened(from[c * s[1]]);
-  const float luma = in_plane(planes.luma_row(y)[x], call.integer);
-  through_colours(luma, chroma[0], chroma[1], space, call.clamp_grad, g[0], g[1], g[2]);
+  through_colours(luma[0], chroma[0], chroma[1], space, call.clamp_grad, g[0], g[1], g[2]);
 }
 
 // The lane's eight pixels: d loss/d Y, times the slope of the plane's clamp; what belongs to Cb and Cr goes to the halo.
@@ -199,7 +213,8 @@ __device__ __forceinline__ void own_gradient(
   float v[3][8], g[3][8];
   load_words(planes.luma_row(unit.y) + unit.x, luma);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[0][i] = in_plane(luma[i], call.integer);
+  for (int i = 0; i < 8; ++i) v[0][i] = luma[i];
+  to_plane(v[0], call.integer);
   enlarged<Smooth>(call, planes, 0, y, unit.x, v[1]);
   enlarged<Smooth>(call, planes, 1, y, unit.x, v[2]);
   load_pixels<T>(call.grad, at.sample, y, unit.x, call.w, g);

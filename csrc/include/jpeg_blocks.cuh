@@ -40,47 +40,61 @@ __device__ __forceinline__ V clamped(V v, V low, V high) {  // a NaN stays
   return v > high ? high : v;
 }
 
-__device__ __forceinline__ float stored(float v, bool integer) { return integer ? floorf(v + 0.5f) : v; }
+// As a plane is stored: within [-128, 127].
+template <class V>
+__device__ __forceinline__ void clamp_all(V (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = clamped(v[i], V(-128), V(127));
+}
+
+// Samples of a plane that is stored in whole numbers are rounded half up.
+__device__ __forceinline__ void store_all(float (&v)[8], bool integer) {
+  if (!integer) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = floorf(v[i] + 0.5f);
+}
+__device__ __forceinline__ void store_all(int32_t (&)[8], bool) {}  // whole already
 
 // The nearest whole number, halves away from zero.
 __device__ __forceinline__ float nearest(float u) { return truncf(u + copysignf(0.5f, u)); }
 
-// Rounding of the coefficient u, and its slope: see `jpeg` for the formulas.
-__device__ __forceinline__ float fourier(float u, int terms) {
-  const float e = u - nearest(u);
-  float v = u, sign = 1.0f;
+// Rounding of coefficients, and its slope: see `jpeg` for the formulas. All threads take the same way.
+__device__ __forceinline__ void round_all(float (&u)[8], const JpegCall& call) {
+  if (call.rounding == kNone) return;
+  if (call.rounding == kFourier) {
+    float e[8], weight = 1.0f / 3.14159265358979f;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) e[k] = u[k] - nearest(u[k]);
 #pragma unroll 1
-  for (int k = 1; k <= terms; ++k) {
-    v -= sign / (float(k) * 3.14159265358979f) * sinpif(2.0f * float(k) * e);
-    sign = -sign;
+    for (int term = 1; term <= call.terms; ++term) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) u[k] -= weight / float(term) * sinpif(2.0f * float(term) * e[k]);
+      weight = -weight;
+    }
+    return;
   }
-  return v;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const float n = nearest(u[k]), e = u[k] - n;
+    u[k] = call.rounding == kPoly ? n + e * e * e : n;
+  }
 }
 
-__device__ __forceinline__ float fourier_slope(float u, int terms) {
-  const float e = u - nearest(u);
-  float v = 1.0f, weight = 2.0f;
+__device__ __forceinline__ void slopes_of(const float (&u)[8], const JpegCall& call, float (&to)[8]) {
+  const bool cubic = call.rounding == kPoly || call.rounding == kNearestPoly;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const float e = u[k] - nearest(u[k]);
+    to[k] = cubic ? 3.0f * e * e : (call.rounding == kHard ? 0.0f : 1.0f);
+  }
+  if (call.rounding != kFourier) return;
+  float weight = 2.0f;
 #pragma unroll 1
-  for (int k = 1; k <= terms; ++k) {
-    v -= weight * cospif(2.0f * float(k) * e);
+  for (int term = 1; term <= call.terms; ++term) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) to[k] -= weight * cospif(2.0f * float(term) * (u[k] - nearest(u[k])));
     weight = -weight;
   }
-  return v;
-}
-
-__device__ __forceinline__ float rounded(float u, int rounding, int terms) {
-  if (rounding == kNone) return u;
-  if (rounding == kFourier) return fourier(u, terms);
-  const float n = nearest(u), e = u - n;
-  return rounding == kPoly ? n + e * e * e : n;
-}
-
-__device__ __forceinline__ float slope(float u, int rounding, int terms) {
-  if (rounding == kNone || rounding == kNearest) return 1.0f;
-  if (rounding == kHard) return 0.0f;
-  if (rounding == kFourier) return fourier_slope(u, terms);
-  const float e = u - nearest(u);
-  return 3.0f * e * e;
 }
 
 // One pass is sqrt(8) times the orthonormal transform, so that two are 8 times it; the tables take that out again.
@@ -104,8 +118,9 @@ struct Smooth {
   // And back, not clamped.
   static __device__ __forceinline__ void decode(
       V (&v)[8], const Entry* table, Scratch& scratch, const Place& at, const JpegCall& call) {
+    round_all(v, call);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) v[k] = rounded(v[k], call.rounding, call.terms) * table[k * 8 + at.row].back;
+    for (int k = 0; k < 8; ++k) v[k] *= table[k * 8 + at.row].back;
     inverse(v, scratch, at);
   }
 
@@ -147,8 +162,7 @@ struct Exact {
     transforms::inverse_pass<transforms::IntRules<11>>(v);
     transpose(v, scratch, at);
     transforms::inverse_pass<transforms::IntRules<18>>(v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = clamped(v[i], -128, 127);
+    clamp_all(v);
   }
 };
 

@@ -24,10 +24,12 @@ __device__ __forceinline__ void to_planes(const float (&rgb)[3][8], bool integer
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float r = rgb[0][i], g = rgb[1][i], b = rgb[2][i];
-    planes[0][i] = stored(0.299f * r + 0.587f * g + (0.114f * b - 128.0f), integer);
-    planes[1][i] = stored(kCbRed * r + kCbGreen * g + 0.5f * b, integer);
-    planes[2][i] = stored(0.5f * r + kCrGreen * g + kCrBlue * b, integer);
+    planes[0][i] = 0.299f * r + 0.587f * g + (0.114f * b - 128.0f);
+    planes[1][i] = kCbRed * r + kCbGreen * g + 0.5f * b;
+    planes[2][i] = 0.5f * r + kCrGreen * g + kCrBlue * b;
   }
+#pragma unroll
+  for (int p = 0; p < 3; ++p) store_all(planes[p], integer);
 }
 
 // 0..255, rounded half up; NaN becomes 0.
@@ -48,9 +50,9 @@ __device__ __forceinline__ void to_planes(const float (&rgb)[3][8], bool, int32_
   }
 }
 
-// The mean of 2x2 samples, whose sum is given, in an even or odd column of chrominance.
-__device__ __forceinline__ float averaged(float sum, int, bool integer) { return stored(sum * 0.25f, integer); }
-__device__ __forceinline__ int32_t averaged(int32_t sum, int column, bool) { return ((sum + 1 + column % 2) >> 2) - 128; }
+// The mean of 2x2 samples, whose sum is given, in an even or odd column of chrominance; `store_all` is for later.
+__device__ __forceinline__ float averaged(float sum, int) { return sum * 0.25f; }
+__device__ __forceinline__ int32_t averaged(int32_t sum, int column) { return ((sum + 1 + column % 2) >> 2) - 128; }
 
 // Where nothing is averaged.
 __device__ __forceinline__ float centred(float v) { return v; }
@@ -72,28 +74,38 @@ __device__ __forceinline__ void to_colours(int32_t y, int32_t cb, int32_t cr, in
 }
 
 // From 0..255 to the space of x.
-__device__ __forceinline__ float from_range(float v, const Space& space, int c, bool integer) {
-  return (stored(clamped(v, 0.0f, 255.0f), integer) - space.shift[c]) * space.inverse[c];
+__device__ __forceinline__ float from_range(float v, const Space& space, int c) {
+  return (v - space.shift[c]) * space.inverse[c];
 }
 
-__device__ __forceinline__ float from_range(int32_t v, const Space& space, int c, bool) {
-  return __fdiv_rn(__fsub_rn(float(clamped(v, 0, 255)), space.shift[c]), space.scale[c]);
+__device__ __forceinline__ float from_range(int32_t v, const Space& space, int c) {
+  return __fdiv_rn(__fsub_rn(float(v), space.shift[c]), space.scale[c]);
 }
 
 // Eight pixels of the result from their planes.
 template <class V>
 __device__ __forceinline__ void to_result(const V (&planes)[3][8], const Space& space, bool integer, float (&out)[3][8]) {
+  V rgb[3][8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    V rgb[3];
-    to_colours(planes[0][i], planes[1][i], planes[2][i], rgb);
+    V colour[3];
+    to_colours(planes[0][i], planes[1][i], planes[2][i], colour);
 #pragma unroll
-    for (int c = 0; c < 3; ++c) out[c][i] = from_range(rgb[c], space, c, integer);
+    for (int c = 0; c < 3; ++c) rgb[c][i] = clamped(colour[c], V(0), V(255));
+  }
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    store_all(rgb[c], integer);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[c][i] = from_range(rgb[c][i], space, c);
   }
 }
 
-// A decoded sample as it is stored in the picture.
-__device__ __forceinline__ float in_plane(float v, bool integer) { return stored(clamped(v, -128.0f, 127.0f), integer); }
-__device__ __forceinline__ int32_t in_plane(int32_t v, bool) { return v; }  // clamped already
+// Decoded samples as they are stored in the picture.
+__device__ __forceinline__ void to_plane(float (&v)[8], bool integer) {
+  clamp_all(v);
+  store_all(v, integer);
+}
+__device__ __forceinline__ void to_plane(int32_t (&)[8], bool) {}  // clamped already
 
 }  // namespace poisonshield

@@ -33,29 +33,21 @@ __device__ __forceinline__ void split_unit(
     for (int i = 0; i < 4; ++i) {
       typename R::V sum = planes[1 + p][2 * i] + planes[1 + p][2 * i + 1];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      if (at.row % 2 == 0) tile.at[p][(unit.y - unit.top) / 2][at.group % 2 * 4 + i] = averaged(sum, i, call.integer);
+      if (at.row % 2 == 0) tile.at[p][(unit.y - unit.top) / 2][at.group % 2 * 4 + i] = averaged(sum, i);
     }
   }
   __syncwarp();
   const int row = min(at.row, unit.inside - 1);  // below the picture: its last averaged row
 #pragma unroll
   for (int i = 0; i < 8; ++i) chroma[i] = tile.at[at.group % 2][row][i];
-}
-
-// One sample of chrominance, centred.
-template <class R>
-__device__ __forceinline__ typename R::V chroma_sample(
-    const JpegCall& call, const typename R::Stored* row, int column) {
-  return in_plane(typename R::V(row[column]), call.integer);
+  store_all(chroma, call.integer);
 }
 
 __device__ __forceinline__ float mixed_rows(float near, float far) { return 0.75f * near + 0.25f * far; }
 __device__ __forceinline__ int32_t mixed_rows(int32_t near, int32_t far) { return 3 * near + far; }
 
-__device__ __forceinline__ float mixed_columns(float near, float far, int, bool integer) {
-  return stored(0.75f * near + 0.25f * far, integer);
-}
-__device__ __forceinline__ int32_t mixed_columns(int32_t near, int32_t far, int odd, bool) {
+__device__ __forceinline__ float mixed_columns(float near, float far, int) { return 0.75f * near + 0.25f * far; }
+__device__ __forceinline__ int32_t mixed_columns(int32_t near, int32_t far, int odd) {
   return (3 * near + far + 8 - odd) >> 4;
 }
 
@@ -64,30 +56,36 @@ __device__ __forceinline__ int far_of(int pixel, int count) {
   return clamped(pixel / 2 + (pixel % 2 ? 1 : -1), 0, count - 1);
 }
 
+// Six samples of a row of chrominance from column `start` - 1, those beyond the picture as its last one.
+template <class S, class V>
+__device__ __forceinline__ void six_samples(const JpegCall& call, const S* row, int start, V (&to)[8]) {
+#pragma unroll
+  for (int i = 0; i < 6; ++i) to[i] = V(row[clamped(start + i - 1, 0, call.cw - 1)]);
+  to[6] = to[7] = to[5];
+  to_plane(to, call.integer);
+}
+
 // Cb or Cr of eight pixels, row y, from column x, which is a multiple of eight.
 template <class R>
 __device__ __forceinline__ void enlarged(
     const JpegCall& call, const Planes<typename R::Stored>& planes, int plane, int y, int x, typename R::V (&to)[8]) {
-  typedef typename R::V V;
-  const auto* near = planes.chroma_row(plane, y / 2);
-  const int start = x / 2;
+  typename R::V near[8];
+  six_samples(call, planes.chroma_row(plane, y / 2), x / 2, near);
   if (!call.smooth) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[2 * i] = to[2 * i + 1] = chroma_sample<R>(call, near, start + i);
+    for (int i = 0; i < 8; ++i) to[i] = near[i / 2 + 1];
     return;
   }
-  const auto* far = planes.chroma_row(plane, far_of(y, call.ch));
-  V mid[6];  // columns start - 1 to start + 4, those beyond the picture as its last one
+  typename R::V far[8];
+  six_samples(call, planes.chroma_row(plane, far_of(y, call.ch)), x / 2, far);
 #pragma unroll
-  for (int i = 0; i < 6; ++i) {
-    const int column = clamped(start + i - 1, 0, call.cw - 1);
-    mid[i] = mixed_rows(chroma_sample<R>(call, near, column), chroma_sample<R>(call, far, column));
-  }
+  for (int i = 0; i < 6; ++i) near[i] = mixed_rows(near[i], far[i]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    to[2 * i] = mixed_columns(mid[i + 1], mid[i], 0, call.integer);
-    to[2 * i + 1] = mixed_columns(mid[i + 1], mid[i + 2], 1, call.integer);
+    to[2 * i] = mixed_columns(near[i + 1], near[i], 0);
+    to[2 * i + 1] = mixed_columns(near[i + 1], near[i + 2], 1);
   }
+  store_all(to, call.integer);
 }
 
 }  // namespace poisonshield

@@ -1,6 +1,6 @@
 """The kernels of csrc/jpeg.cu and jpeg_backward.cu, emulated, beside the reference and Pillow: one JSON object a case.
 
-`python jpeg.py emulated.so exact|smooth|backward HxW ...`, by emulate.run. Blocks of four warps.
+`python jpeg.py emulated.so HxW ...`, by emulate.run. Blocks of four warps.
 """
 
 import io
@@ -26,8 +26,8 @@ def made(shape, seed, low=0.1, high=0.9):
     return (x * (high - low) + low).float()
 
 
-def tell(size, case, **facts):
-    print(json.dumps({"size": size, "case": case} | facts), flush=True)
+def tell(what, size, case, **facts):
+    print(json.dumps({"what": what.__name__, "size": size, "case": case} | facts))
 
 
 def arguments(x, quality, settings, mode="smooth", out_dtype=None, space=None):
@@ -65,12 +65,12 @@ def exact(size):
         settings = JpegSettings(subsampling)
         for layout, x in (("last", last), ("planar", last.contiguous())):
             found = cuda_binding.jpeg(arguments(x, qualities, settings, "exact"))
-            tell(size, f"{subsampling} {layout} bytes", apart=int((found != expected).sum()))
+            tell(exact, size, f"{subsampling} {layout} bytes", apart=int((found != expected).sum()))
             assert found.stride() == torch.empty_like(x).stride()
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 args = arguments((x / 255).to(dtype), qualities, settings, "exact", space=SPACE)
                 apart = int((cuda_binding.jpeg(args) != reference.jpeg(args)).sum())
-                tell(size, f"{subsampling} {layout} {dtype}", apart=apart)
+                tell(exact, size, f"{subsampling} {layout} {dtype}", apart=apart)
 
 
 def away_from_ties(args):
@@ -113,22 +113,28 @@ def smooth(size):
         for layout, same in layouts(x):
             found = cuda_binding.jpeg(args._replace(x=same))
             apart = float(((found - expected).abs() * sure).max())
-            tell(size, f"{subsampling} {upsample} {rounding} {layout}", apart=apart, left_out=int((~sure).sum()))
+            tell(
+                smooth, size, f"{subsampling} {upsample} {rounding} {layout}", apart=apart, left_out=int((~sure).sum())
+            )
     for (subsampling, upsample), dtype in itertools.product(FORMS, (torch.float16, torch.bfloat16)):
         args = arguments(x.to(dtype), 60, JpegSettings(subsampling, "none", upsample=upsample))
         single = args._replace(x=args.x.float(), out_dtype=torch.float32)
         for layout, same in layouts(args.x):
             apart = int((cuda_binding.jpeg(args._replace(x=same)) != cuda_binding.jpeg(single).to(dtype)).sum())
-            tell(size, f"{subsampling} {upsample} {dtype} {layout}, rounded once", apart=apart)
+            tell(smooth, size, f"{subsampling} {upsample} {dtype} {layout}, rounded once", apart=apart)
         args = arguments(x * 4 - 2, 60, args.settings._replace(integer_planes=True), space=SPACE)
         away = (cuda_binding.jpeg(args) - reference.jpeg(args)).abs()
         share = float((away > 1e-5).float().mean())  # of numbers next to a tie of some plane
-        tell(size, f"{subsampling} {upsample} integer planes", share=share, apart=float(away.max()))
+        tell(smooth, size, f"{subsampling} {upsample} integer planes", share=share, apart=float(away.max()))
 
 
 def backward(size):
     """The largest distance to the reference's gradients in float64, as a share of the largest gradient."""
-    x, quality, w = made((2, 3, *size), sum(size), -0.05, 1.05), torch.tensor([20.0, 85.0]), made((2, 3, *size), 9, -1, 1)
+    x, quality, w = (
+        made((2, 3, *size), sum(size), -0.05, 1.05),
+        torch.tensor([20.0, 85.0]),
+        made((2, 3, *size), 9, -1, 1),
+    )
     for (subsampling, upsample), rounding in itertools.product(FORMS, ROUNDINGS):
         settings = JpegSettings(subsampling, rounding, 3, upsample, clamp_grad=0.25)
         args = arguments(x, quality, settings, space=SPACE if rounding == "poly" else None)
@@ -141,7 +147,7 @@ def backward(size):
             facts = {"apart": float(((dx - expected).abs() * sure).max() / (expected.abs().max() + 1e-9))}
             if sure.all():
                 facts["tables"] = float((dtables - expected_tables).abs().max() / (expected_tables.abs().max() + 1e-6))
-            tell(size, f"{subsampling} {upsample} {rounding} {layout}", **facts)
+            tell(backward, size, f"{subsampling} {upsample} {rounding} {layout}", **facts)
         none = cuda_binding.jpeg_backward(args._replace(table_grad=False))
         assert torch.equal(none[0], cuda_binding.jpeg_backward(args)[0]) and not none[1].numel()
 
@@ -149,5 +155,6 @@ def backward(size):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.ops.load_library(sys.argv[1])
-    for name in sys.argv[3:]:
-        {"exact": exact, "smooth": smooth, "backward": backward}[sys.argv[2]](tuple(map(int, name.split("x"))))
+    for name in sys.argv[2:]:
+        for what in (exact, smooth, backward):
+            what(tuple(map(int, name.split("x"))))

@@ -1,0 +1,64 @@
+"""The compiled JPEG kernels in poisonshield/_C*.so: registers, memory and width of loads, from the machine code."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import poisonshield
+from poisonshield.ops import extension
+
+# Registers of a thread, at most; of 128 threads, so that 96 leave five thread blocks to a processor.
+REGISTERS = {"code_whole": 64, "decode_units": 64, "join_planes": 64, "return_whole": 128, "return_units": 112}
+SHARED = {"return_units": 24 << 10}  # bytes of a thread block; 12 KiB where none is named
+
+
+def tool():
+    """cuobjdump of the toolkit, or that which comes with Triton."""
+    found = importlib.util.find_spec("triton")
+    beside = Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if found else None
+    return shutil.which("cuobjdump") or (str(beside) if beside is not None and beside.is_file() else None)
+
+
+def told(option):
+    """What the tool tells of each JPEG kernel: {name without parameters: [text of each of its variants]}."""
+    if tool() is None:
+        pytest.skip("needs cuobjdump")
+    modules = sorted(Path(poisonshield.__file__).parent.glob("_C*.so"))
+    if not modules:
+        pytest.skip(str(extension.missing()))
+    done = subprocess.run([tool(), option, str(modules[0])], capture_output=True, text=True, check=True)
+    kernels = {}
+    for part in re.split(r"\bFunction\s*:?\s*", done.stdout)[1:]:
+        for name in REGISTERS:
+            if f"{len(name)}{name}I" in part.split("\n", 1)[0]:
+                kernels.setdefault(name, []).append(part)
+    if not kernels:
+        pytest.skip(f"{modules[0].name} is of an older source, without these kernels")
+    return kernels
+
+
+def test_nothing_spills_and_registers_leave_room():
+    kernels = told("-res-usage")
+    assert kernels.keys() == REGISTERS.keys()
+    for name, variants in kernels.items():
+        assert len(variants) >= 3
+        for text in variants:
+            used = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+            assert used["STACK"] == used["LOCAL"] == 0, text
+            assert used["REG"] <= REGISTERS[name] and used["SHARED"] <= SHARED.get(name, 12 << 10), text
+
+
+@pytest.mark.slow
+def test_pixels_are_read_and_written_in_whole_words():
+    for variants in told("-sass").values():
+        for text in variants:
+            symbol = text.split("\n", 1)[0]
+            is_bytes = "IhE" in symbol or ("join_planes" in symbol and "Exact" in symbol)
+            wide = "64" if is_bytes else "128"
+            assert re.search(rf"LDG\.E\S*\.{wide}", text), symbol
+            assert re.search(rf"STG\.E\S*\.{wide}", text) or "decode_units" in symbol, symbol
+            assert not re.search(r"\b(LDL|STL)\b", text), symbol
