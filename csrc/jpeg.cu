@@ -83,7 +83,7 @@ void jpeg_cuda(
     bool exact, bool integer, int64_t rounding, int64_t terms) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   JpegCall call = jpeg_call(x, tables, affine, half);
-  call.out = image(out);
+  call.out = image(out, x);
   call.planes = planes_of(planes, call, half, exact ? sizeof(Exact::Stored) : sizeof(Smooth::Stored));
   call.smooth = smooth;
   call.integer = integer;

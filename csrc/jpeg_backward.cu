@@ -352,8 +352,8 @@ void jpeg_backward_cuda(
     bool half, bool smooth, bool integer, int64_t rounding, int64_t terms, double clamp_grad) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   JpegCall call = jpeg_call(x, tables, affine, half);
-  call.out = image(dx);
-  call.grad = image(grad);
+  call.out = image(dx, x);
+  call.grad = image(grad, x);
   call.planes = planes_of(planes, call, half, sizeof(float));
   if (sums.numel() > 0) {
     const int64_t needed = call.batch * call.chunks * 128;

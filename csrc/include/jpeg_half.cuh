@@ -56,12 +56,19 @@ __device__ __forceinline__ int far_of(int pixel, int count) {
   return clamped(pixel / 2 + (pixel % 2 ? 1 : -1), 0, count - 1);
 }
 
-// Six samples of a row of chrominance from column `start` - 1, those beyond the picture as its last one.
+// Six samples of a row of chrominance from column `start` - 1, those beyond the picture as its last one. start is a
+// multiple of four, so that four of them are one word.
 template <class S, class V>
 __device__ __forceinline__ void six_samples(const JpegCall& call, const S* row, int start, V (&to)[8]) {
+  struct alignas(4 * sizeof(S)) Four {
+    S v[4];
+  };
+  const Four four = *reinterpret_cast<const Four*>(row + start);
+  const int last = call.cw - 1;
+  to[0] = V(row[max(start - 1, 0)]);
 #pragma unroll
-  for (int i = 0; i < 6; ++i) to[i] = V(row[clamped(start + i - 1, 0, call.cw - 1)]);
-  to[6] = to[7] = to[5];
+  for (int i = 0; i < 4; ++i) to[1 + i] = i > 0 && start + i > last ? to[i] : V(four.v[i]);
+  to[5] = to[6] = to[7] = V(row[min(start + 4, last)]);
   to_plane(to, call.integer);
 }
 

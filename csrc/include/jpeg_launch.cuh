@@ -10,16 +10,20 @@ namespace poisonshield {
 
 using torch::headeronly::ScalarType;
 
-inline Image image(const Tensor& t) {
+inline Image image(const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.numel() == x.numel() && t.size(3) == x.size(3),
+                  "a tensor of pixels differs from x in dtype or shape");
   return {const_cast<void*>(t.const_data_ptr()), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
 inline JpegCall jpeg_call(const Tensor& x, const Tensor& tables, const Tensor& affine, bool half) {
   STD_TORCH_CHECK(tables.scalar_type() == ScalarType::Float && affine.scalar_type() == ScalarType::Float,
                   "tables and affine must be float32");
+  STD_TORCH_CHECK(tables.size(0) == x.size(0) && tables.numel() == x.size(0) * 128 && affine.numel() == 6,
+                  "tables must be [B, 2, 8, 8] and affine [2, 3]");
   STD_TORCH_CHECK(x.numel() / x.size(0) < int64_t(1) << 31, "a picture of 2^31 numbers or more");
   JpegCall call = {};
-  call.x = image(x);
+  call.x = image(x, x);
   call.tables = data<float>(tables);
   call.table_stride = tables.stride(0);
   call.affine = data<float>(affine);

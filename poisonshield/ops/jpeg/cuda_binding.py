@@ -11,16 +11,15 @@ from poisonshield.ops.jpeg.reference import JpegArguments, JpegGradientArguments
 
 _ROUNDINGS = {"none": 0, "poly": 1, "ste": 2, "poly_ste": 3, "fourier": 4, "hard": 5}  # Rounding in csrc/include
 _BLOCKS, _UNITS = 16, 4  # of a thread block: 8x8 pixels in 4:4:4, 16x16 in 4:2:0
-_GRID = 2**31 - 1
 
 
 def refusal(function: str, args: JpegArguments | JpegGradientArguments) -> str | None:
     """Why these kernels cannot take a call, or None."""
     if args.x.dtype == torch.float64 or args.tables.dtype == torch.float64:
         return "float64 is for the reference"
-    if args.x[:1].numel() >= 2**31:
+    if args.x.shape[2] * args.x.shape[3] * 3 >= 2**31:
         return "a picture of 2^31 numbers or more is for the reference"
-    if len(args.x) * args.x[0, 0].numel() > _GRID * 8:
+    if len(args.x) * _chunks(args.x, args.settings) >= 2**31:
         return "the batch needs more thread blocks than a grid has"
     return None
 
