@@ -84,7 +84,7 @@ void jpeg_cuda(
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   JpegCall call = jpeg_call(x, tables, affine, half);
   call.out = image(out, x);
-  call.planes = planes_of(planes, call, half, exact ? sizeof(Exact::Stored) : sizeof(Smooth::Stored));
+  call.planes = planes_of(planes, x, call, half, exact ? sizeof(Exact::Stored) : sizeof(Smooth::Stored));
   call.smooth = smooth;
   call.integer = integer;
   call.rounding = int32_t(rounding);

@@ -354,10 +354,11 @@ void jpeg_backward_cuda(
   JpegCall call = jpeg_call(x, tables, affine, half);
   call.out = image(dx, x);
   call.grad = image(grad, x);
-  call.planes = planes_of(planes, call, half, sizeof(float));
+  call.planes = planes_of(planes, x, call, half, sizeof(float));
   if (sums.numel() > 0) {
     const int64_t needed = call.batch * call.chunks * 128;
     STD_TORCH_CHECK(sums.numel() == needed, "sums has ", sums.numel(), " numbers, and ", needed, " are needed");
+    check_device(sums, x);
     call.sums = writable<float>(sums);
   }
   call.smooth = smooth;

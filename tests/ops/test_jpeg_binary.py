@@ -1,4 +1,4 @@
-"""The compiled JPEG kernels in poisonshield/_C*.so: registers, memory and width of loads, from the machine code."""
+"""The compiled JPEG kernels in poisonshield/_C*.so: shared memory, and the width of loads and stores."""
 
 import importlib.util
 import re
@@ -11,9 +11,8 @@ import pytest
 import poisonshield
 from poisonshield.ops import extension
 
-# Registers of a thread, at most; of 128 threads, so that 96 leave five thread blocks to a processor.
-REGISTERS = {"code_whole": 64, "decode_units": 64, "join_planes": 64, "return_whole": 128, "return_units": 112}
-SHARED = {"return_units": 24 << 10}  # bytes of a thread block; 12 KiB where none is named
+KERNELS = ("code_whole", "decode_units", "join_planes", "return_whole", "return_units")
+SHARED = {"return_units": 24 << 10}  # bytes of a thread block, at most; 12 KiB where none is named
 
 
 def tool():
@@ -33,7 +32,7 @@ def told(option):
     done = subprocess.run([tool(), option, str(modules[0])], capture_output=True, text=True, check=True)
     kernels = {}
     for part in re.split(r"\bFunction\s*:?\s*", done.stdout)[1:]:
-        for name in REGISTERS:
+        for name in KERNELS:
             if f"{len(name)}{name}I" in part.split("\n", 1)[0]:
                 kernels.setdefault(name, []).append(part)
     if not kernels:
@@ -41,15 +40,14 @@ def told(option):
     return kernels
 
 
-def test_nothing_spills_and_registers_leave_room():
+def test_thread_blocks_share_little_enough_for_several_on_a_processor():
+    """A processor has 227 KiB; registers are looked at for all kernels together, in test_extension.py."""
     kernels = told("-res-usage")
-    assert kernels.keys() == REGISTERS.keys()
+    assert kernels.keys() == set(KERNELS)
     for name, variants in kernels.items():
         assert len(variants) >= 3
         for text in variants:
-            used = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-            assert used["STACK"] == used["LOCAL"] == 0, text
-            assert used["REG"] <= REGISTERS[name] and used["SHARED"] <= SHARED.get(name, 12 << 10), text
+            assert int(re.search(r"SHARED:(\d+)", text)[1]) <= SHARED.get(name, 12 << 10), text
 
 
 @pytest.mark.slow
