@@ -1,8 +1,10 @@
-// JPEG, compressed and decompressed in one go: smooth and exact. Semantics: poisonshield/ops/jpeg/reference.py, exact.py.
+// JPEG, compressed and decompressed in one go: smooth and exact. Semantics: reference.py and exact.py in
+// poisonshield/ops/jpeg.
 //
-// 4:4:4 is one kernel, which reads and writes each pixel once. 4:2:0 is two: `decode_units` (jpeg_planes.cuh) leaves decoded
-// planes, 1.5 images of one channel, in float32 or, in exact mode, bytes; `join_planes` enlarges chrominance and converts,
-// and neighbours share what the triangle filter reads, in the cache. A NaN stays within 16x16 pixels and one around them.
+// 4:4:4 is one kernel, which reads and writes each pixel once. 4:2:0 is two: `decode_units` (jpeg_planes.cuh) leaves
+// decoded planes, 1.5 images of one channel, in float32 or, in exact mode, bytes; `join_planes` enlarges chrominance
+// and converts, and neighbours share what the triangle filter reads, in the cache. A NaN stays within 16x16 pixels and
+// one around them.
 #include <cuda_runtime.h>
 
 #include "jpeg_colours.cuh"
@@ -47,8 +49,8 @@ __global__ void __launch_bounds__(kJpegThreads) join_planes(JpegCall call, int e
   const int64_t sample = blockIdx.x / unsigned(chunks);
   space.fill(call.affine);
   __syncthreads();
-  const int64_t n = int64_t(blockIdx.x % unsigned(chunks)) * kJpegThreads + threadIdx.x;
-  const int y = n / eights, x = n % eights * 8;
+  const unsigned int n = blockIdx.x % unsigned(chunks) * kJpegThreads + threadIdx.x;  // 64-bit division is slow
+  const int y = n / unsigned(eights), x = n % unsigned(eights) * 8;
   if (y >= call.h) return;
   const Planes<typename R::Stored> planes(call, sample);
   typename R::V v[3][8];

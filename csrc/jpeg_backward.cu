@@ -1,11 +1,12 @@
 // The gradient of JPEG. Semantics: Pipeline.gradient in poisonshield/ops/jpeg/reference.py.
 //
 // The transform is orthonormal, so that its adjoint is its inverse and the tables cancel:
-// dx = M' D' (slope(u) * D (kept * M' (kept * g))), M the colours, D the transform, u the coefficients, which are computed
-// again from x. 4:4:4 is one kernel. 4:2:0 takes decoded planes from `decode_units` (jpeg_planes.cuh); then a warp makes
-// d loss/d (Y, Cb, Cr) of its unit and of the pixels around it, which the adjoint of the triangle filter takes in, and all
-// that follows. Padding was copied from the last row and column, to which its gradient is added. d loss/d tables is summed
-// over a thread block in a fixed order; no atomics.
+// dx = A' D' (slope(u) * D (kept * C' (kept * g))): C makes colours of planes and A planes of colours, D is the
+// transform, and u the coefficients in units of the table, which are computed again from x. 4:4:4 is one kernel. 4:2:0
+// takes decoded planes from `decode_units` (jpeg_planes.cuh); then a warp makes d loss/d (Y, Cb, Cr) of its unit and of
+// the pixels around it, which the adjoint of the triangle filter takes in, and all that follows. Padding was copied
+// from the last row and column, to which its gradient is added. d loss/d tables is summed over a thread block in a
+// fixed order; no atomics.
 #include <cuda_runtime.h>
 
 #include "jpeg_colours.cuh"
@@ -68,8 +69,8 @@ struct TableSums {
   }
 };
 
-// d loss/d samples in place of d loss/d decoded samples, a row of a block; u: a column of its coefficients in units of the
-// table. To t it adds that of the table where `counts`.
+// d loss/d samples in place of d loss/d decoded samples, a row of a block; u: a column of its coefficients in units of
+// the table. To t it adds d loss/d table where `counts`.
 __device__ __forceinline__ void through_block(
     float (&g)[8], const float (&u)[8], float (&t)[8], bool counts, Scratch& scratch, const Place& at,
     const JpegCall& call) {
@@ -87,11 +88,11 @@ __device__ __forceinline__ void through_block(
     for (int k = 0; k < 8; ++k) t[k] += g[k] * 0.125f * (whole[k] - u[k] * slopes[k]);
   }
 #pragma unroll
-  for (int k = 0; k < 8; ++k) g[k] *= slopes[k] * 0.015625f;  // 1 / 64: two transforms, each 8 times the orthonormal one
+  for (int k = 0; k < 8; ++k) g[k] *= slopes[k] * 0.015625f;  // 1 / 64: both transforms are 8 times the orthonormal
   Smooth::inverse(g, scratch, at);
 }
 
-// Columns from `inside` on were copies of the one before; partner: what another lane's columns beyond add.
+// The sum of columns from `inside` on, which were copies of the one before.
 __device__ __forceinline__ float beyond(const float (&g)[8], int inside) {
   float sum = 0.0f;
 #pragma unroll
@@ -104,8 +105,8 @@ __device__ __forceinline__ void add_at(float (&g)[8], int column, float value) {
   for (int i = 0; i < 8; ++i) g[i] += i == column ? value : 0.0f;
 }
 
-// Rows below the picture were copies of its last one: its lane gets their sum. lanes: the bits of a lane's number that
-// tell rows of one column of blocks apart.
+// Rows below the picture were copies of its last one, whose lane gets the sum. kLanes: the bits of a lane's number that
+// tell the rows of one column of blocks apart.
 template <int kLanes>
 __device__ __forceinline__ void fold_rows(float (&g)[8], int y, int h) {
 #pragma unroll
@@ -181,7 +182,8 @@ struct Halo {
 // d loss/d (Y, Cb, Cr) of one pixel; 0 outside of the picture.
 template <class T>
 __device__ __forceinline__ void pixel_gradient(
-    const JpegCall& call, const Space& space, const Planes<float>& planes, int64_t sample, int y, int x, float (&g)[3]) {
+    const JpegCall& call, const Space& space, const Planes<float>& planes, int64_t sample, int y, int x,
+    float (&g)[3]) {
   g[0] = g[1] = g[2] = 0.0f;
   if (y < 0 || x < 0 || y >= call.h || x >= call.w) return;
   // Eight samples at once, as elsewhere: of Cb and Cr the four that the triangle filter mixes; and of luminance one.
@@ -204,11 +206,11 @@ __device__ __forceinline__ void pixel_gradient(
   through_colours(luma[0], chroma[0], chroma[1], space, call.clamp_grad, g[0], g[1], g[2]);
 }
 
-// The lane's eight pixels: d loss/d Y, times the slope of the plane's clamp; what belongs to Cb and Cr goes to the halo.
+// The lane's eight pixels: d loss/d Y, times the slope of the plane's clamp; d loss/d (Cb, Cr) goes to the halo.
 template <class T>
 __device__ __forceinline__ void own_gradient(
-    const JpegCall& call, const Space& space, const Planes<float>& planes, const Place& at, const Unit& unit, Halo& halo,
-    float (&luma)[8]) {
+    const JpegCall& call, const Space& space, const Planes<float>& planes, const Place& at, const Unit& unit,
+    Halo& halo, float (&luma)[8]) {
   const int y = min(unit.y, call.h - 1);
   float v[3][8], g[3][8];
   load_words(planes.luma_row(unit.y) + unit.x, luma);
@@ -223,15 +225,17 @@ __device__ __forceinline__ void own_gradient(
     through_colours(v[0][i], v[1][i], v[2][i], space, call.clamp_grad, g[0][i], g[1][i], g[2][i]);
     const bool inside = unit.y < call.h && unit.x + i < call.w;
     luma[i] = inside ? g[0][i] * kept(luma[i], -128.0f, 127.0f, call.clamp_grad) : 0.0f;
-#pragma unroll
-    for (int p = 0; p < 2; ++p) halo.at[p][unit.y - unit.top + 1][unit.x - unit.left + 1 + i] = inside ? g[1 + p][i] : 0.0f;
+    const int row = unit.y - unit.top + 1, column = unit.x - unit.left + 1 + i;
+    halo.at[0][row][column] = inside ? g[1][i] : 0.0f;
+    halo.at[1][row][column] = inside ? g[2][i] : 0.0f;
   }
 }
 
 // The 68 pixels around a unit.
 template <class T>
 __device__ __forceinline__ void gradient_around(
-    const JpegCall& call, const Space& space, const Planes<float>& planes, const Place& at, const Unit& unit, Halo& halo) {
+    const JpegCall& call, const Space& space, const Planes<float>& planes, const Place& at, const Unit& unit,
+    Halo& halo) {
   for (int n = at.lane; n < 68; n += 32) {
     const int row = n < 36 ? n / 18 * 17 : (n - 36) / 2 + 1, column = n < 36 ? n % 18 : (n - 36) % 2 * 17;
     float g[3];
@@ -248,7 +252,9 @@ __device__ __forceinline__ void reduced(
   const float(*rows)[19] = halo.at[plane] + 2 * at.row;  // from the pixel row above the two that lie under this row
   if (!call.smooth) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) g[i] = rows[1][2 * i + 1] + rows[1][2 * i + 2] + rows[2][2 * i + 1] + rows[2][2 * i + 2];
+    for (int i = 0; i < 8; ++i) {
+      g[i] = rows[1][2 * i + 1] + rows[1][2 * i + 2] + rows[2][2 * i + 1] + rows[2][2 * i + 2];
+    }
   } else {
     // A pixel beside the edge has nothing beyond it, and takes all of the last sample. Outside of the picture is 0.
     const float upper = r == 0 ? 1.0f : 0.75f, lower = r == call.ch - 1 ? 1.0f : 0.75f;
@@ -325,7 +331,7 @@ __global__ void __launch_bounds__(kJpegThreads) return_units(JpegCall call) {
 #pragma unroll
   for (int p = 0; p < 3; ++p) {
     float sum = beyond(g[p], call.w - unit.x);
-    sum += __shfl_xor_sync(kAllLanes, sum, 8);  // the unit's other half; the right one's is all beyond, or the left one's 0
+    sum += __shfl_xor_sync(kAllLanes, sum, 8);  // from the unit's other half; where this is the right one it gives 0
     add_at(g[p], call.w - 1 - unit.x, sum);
   }
   from_planes(shared.space, g);
@@ -348,8 +354,8 @@ void run_backward(const JpegCall& call, bool half, cudaStream_t stream) {
 }
 
 void jpeg_backward_cuda(
-    Tensor dx, Tensor sums, Tensor planes, const Tensor& grad, const Tensor& x, const Tensor& tables, const Tensor& affine,
-    bool half, bool smooth, bool integer, int64_t rounding, int64_t terms, double clamp_grad) {
+    Tensor dx, Tensor sums, Tensor planes, const Tensor& grad, const Tensor& x, const Tensor& tables,
+    const Tensor& affine, bool half, bool smooth, bool integer, int64_t rounding, int64_t terms, double clamp_grad) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   JpegCall call = jpeg_call(x, tables, affine, half);
   call.out = image(dx, x);

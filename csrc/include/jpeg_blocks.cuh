@@ -1,6 +1,6 @@
-// A block of 8x8 samples through the transform, the table and back, by eight lanes, each of which holds a row and, between
-// the transpositions, a column. In floats (Smooth), and in libjpeg's integers (Exact), whose bits are fixed: there no
-// product may be fused with a sum.
+// A block of 8x8 samples through the transform, the table and back, by eight lanes, each of which holds a row and,
+// between the transpositions, a column. In floats (Smooth), and in libjpeg's integers (Exact), whose bits are fixed:
+// there no product may be fused with a sum.
 #pragma once
 #include <stdint.h>
 

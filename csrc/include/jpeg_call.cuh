@@ -24,7 +24,7 @@ struct JpegCall {
   Image grad;             // d loss/d picture
   const float* tables;    // [B, 2, 8, 8]
   const float* affine;    // [2, 3]: pixel in 0..255 = x * affine[0] + affine[1]
-  void* planes;           // 4:2:0 decoded, centred: luminance [B, 16 rows of units, wide], chrominance [B, 2, half of both]
+  void* planes;           // of 4:2:0, decoded and centred: see Planes
   float* sums;            // [B, chunks, 2, 8, 8]: d loss/d tables of each thread block, or null
   int64_t table_stride;   // from a sample's tables to the next: 128, or 0 where all share them
   int64_t batch;
@@ -78,7 +78,8 @@ struct Unit {
   }
 };
 
-// The planes of 4:2:0 between kernels; S is what they are stored as.
+// The planes of 4:2:0 between kernels, padded to whole units: luminance of all samples [B, 16 rows, 16 columns], then
+// chrominance [B, 2, 8 rows, 8 columns], for each row and column of units. S is what they are stored as.
 template <class S>
 struct Planes {
   S *luma, *chroma;

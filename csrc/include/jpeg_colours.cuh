@@ -84,7 +84,8 @@ __device__ __forceinline__ float from_range(int32_t v, const Space& space, int c
 
 // Eight pixels of the result from their planes.
 template <class V>
-__device__ __forceinline__ void to_result(const V (&planes)[3][8], const Space& space, bool integer, float (&out)[3][8]) {
+__device__ __forceinline__ void to_result(
+    const V (&planes)[3][8], const Space& space, bool integer, float (&out)[3][8]) {
   V rgb[3][8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

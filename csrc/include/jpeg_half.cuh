@@ -1,5 +1,5 @@
-// What the kernels of 4:2:0 share: a unit's luminance and averaged chrominance from its pixels, and chrominance at twice
-// its size.
+// What the kernels of 4:2:0 share: a unit's luminance and averaged chrominance from its pixels, and chrominance at
+// twice its size.
 #pragma once
 #include "jpeg_colours.cuh"
 #include "jpeg_pixels.cuh"

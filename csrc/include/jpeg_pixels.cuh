@@ -75,7 +75,8 @@ __device__ __forceinline__ Layout layout_of(const Image& image, const T* row, in
 
 // Eight pixels of row y from column x, those beyond the width w as the last one.
 template <class T>
-__device__ __forceinline__ void load_pixels(const Image& image, int64_t sample, int y, int x, int w, float (&to)[3][8]) {
+__device__ __forceinline__ void load_pixels(
+    const Image& image, int64_t sample, int y, int x, int w, float (&to)[3][8]) {
   const int64_t* s = image.strides;
   const T* row = static_cast<const T*>(image.data) + sample * s[0] + y * s[2];
   const Layout layout = layout_of(image, row, x, w);

@@ -59,9 +59,14 @@ def check_backward(found, sizes):
         assert row["apart"] < tolerance and row.get("tables", 0.0) < tolerance, row
 
 
-CHECKS = {"exact": check_exact, "smooth": check_smooth, "backward": check_backward}
+def check_lost(found, sizes):
+    assert len(found) == 6 * len(sizes)
+    assert not [r for r in found if r["apart"]]
+
+
+CHECKS = {"exact": check_exact, "smooth": check_smooth, "lost": check_lost, "backward": check_backward}
 needs_turbo = pytest.mark.skipif(not features.check("libjpeg_turbo"), reason="Pillow's codec is not libjpeg-turbo")
-WHATS = [pytest.param("exact", marks=needs_turbo), "smooth", "backward"]
+WHATS = [pytest.param("exact", marks=needs_turbo), "smooth", "lost", "backward"]
 
 
 @pytest.mark.parametrize("what", WHATS)

@@ -68,7 +68,9 @@ def exact(size):
             tell(exact, size, f"{subsampling} {layout} bytes", apart=int((found != expected).sum()))
             assert found.stride() == torch.empty_like(x).stride()
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                args = arguments((x / 255).to(dtype), qualities, settings, "exact", space=SPACE)
+                floats = (x / 255).to(dtype)
+                floats[0, 0, 0, 0], floats[1, 1, -1, -1] = torch.nan, torch.inf
+                args = arguments(floats, qualities, settings, "exact", space=SPACE)
                 apart = int((cuda_binding.jpeg(args) != reference.jpeg(args)).sum())
                 tell(exact, size, f"{subsampling} {layout} {dtype}", apart=apart)
 
@@ -128,6 +130,16 @@ def smooth(size):
         tell(smooth, size, f"{subsampling} {upsample} integer planes", share=share, apart=float(away.max()))
 
 
+def lost(size):
+    """How many numbers differ between the kernels and the reference in whether a NaN has reached them."""
+    x = made((1, 3, *size), 0)
+    x[0, 1, size[0] // 2, size[1] // 2] = torch.nan
+    for (subsampling, upsample), rounding in itertools.product(FORMS, ("poly", "ste")):
+        args = arguments(x, 50, JpegSettings(subsampling, rounding, upsample=upsample))
+        apart = int((cuda_binding.jpeg(args).isnan() != reference.jpeg(args).isnan()).sum())
+        tell(lost, size, f"{subsampling} {upsample} {rounding}", apart=apart)
+
+
 def backward(size):
     """The largest distance to the reference's gradients in float64, as a share of the largest gradient."""
     x, quality, w = (
@@ -156,5 +168,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.ops.load_library(sys.argv[1])
     for name in sys.argv[2:]:
-        for what in (exact, smooth, backward):
+        for what in (exact, smooth, lost, backward):
             what(tuple(map(int, name.split("x"))))
