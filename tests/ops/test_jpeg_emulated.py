@@ -37,7 +37,7 @@ def few(library):
 
 
 def check_exact(found, sizes):
-    assert len(found) == 16 * len(sizes)
+    assert len(found) == 22 * len(sizes)
     assert not [r for r in found if r["apart"]]
 
 

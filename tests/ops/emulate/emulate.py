@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
 
-FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Wno-psabi"]
+# Most of the time goes into compiling, so that nothing is optimized.
+FLAGS = ["-std=c++20", "-O0", "-g1", "-ffp-contract=off", "-Wno-psabi"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
 REWRITES = (
     (r"([\w:]+(?:<[^<>;]*>)?)<<<(.*?)>>>\s*\(", r"emulate::launch(\1, \2)("),

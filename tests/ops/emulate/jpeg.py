@@ -17,6 +17,7 @@ from poisonshield.ops.jpeg import cuda_binding, inputs, reference
 from poisonshield.ops.jpeg.reference import JpegArguments, JpegGradientArguments, JpegSettings, Pipeline
 
 FORMS = [("420", "fancy"), ("420", "box"), ("444", "fancy")]
+QUALITIES = [torch.tensor(q) for q in ([1, 30, 77, 100], [2, 5, 10, 25], [49, 50, 51, 75], [90, 95, 99, 0])]
 ROUNDINGS = ["none", "poly", "ste", "poly_ste", "fourier", "hard"]
 SPACE = {"mean": torch.tensor([0.45, 0.5, 0.4]), "std": torch.tensor([0.2, 0.25, 0.3])}
 
@@ -48,7 +49,13 @@ def pictures(size, seed):
     return np.stack([noise, binary, slope, np.full((h, w, 3), 255)]).astype(np.uint8)
 
 
-def by_pillow(pixels, quality, subsampling):
+def by_pillow(pictures, qualities, subsampling):
+    """uint8 [B, 3, H, W] of [B, H, W, 3]: each compressed by libjpeg-turbo at its quality, and read again."""
+    results = [pillow_once(p, int(q), subsampling) for p, q in zip(pictures, qualities, strict=True)]
+    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2)
+
+
+def pillow_once(pixels, quality, subsampling):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling={"444": 0, "420": 2}[subsampling])
     return np.asarray(Image.open(buffer).convert("RGB"))
@@ -56,13 +63,16 @@ def by_pillow(pixels, quality, subsampling):
 
 def exact(size):
     """Differing numbers to Pillow, of 8-bit pixels, and to the reference, of floats and of halves, in two layouts."""
-    qualities = torch.tensor([1, 30, 77, 100])
     pixels = pictures(size, sum(size))
     last = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # channels last
     for subsampling in ("420", "444"):
-        expected = np.stack([by_pillow(p, int(q), subsampling) for p, q in zip(pixels, qualities, strict=True)])
-        expected = torch.from_numpy(expected).permute(0, 3, 1, 2)
         settings = JpegSettings(subsampling)
+        for qualities in QUALITIES[1:]:
+            found = cuda_binding.jpeg(arguments(last.contiguous(), qualities, settings, "exact"))
+            apart = int((found != by_pillow(pixels, qualities, subsampling)).sum())
+            tell(exact, size, f"{subsampling} {qualities.tolist()}", apart=apart)
+        qualities = QUALITIES[0]
+        expected = by_pillow(pixels, qualities, subsampling)
         for layout, x in (("last", last), ("planar", last.contiguous())):
             found = cuda_binding.jpeg(arguments(x, qualities, settings, "exact"))
             tell(exact, size, f"{subsampling} {layout} bytes", apart=int((found != expected).sum()))
