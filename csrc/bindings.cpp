@@ -26,4 +26,10 @@ STABLE_TORCH_LIBRARY(poisonshield_cuda, m) {
       "loss_(Tensor(a!) losses, Tensor(b!) grad, Tensor(c!) sums, Tensor pred, Tensor? target, Tensor? x0, Tensor? noise, "
       "Tensor? t, Tensor? alphas, Tensor seed, Tensor offset, Tensor stream, Tensor? mask, Tensor scale, int kind, int loss, "
       "float delta, int inner, int mask_row, int mask_channel, bool pred_grad) -> ()");
+  m.def(
+      "jpeg_(Tensor(a!) out, Tensor(b!) planes, Tensor x, Tensor tables, Tensor affine, bool half, bool smooth, bool exact, "
+      "bool integer, int rounding, int terms) -> ()");
+  m.def(
+      "jpeg_backward_(Tensor(a!) dx, Tensor(b!) sums, Tensor(c!) planes, Tensor grad, Tensor x, Tensor tables, Tensor affine, "
+      "bool half, bool smooth, bool integer, int rounding, int terms, float clamp_grad) -> ()");
 }

@@ -26,6 +26,11 @@ REGISTERS = {
     "noising": 64,
     "loss_and_gradient": 80,
     "add_rows": 40,
+    "code_whole": 64,
+    "decode_units": 64,
+    "join_planes": 64,
+    "return_whole": 128,
+    "return_units": 112,
 }
 
 

@@ -11,11 +11,22 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from poisonshield.ops.jpeg.constants import kept
 from poisonshield.ops.jpeg.padding import pad_before_averaging, pad_chroma_rows, pad_to
 
 # 2^13 times sums and differences of cosines, rounded: the multipliers of the butterfly.
 _Z = {"even": 4433, "two": 6270, "six": -15137, "five": 9633, "z1": -7373, "z2": -20995, "z3": -16069, "z4": -3196}
 _ODD = (2446, 16819, 25172, 12299)  # outputs 7, 5, 3, 1
+
+
+@kept
+def _forward_pass(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return forward_matrix().to(device, dtype)
+
+
+@kept
+def _inverse_pass(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return inverse_matrix().to(device, dtype)
 
 
 @cache
@@ -110,22 +121,22 @@ def _upsample(planes: Tensor) -> Tensor:
 
 
 def _encode(planes: Tensor, table: Tensor) -> Tensor:
-    c = _passes(planes - 128, forward_matrix(), (-1, 11), (-2, 15))  # 8 times the orthonormal transform
+    m = _forward_pass(torch.float64, planes.device)
+    c = _passes(planes - 128, m, (-1, 11), (-2, 15))  # 8 times the orthonormal transform
     q = _tile(table, planes).to(torch.int32)
     return c.sign() * torch.div(c.abs() + 4 * q, 8 * q, rounding_mode="floor")
 
 
 def _decode(coefficients: Tensor, table: Tensor) -> Tensor:
     c = coefficients * _tile(table, coefficients).to(torch.int32)
-    return (_passes(c, inverse_matrix(), (-2, 11), (-1, 18)) + 128).clamp(0, 255)
+    return (_passes(c, _inverse_pass(torch.float64, c.device), (-2, 11), (-1, 18)) + 128).clamp(0, 255)
 
 
 def _passes(planes: Tensor, matrix: Tensor, *passes: tuple[int, int]) -> Tensor:
     """One product and rounding shift along each (dim, bits), on blocks of 8. int32 in and out."""
-    m = matrix.to(planes.device, torch.float64)
     x = planes.to(torch.float64)
     for dim, bits in passes:
-        blocks = x.unflatten(-1, (-1, 8)) @ m.T if dim == -1 else m @ x.unflatten(-2, (-1, 8))
+        blocks = x.unflatten(-1, (-1, 8)) @ matrix.T if dim == -1 else matrix @ x.unflatten(-2, (-1, 8))
         x = ((blocks + 2 ** (bits - 1)) * 2.0**-bits).floor().flatten(-2 if dim == -1 else -3, -1 if dim == -1 else -2)
     return x.to(torch.int32)
 

@@ -64,7 +64,7 @@ def check_space(value_range: tuple[float, float]) -> None:
 
 def tables_of(x: Tensor, quality: Tensor | float | int, qtables: Tensor | None, *, whole: bool) -> Tensor:
     """The scaled tables of each sample, [B, 2, 8, 8] on the device of x. whole: for libjpeg's whole qualities."""
-    quality = _quality_tensor(x, quality, whole)  # [], [1] or [B]
+    quality = _quality_tensor(x, quality, whole)  # [], [1] or [B]; on the CPU where it is a number of Python
     if qtables is not None:
         check_tensor("qtables", qtables, "numbers [2, 8, 8] or [B, 2, 8, 8]")
         if qtables.device != x.device:
@@ -73,7 +73,7 @@ def tables_of(x: Tensor, quality: Tensor | float | int, qtables: Tensor | None, 
             raise ShapeError(f"qtables are for {qtables.shape[0]} images and x has {x.shape[0]}.")
     if whole:
         quality = quality.floor() if quality.is_floating_point() else quality
-    tables = scaled_tables(quality if quality.is_floating_point() else quality.float(), qtables)
+    tables = scaled_tables(quality if quality.is_floating_point() else quality.float(), qtables, x.device)
     return tables.expand(x.shape[0], 2, 8, 8)
 
 
@@ -90,7 +90,9 @@ def check_quality(quality: Any, whole: bool) -> None:
 def _quality_tensor(x: Tensor, quality: Tensor | float | int, whole: bool) -> Tensor:
     if not isinstance(quality, Tensor):
         check_quality(quality, whole)
-        return torch.full((1,), quality, dtype=torch.float32, device=x.device)
+        # Arithmetic on a number costs a GPU nothing; compiled code keeps to one device.
+        device = x.device if torch.compiler.is_compiling() else None
+        return torch.full((), quality, dtype=torch.float32, device=device)
     check_tensor("quality", quality, "numbers from 1 to 100")
     if quality.dtype == torch.bool:
         raise TypeError(f"quality is {quality.dtype}. Give numbers from 1 to 100.")
@@ -115,7 +117,8 @@ def affine_of(x: Tensor, value_range: tuple[float, float], mean: Tensor | None, 
         return torch.stack((x.new_ones(3, dtype=torch.float32), x.new_zeros(3, dtype=torch.float32)))
     if normalized is None:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.full((3,), 255 / (high - low), dtype=dtype, device=x.device)
-        return torch.stack((scale, scale * -low))
+        affine = torch.full((2, 3), 255 / (high - low), dtype=dtype, device=x.device)
+        affine[1].mul_(-low)
+        return affine
     mean, std = normalized
     return torch.stack((std, mean - low)) * (255 / (high - low))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poisonshield.ops.jpeg.constants import kept
 from poisonshield.ops.jpeg.exact import exact_jpeg
 from poisonshield.ops.jpeg.padding import fold, pad_before_averaging, pad_chroma_rows, pad_to
 from poisonshield.ops.jpeg.tables import scaled_tables
@@ -147,19 +148,21 @@ class Pipeline:
         luma, chroma = self.decoded()
         g = grad.to(self.dtype) / self.scale[:, None, None]
         g = self._clamp(g, self.colours(luma, chroma), 0, 255)
-        g = self._apply_transposed(_TO_RGB, g)  # d loss/d (Y, Cb, Cr), [B, 3, H, W]
+        g = _mix(_to_rgb(self.dtype, g.device).T, g, None)  # d loss/d (Y, Cb, Cr), [B, 3, H, W]
         g_chroma = self._upsample_adjoint(g[:, 1:]) if self.half_chroma else g[:, 1:]
         g_luma, luma_table = self._through_blocks(g[:, :1], luma, self.u[0], table_grad)
         g_chroma, chroma_table = self._through_blocks(g_chroma, chroma, self.u[1], table_grad)
-        g = self._apply_transposed(_TO_YCC, self._pad_adjoint(g_luma, g_chroma)) * self.scale[:, None, None]
+        g = _mix(_to_ycc(self.dtype, g.device).T, self._pad_adjoint(g_luma, g_chroma), None)
+        g = g * self.scale[:, None, None]
         if luma_table is None or chroma_table is None:
             return g, None
         return g, torch.stack((luma_table, chroma_table), 1)
 
     def _to_ycc(self, x: Tensor) -> Tensor:
         """Y, Cb and Cr, centred on 0: [B, 3, H, W]."""
-        matrix = torch.tensor(_TO_YCC, dtype=self.dtype, device=x.device)
-        bias = matrix @ self.shift - torch.tensor((128.0, 0.0, 0.0), dtype=self.dtype, device=x.device)
+        matrix = _to_ycc(self.dtype, x.device)
+        bias = matrix @ self.shift
+        bias[0] -= 128
         return _mix(matrix * self.scale, x, bias)
 
     def _store(self, planes: Tensor) -> Tensor:
@@ -209,10 +212,6 @@ class Pipeline:
         inside, slope = (value >= low) & (value <= high), self.settings.clamp_grad
         return g * inside if slope == 0 else torch.where(inside, g, slope * g)
 
-    def _apply_transposed(self, matrix: tuple[tuple[float, ...], ...], planes: Tensor) -> Tensor:
-        """A colour transform's adjoint on [B, 3, H, W]."""
-        return _mix(torch.tensor(matrix, dtype=self.dtype, device=planes.device).T, planes, None)
-
     def _forward_dct(self, planes: Tensor) -> Tensor:
         """The orthonormal 8x8 DCT of each block, in place of the block: [B, C, H, W] with sizes divisible by 8."""
         return _blockwise(self.dct, planes)
@@ -221,6 +220,17 @@ class Pipeline:
         return _blockwise(self.dct.T, planes)
 
 
+@kept
+def _to_ycc(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(_TO_YCC, dtype=dtype, device=device)
+
+
+@kept
+def _to_rgb(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(_TO_RGB, dtype=dtype, device=device)
+
+
+@kept
 def dct_matrix(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Row k of [8, 8] is the k-th cosine, orthonormal."""
     k, i = torch.arange(8, dtype=torch.float64)[:, None], torch.arange(8, dtype=torch.float64)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from poisonshield.errors import ConfigError, ShapeError
 from poisonshield.ops.check import check_tensor, is_number, kind, readable
+from poisonshield.ops.jpeg.constants import kept
 
 LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -50,19 +51,28 @@ def jpeg_tables(quality: Tensor | float | int, base: Tensor | None = None) -> Te
     return scaled_tables(quality, base).round().to(torch.int32)
 
 
-def scaled_tables(quality: Tensor, base: Tensor | None = None) -> Tensor:
+def scaled_tables(quality: Tensor, base: Tensor | None = None, device: torch.device | None = None) -> Tensor:
     """`jpeg_tables` as float32 (float64 if an input is), differentiable: every floor passes gradients straight through.
 
-    ds/dQ = -5000/Q^2 below 50, else -2; dq/ds = base/100 where the table is inside 1..255, else 0.
+    ds/dQ = -5000/Q^2 below 50, else -2; dq/ds = base/100 where the table is inside 1..255, else 0. device: where the
+    tables are wanted, that of quality if None; a single quality on the CPU, [], goes there as a number, with no copy.
     """
     if base is not None:
         _check_base(base)
     dtype = torch.float64 if torch.float64 in (quality.dtype, None if base is None else base.dtype) else torch.float32
-    q = quality.reshape(-1).to(dtype).clamp(1, 100)
+    q = quality.to(dtype).clamp(1, 100)
     if base is None:
-        base = torch.tensor((LUMINANCE, CHROMINANCE), dtype=dtype, device=q.device)
-    scale = _floor(torch.where(q < 50, 5000 / q, 200 - 2 * q))[:, None, None, None]
-    return _floor((base.to(dtype) * scale + 50) / 100).clamp(1, 255)  # [B, 2, 8, 8]
+        base = annex_k(dtype, device or q.device)
+    scale = _floor(torch.where(q < 50, 5000 / q, 200 - 2 * q))
+    scale = scale[:, None, None, None] if scale.dim() else scale
+    tables = _floor((base.to(dtype) * scale + 50) / 100).clamp(1, 255)
+    return tables if tables.dim() == 4 else tables[None]  # [B, 2, 8, 8]
+
+
+@kept
+def annex_k(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The standard's base tables, [2, 8, 8]."""
+    return torch.tensor((LUMINANCE, CHROMINANCE), dtype=dtype, device=device)
 
 
 def _check_base(base: Tensor) -> None:
@@ -74,4 +84,4 @@ def _check_base(base: Tensor) -> None:
 
 
 def _floor(x: Tensor) -> Tensor:
-    return x + (x.detach().floor() - x.detach())
+    return x + (x.detach().floor() - x.detach()) if x.requires_grad else x.floor()

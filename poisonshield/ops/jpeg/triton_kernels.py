@@ -8,8 +8,8 @@ mode splits integers into 7-bit digits, whose tf32 products are exact, and puts 
 
 Forward: `code_tiles` leaves decoded planes (float32), `combine` upsamples and converts. Backward: planes again for the
 clamps, then `split_gradient` (per pixel), `luma_gradient` and `gather_gradient` (per tile; as one kernel they would
-spill). Memory: planes of 1.5 (4:2:0) or 3 images and, backward, a float32 image; joining the passes is for a later CUDA
-kernel. A NaN spreads over its tile. No atomics.
+spill). Memory: planes of 1.5 (4:2:0) or 3 images and, backward, a float32 image; csrc/jpeg.cu joins the passes. A NaN
+spreads over its tile. No atomics.
 """
 
 from functools import cache

@@ -110,7 +110,7 @@ def channel(x_ptr, affine_ptr, at, inside, c: tl.constexpr, EXACT: tl.constexpr)
 @triton.jit
 def planes_of(x_ptr, affine_ptr, base, rows, columns, h, w, EXACT: tl.constexpr, INTEGER: tl.constexpr):
     """Y, Cb, Cr of a tile, centred on 0. rows, columns: where to read. Exact mode computes in int32."""
-    area = h.to(tl.int64) * w
+    area = tl.cast(h, tl.int64) * w  # an integer 1 comes as a constexpr, which has no .to
     at = base + rows[:, None].to(tl.int64) * w + columns[None, :]
     all_ = (rows[:, None] >= 0) & (columns[None, :] >= 0)
     r = channel(x_ptr, affine_ptr, at, all_, 0, EXACT)
