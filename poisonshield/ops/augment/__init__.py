@@ -122,7 +122,7 @@ def keyed_uniform(
         raise ShapeError(f"ids is {kind(ids)}. Give int64 [B], an id for each sample.")
     check_number("count", count, least=0, whole=True)
     words = {n: word(ids, v, n) for n, v in (("seed", seed), ("offset", offset), ("stream", stream))}
-    numbers: Tensor = _keyed_uniform(UniformArguments(ids=ids, count=count, **words), dispatch.requested(backend))
+    numbers: Tensor = _keyed_uniform(UniformArguments(ids=ids, length=count, **words), dispatch.requested(backend))
     return numbers
 
 
@@ -195,7 +195,7 @@ def _gradients(ctx: Any, wanted: Any, grad: Tensor) -> dict[str, Tensor | None]:
 
 
 def _uniform_fake(args: UniformArguments) -> Tensor:
-    return args.ids.new_empty((args.ids.shape[0], args.count), dtype=torch.float32)
+    return args.ids.new_empty((args.ids.shape[0], args.length), dtype=torch.float32)
 
 
 _room = dispatch.Room("augment")

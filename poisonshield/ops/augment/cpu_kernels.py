@@ -77,11 +77,11 @@ def augment(args: AugmentArguments) -> Tensor:
 def keyed_uniform(args: UniformArguments) -> Tensor:
     """As the reference, to the bit."""
     ids = args.ids.contiguous()
-    out = torch.empty((len(ids), args.count), dtype=torch.float32)
+    out = torch.empty((len(ids), args.length), dtype=torch.float32)
     words = {name: int(getattr(args, name)) for name in ("seed", "offset", "stream")}
     record = _UniformCall(
         size=ctypes.sizeof(_UniformCall), out=native.pointer(out), ids=native.pointer(ids), batch=len(ids),
-        count=args.count, **words,
+        count=args.length, **words,
     )  # fmt: skip
     native.call("uniform", record)
     return out
