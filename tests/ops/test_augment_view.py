@@ -129,6 +129,24 @@ def test_a_forward_of_any_backend_has_the_references_gradient(backend):
     assert torch.equal(*found) and found[0].any()
 
 
+def test_traced_views_and_their_gradients_are_the_same():
+    """fullgraph compilation of both passes, and torch.func."""
+    settings = parameters()
+    boxes = settings.pop("boxes")
+
+    def view(x, boxes):
+        return augment(x, boxes, **settings)
+
+    found = []
+    for function in (view, torch.compile(view, fullgraph=True, backend="aot_eager")):
+        x = gentle().detach().float().requires_grad_()
+        (function(x, boxes) * torch.arange(16.0).view(4, 4)).sum().backward()
+        found.append(x.grad)
+    x = x.detach()
+    found.append(torch.func.grad(lambda v: (view(v, boxes) * torch.arange(16.0).view(4, 4)).sum())(x))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and found[0].any()
+
+
 def test_rounding_beyond_white_stops_no_gradient():
     x = torch.ones(1, 3, 9, 9, requires_grad=True)
     augment(x, torch.tensor([[1, 2, 7, 5.0]]), size=4).sum().backward()
