@@ -59,13 +59,15 @@ def drawn(size=(4, 3, 40, 40), dtype=torch.uint8):
         (center_crop, {"size": 28}, 10),
     ],
 )
-def test_a_view_waits_for_nothing(pretended, pipeline, settings, most):
+def test_two_views_wait_for_nothing(pretended, pipeline, settings, most):
     for dtype in (torch.uint8, torch.float32):
         x, rng = drawn(dtype=dtype)
         with Recorder() as seen:
-            view = pipeline(x, rng, ViewsConfig(**settings))
-        assert view.device.type == "cuda" and view.dtype == torch.float32 and view.shape[0] == 4
-        assert view.is_contiguous(memory_format=torch.channels_last)
+            views = pipeline(x, [rng.within("view0"), rng.within("view1")], ViewsConfig(**settings))
+        assert len(views) == 2
+        for view in views:
+            assert view.device.type == "cuda" and view.dtype == torch.float32 and view.shape[0] == 4
+            assert view.is_contiguous(memory_format=torch.channels_last)
         assert seen.kernels.total() <= most, seen.kernels
 
 

@@ -75,9 +75,11 @@ def test_a_box_beyond_the_image_reads_nothing_outside():
 
 @pytest.mark.parametrize("count", [0, 1, 35, 600])
 def test_uniform_numbers_equal_philoxs_to_the_bit(count):
-    ids = torch.tensor([5, 2**35 + 1, -3])
-    ours = keyed_uniform(ids, count, seed=2**64 - 7, offset=3, stream=2**32 - 5, backend="triton")
-    assert torch.equal(ours, philox_uniform((3, count), 2**64 - 7, 3, sample_ids=ids, stream=2**32 - 5))
+    ids, streams = torch.tensor([5, 2**35 + 1, -3]), torch.tensor([2**32 - 5, 7, 0])
+    ours = keyed_uniform(ids, count, seed=2**64 - 7, offset=3, stream=streams, backend="triton")
+    for i, stream in enumerate(streams.tolist()):
+        one = philox_uniform((1, count), 2**64 - 7, 3, sample_ids=ids[i : i + 1], stream=stream)
+        assert torch.equal(ours[i : i + 1], one)
 
 
 def test_an_empty_batch_gives_no_view():

@@ -278,7 +278,7 @@ def uniform(
     ids_ptr,  # [B] int64, samples' ids
     seed_ptr,  # [] int64, and the next two: where in Philox's numbers these lie
     offset_ptr,  # [] int64
-    stream_ptr,  # [] int64
+    streams_ptr,  # [B] int64
     batch,  # B
     count,  # numbers of a sample
     blocks,  # counters of a sample, of four numbers each
@@ -295,7 +295,7 @@ def uniform(
         block.to(tl.uint32),
         (sample & 0xFFFFFFFF).to(tl.uint32),
         zero + (tl.load(offset_ptr) & 0xFFFFFFFF).to(tl.uint32),
-        zero + (tl.load(stream_ptr) & 0xFFFFFFFF).to(tl.uint32),
+        (tl.load(streams_ptr + b, mask=b < batch, other=0) & 0xFFFFFFFF).to(tl.uint32),
     )
     for k in tl.static_range(4):
         number = (words[k] >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
@@ -360,8 +360,9 @@ def keyed_uniform(args: UniformArguments) -> Tensor:
     if out.numel():
         blocks = triton.cdiv(args.length, 4)
         uniform[(triton.cdiv(len(ids) * blocks, _WORDS),)](
-            out, ids, args.seed, args.offset, args.stream, len(ids), args.length, blocks, WORDS=_WORDS, **_OPTIONS
-        )
+            out, ids, args.seed, args.offset, args.stream.contiguous(), len(ids), args.length, blocks, WORDS=_WORDS,
+            **_OPTIONS,
+        )  # fmt: skip
     return out
 
 
@@ -370,7 +371,7 @@ def _given(value: Tensor | None, absent: Tensor) -> Tensor:
     if value is None:
         return absent
     if value.dtype == torch.bool:
-        return value.to(torch.uint8)
+        return value.contiguous().view(torch.uint8)
     return (value.float() if value.is_floating_point() else value).contiguous()
 
 
@@ -378,7 +379,7 @@ def aot_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
     """(name, kernel, signature, constants, options, arguments divisible by 16): what is compiled ahead of time."""
     kinds = {"out_ptr": "*fp32", "from_ptr": "*fp32", "x_ptr": "*fp32", "flip_ptr": "*u8", "gray_ptr": "*u8"}
     kinds |= dict.fromkeys(("sums_ptr", "boxes_ptr", "factors_ptr", "sigma_ptr"), "*fp32")
-    kinds |= dict.fromkeys(("order_ptr", "ids_ptr", "seed_ptr", "offset_ptr", "stream_ptr"), "*i64")
+    kinds |= dict.fromkeys(("order_ptr", "ids_ptr", "seed_ptr", "offset_ptr", "streams_ptr"), "*i64")
     every = (
         ("crop", crop, {"FLIP": True, "COLOURS": False, "BYTES": False, "LAST": True}, {}),
         ("crop_all", crop, {"FLIP": True, "COLOURS": True, "BYTES": True, "LAST": False}, {"x_ptr": "*u8"}),
