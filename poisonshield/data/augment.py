@@ -19,19 +19,19 @@ def crop_boxes(u: Tensor, height: int, width: int, *, area: tuple[float, float],
     """
     share = area[0] + (area[1] - area[0]) * u[:, 0:10]
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[:, 10:20])
-    w = torch.round(torch.sqrt(share * height * width * aspect))
-    h = torch.round(torch.sqrt(share * height * width / aspect))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)  # [B, 10]
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    pixels = share * height * width
+    sides = torch.stack([pixels / aspect, pixels * aspect], dim=1).sqrt().round()  # [B, 2, 10], heights and widths
+    fits = (sides > 0).all(1) & (sides[:, 0] <= height) & (sides[:, 1] <= width)  # [B, 10]
+    first = fits.to(torch.uint8).argmax(1)
+    h, w = sides.gather(2, first.view(-1, 1, 1).expand(-1, 2, 1)).squeeze(2).unbind(1)
     fallback_w = min(width, round(height * ratio[1])) if width / height > ratio[1] else width
     fallback_h = min(height, round(width / ratio[0])) if width / height < ratio[0] else height
     any_fits = fits.any(1)
-    w = torch.where(any_fits, w.gather(1, first)[:, 0], torch.full_like(share[:, 0], fallback_w))
-    h = torch.where(any_fits, h.gather(1, first)[:, 0], torch.full_like(share[:, 0], fallback_h))
-    centred_top, centred_left = torch.floor((height - h) / 2), torch.floor((width - w) / 2)
-    top = torch.where(any_fits, torch.floor(u[:, 20] * (height - h + 1)), centred_top)
-    left = torch.where(any_fits, torch.floor(u[:, 21] * (width - w + 1)), centred_left)
-    return torch.stack([top, left, h, w], dim=1)
+    h, w = torch.where(any_fits, h, float(fallback_h)), torch.where(any_fits, w, float(fallback_w))
+    slack = torch.stack([height - h, width - w], dim=1)  # [B, 2]
+    drawn, centred = torch.floor(u[:, 20:22] * (slack + 1)), torch.floor(slack / 2)
+    corner = torch.where(any_fits[:, None], drawn, centred)
+    return torch.cat([corner, h[:, None], w[:, None]], dim=1)
 
 
 def jitter(u: Tensor, *, strength: float, hue: float) -> tuple[Tensor, Tensor]:
