@@ -152,10 +152,9 @@ def _check_parameter(x: Tensor, value: Tensor | None, name: str, shape: tuple[in
     """Raises for what is not one such number, or a row of them, for each sample."""
     if value is None:
         return
-    wanted = f"{numbers} {[x.shape[0], *shape]}"
-    check_tensor(name, value, wanted)
+    check_tensor(name, value, f"{numbers}, a row for each sample")
     if value.dtype not in _KINDS[numbers] or value.shape != (x.shape[0], *shape):
-        raise ShapeError(f"{name} is {kind(value)}. Give {wanted}.")
+        raise ShapeError(f"{name} is {kind(value)}. Give {numbers} {[x.shape[0], *shape]}.")
     check_device(x, value, name, owner="x")
 
 
