@@ -6,8 +6,7 @@ before contrast and leaves the sum of their luma; `finish_colours` knows the mea
 `blur` runs twice, along rows and then down columns, and looks only as far as a sample's Gaussian reaches. What a sample
 does is read from its parameters in the kernel: nothing waits for them, and shapes do not depend on them.
 
-In between views are float32 in channels-last memory, as the result is. Compiled without fused multiply-adds. Samples
-start at 64-bit offsets, places within one are 32 bits wide.
+In between views are float32, in channels-last memory as the result. Samples start at 64-bit offsets.
 """
 
 from typing import Any
@@ -207,8 +206,7 @@ def finish_colours(
     pixel = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < side * side
     at = from_ptr + b * side * side * 3 + 3 * pixel
-    red = tl.load(at, mask=inside, other=0)
-    green = tl.load(at + 1, mask=inside, other=0)
+    red, green = tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0)
     blue = tl.load(at + 2, mask=inside, other=0)
     if COLOURS:
         # Every program adds all partial sums of its sample in the same order: a few hundred bytes from the cache.
