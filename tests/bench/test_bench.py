@@ -66,8 +66,8 @@ def test_jpeg_is_benchmarked_beside_kornia(tmp_path):
 
 
 def test_every_op_has_a_benchmark_and_others_are_refused(tmp_path):
-    assert benchmarks() == ["diffusion", "jpeg", "pgd"]
-    with pytest.raises(ConfigError, match="no benchmark for fft. Known: diffusion, jpeg, pgd"):
+    assert benchmarks() == ["augment", "diffusion", "jpeg", "pgd"]
+    with pytest.raises(ConfigError, match="no benchmark for fft. Known: augment, diffusion, jpeg, pgd"):
         run("--op", "fft", "--out", tmp_path / "bench.csv")
 
 
