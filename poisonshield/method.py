@@ -37,6 +37,11 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done."""
 
+    @property
+    def acts_after_step(self) -> bool:
+        """Whether `after_step` changes anything; the engine then makes sure of a step before it calls it."""
+        return type(self).after_step is not Method.after_step
+
 
 class SSLMethod(Method):
     """A way to train an encoder of pictures, with or without labels.

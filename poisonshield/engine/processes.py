@@ -76,7 +76,8 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
         package_log.setLevel(logging.ERROR)  # rank 0 speaks, the others only when they fail
     seed_everything(seed)
     try:
-        yield device
+        with _arithmetic(config):
+            yield device
     except Exception as err:
         if world > 1:
             kind, host = type(err).__name__, socket.gethostname()
@@ -86,6 +87,21 @@ def processes(config: EngineConfig, *, seed: int) -> Iterator[torch.device]:
         package_log.setLevel(level)
         if ours:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _arithmetic(config: EngineConfig) -> Iterator[None]:
+    """Inside, a GPU chooses algorithms and rounds factors as the settings say; where they say nothing, as before."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
+    if config.cudnn_benchmark:
+        cudnn.benchmark = True
+    if config.tf32 is not None:
+        cudnn.allow_tf32 = products.allow_tf32 = config.tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
 
 
 def _join(device: torch.device, *, alone_too: bool) -> bool:
