@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from poisonshield.attacks.parts import graphs
 from poisonshield.ops import dispatch
 from poisonshield.ops.library import Op
 from poisonshield.ops.record import rebuild
@@ -44,17 +45,32 @@ class Seen:
         default_factory=lambda: {kind: Counter() for kind in ("launch", "copy", "wait")}
     )
     in_graph: bool = False
-    """Inside a captured graph: its kernels are not launched one by one."""
+    """Inside a recorded graph: its kernels are not launched one by one."""
 
     def add(self, kind: str, what: str, count: int = 1) -> None:
         """Count something at the line of the package that asked for it."""
-        if count and not (self.in_graph and kind == "launch"):
+        if count and self.in_graph and kind != "launch":
+            raise RuntimeError(f"a recorded graph cannot hold a {kind}: {what} ({_lines()[0]}).")
+        if count and not self.in_graph:
             self.by_line[kind][_lines(), what] += count
 
     def count(self, kind: str, *, without: tuple[str, ...] = ()) -> int:
         """How often, but for what was asked from a file whose path starts with one of `without`."""
         asked = self.by_line[kind].items()
         return sum(n for (lines, _), n in asked if not any(line.startswith(without) for line in lines if without))
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """As attacks.parts.graphs.record: `work` runs when it is replayed, and counts as one launch then."""
+
+        def replay() -> None:
+            self.in_graph = True
+            try:
+                work()
+            finally:
+                self.in_graph = False
+            self.add("launch", "graph")
+
+        return replay
 
     def clear(self) -> None:
         """Count from nothing again."""
@@ -143,11 +159,20 @@ class PretendTensor(torch.Tensor):
             return _run_op(func, args)
         if _current:
             _count(_current[-1], func, args, kwargs)
-        out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+        out = _compute(func, tree_map(_unwrap, args), tree_map(_unwrap, kwargs))
         changed = _changed(func, args, kwargs)
         if changed is not None:
             return changed
         return tree_map(_wrap, out)
+
+
+def _compute(func: Any, args: Any, kwargs: Any) -> Any:
+    """On the CPU; convolutions in float32, as oneDNN's in bfloat16 are slow, and leave parts of a gradient unwritten
+    where the kernel is larger than the picture."""
+    if func.overloadpacket not in (aten.convolution, aten.convolution_backward) or args[0].dtype != torch.bfloat16:
+        return func(*args, **kwargs)
+    wide = tree_map(lambda v: v.float() if isinstance(v, Tensor) else v, args)
+    return tree_map(lambda v: v.bfloat16() if isinstance(v, Tensor) else v, func(*wide, **kwargs))
 
 
 def _unwrap(value: Any) -> Any:
@@ -328,6 +353,22 @@ class _Host(TorchFunctionMode):
         return x.clone() if copy else x
 
 
+class PretendEvent:
+    """A mark in the device's queue. To wait for it counts, although the device may have more to do behind it."""
+
+    def record(self) -> None:
+        """The mark is set."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has come to the mark."""
+        _current[-1].add("wait", "event")
+
+
+def _on_gpu(group: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's grouping of tensors by device and dtype, which reads the device where it cannot be pretended."""
+    return lambda *args, **kwargs: {(CUDA, dtype): rest for (_, dtype), rest in group(*args, **kwargs).items()}
+
+
 @contextmanager
 def pretend_device() -> Iterator[Seen]:
     """Inside, `cuda:0` is a place; gives what is seen there."""
@@ -337,12 +378,17 @@ def pretend_device() -> Iterator[Seen]:
     on_cpu = lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs)
     known = [*_foreach_utils._foreach_supported_types, PretendTensor]
     asked = torch.is_autocast_enabled
+    clip = importlib.import_module("torch.nn.utils.clip_grad")
+    by_device = _on_gpu(torch.optim.Optimizer._group_tensors_by_device_and_dtype)
     swaps = [
+        mock.patch.object(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(by_device)),
+        mock.patch.object(clip, "_group_tensors_by_device_and_dtype", _on_gpu(clip._group_tensors_by_device_and_dtype)),
         mock.patch.object(torch, "autocast", on_cpu),
         mock.patch.object(torch, "is_autocast_enabled", lambda kind="cpu": asked("cpu")),
         mock.patch.object(_foreach_utils, "_foreach_supported_types", known),
-        mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "cpu"]),
         mock.patch.object(torch.__future__, "get_swap_module_params_on_conversion", lambda: True),
+        mock.patch.object(torch.cuda, "Event", PretendEvent),
+        mock.patch.object(graphs, "record", seen.record),
         mock.patch.object(torch.cuda, "get_device_name", lambda device=None: "a pretend device"),
         mock.patch.object(torch.cuda, "max_memory_allocated", lambda device=None: 0),
     ]

@@ -3,7 +3,7 @@
 Steps cost one forward and one input-gradient backward each.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch import Tensor
 from poisonshield.attacks.base import Attack, Objective, Success
 from poisonshield.attacks.parts.budgets import NORMS, Budget
 from poisonshield.attacks.parts.gradients import loss_and_gradient, per_sample
+from poisonshield.attacks.parts.graphs import Graphs, Wish
 from poisonshield.config import Number, Settings
 from poisonshield.random import KeyedRandom
 
@@ -35,6 +36,16 @@ class PGD(Attack):
         restarts: int = Field(
             1, ge=1, description="ascents; more than one keep each sample's highest loss, for one forward more each"
         )
+        graph: Wish = Field(
+            "auto",
+            description="whether a GPU gets all steps as one CUDA graph, with the same pixels: auto where it can, on "
+            "tells why where it cannot, off never",
+        )
+
+    def __init__(self, config: Settings | None = None, /, **options: Any) -> None:
+        """As every attack; see `Attack`."""
+        super().__init__(config, **options)
+        self.graphs = Graphs(self.config.graph)
 
     @classmethod
     def passes(cls, config: Config) -> int:
@@ -83,9 +94,14 @@ class PGD(Attack):
             budget.start_(x_adv, x, rng, f"pgd/start/{restart}")
         if self.stop_loss is not None:
             return self._ascend_until(objective, x_adv, x, budget, self.stop_loss)
-        for _ in range(self.config.steps):
-            _, grad = loss_and_gradient(objective, x_adv, scale=self.grad_scale)
-            budget.step_(x_adv, grad, x, self.config.step_size)
+
+        def ascent(objective: Objective, x_adv: Tensor, x: Tensor) -> None:
+            for _ in range(self.config.steps):
+                _, grad = loss_and_gradient(objective, x_adv, scale=self.grad_scale)
+                budget.step_(x_adv, grad, x, self.config.step_size)
+
+        unfit = "it restarts, and compares losses in between" if self.config.restarts > 1 else None
+        self.graphs.run(ascent, objective, x_adv, x, budget, unfit=unfit)
         return x_adv
 
     def _ascend_until(self, objective: Objective, x_adv: Tensor, x: Tensor, budget: Budget, stop_loss: float) -> Tensor:

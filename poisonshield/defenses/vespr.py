@@ -14,7 +14,7 @@ the cost. keep_clean adds the clean copies as further views of the same samples,
 samples of them, which fails on the labels and turns unattacked views into false negatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,7 +24,15 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.attacks import AttackChoice, AttackConfig, ChannelLinf, ClassMemory, batch_stats, frozen_stats
+from poisonshield.attacks import (
+    AttackChoice,
+    AttackConfig,
+    ChannelLinf,
+    ClassMemory,
+    Repeated,
+    batch_stats,
+    frozen_stats,
+)
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Number
 from poisonshield.defenses.base import Defense, Wrapped
@@ -218,18 +226,21 @@ class VESPRMethod(Wrapped):
         """
         if index not in self.config.attack_views:
             return view
-        labels = batch.labels()
-
-        def objective(v: Tensor, rows: Tensor | None = None) -> Tensor:
-            y = labels if rows is None else labels[rows]
-            with self._precision(v):
-                scores = self.logits(v)
-            return F.cross_entropy(at_least_float32(scores), y, reduction="none")
-
+        labels, modules = batch.labels(), (self.method.encoder, self.head)
+        objective: Callable[..., Tensor] = lambda x: self._loss_of_each(x, labels)
+        if self.config.attack_mode == "eval":  # synced batch norm sends messages from within, in training mode
+            reads = tuple(v for m in modules for v in (*m.parameters(), *m.buffers()))
+            objective = Repeated(self._loss_of_each, (labels,), reads)
         start = None if self.memory is None else self.memory.start(index, view, labels, self.budget)
-        with self._still(self.method.encoder, self.head):
+        with self._still(*modules):
             rng = batch.random(self.seed, view.device).within(f"view{index}")
             return self.attack(objective, view, self.budget, rng, start=start)
+
+    def _loss_of_each(self, x: Tensor, labels: Tensor) -> Tensor:
+        """What the attack on one view ascends: the classifier's loss of each sample, [B]."""
+        with self._precision(x):
+            scores = self.logits(x)
+        return F.cross_entropy(at_least_float32(scores), labels, reduction="none")
 
     def _attack_together(self, batch: Batch) -> tuple[Tensor, ...]:
         """All flagged views attacked at once: the self-supervised loss ties them to each other and to the batch."""

@@ -14,7 +14,10 @@ from poisonshield.engine.runfolder import RunFolder
 from poisonshield.runs.base import read_experiment
 from poisonshield.runs.classify import build_method
 
-IMAGES, SIDE, STEPS = 16, 16, 3  # counts do not depend on the side
+IMAGES, STEPS = 16, 4  # the attack is recorded in the second step; the third is looked at
+SIDE = 16  # counts do not depend on it
+FEWER = ["defenses.0.attack.steps=1"]  # a recorded attack is one launch, however long it is
+VIEWS = ("data/",)  # what makes the views
 
 
 class FromMemory:
@@ -39,9 +42,9 @@ class FromMemory:
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory) -> Seen:
-    """What the second step asked for; it logs nothing."""
+    """What the third step asked for; it logs nothing."""
     folder = tmp_path_factory.mktemp("run")
-    run = read_experiment("defend/vespr_in100", [f"run.dir={folder}", f"engine.max_steps={STEPS}"])
+    run = read_experiment("defend/vespr_in100", [f"run.dir={folder}", f"engine.max_steps={STEPS}", *FEWER])
     with pytest.MonkeyPatch.context() as patch, pretend_device() as seen:
         patch.setattr(loop, "choose_device", lambda wish: CUDA)
         method = build_method(run, 100)
@@ -54,8 +57,17 @@ def step(tmp_path_factory) -> Seen:
 
 
 def test_step_starts_few_kernels(step):
-    assert step.count("launch") < 4000, step.table()
+    assert step.count("launch", without=VIEWS) <= 900, step.table()
 
 
-def test_step_seldom_waits(step):
-    assert step.count("wait") <= 35, step.table()
+def test_step_waits_for_nothing_but_an_earlier_step(step):
+    assert step.count("wait", without=VIEWS) <= 1, step.table()
+
+
+def test_step_copies_small_things_only(step):
+    """Ids for each view and for the attack, the guard's questions and its verdict; pixels and labels."""
+    assert step.count("copy", without=VIEWS) <= 6, step.table()
+
+
+def test_attack_is_one_launch(step):
+    assert sum(n for (_, what), n in step.by_line["launch"].items() if what == "graph") == 1, step.table()
