@@ -14,8 +14,8 @@ the cost. keep_clean adds the clean copies as further views of the same samples,
 samples of them, which fails on the labels and turns unattacked views into false negatives.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -38,6 +38,7 @@ from poisonshield.config import Number
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import SSLMethod
+from poisonshield.models.batchnorm import input_gradients_only
 from poisonshield.models.normalize import IMAGENET_STD
 from poisonshield.ops.precision import at_least_float32
 from poisonshield.random import KeyedRandom
@@ -272,8 +273,12 @@ class VESPRMethod(Wrapped):
         with self._still(self):
             return compose(self.attack(objective, together, self.budget, rng, start=start))
 
-    def _still(self, *modules: nn.Module) -> AbstractContextManager[None]:
-        return (frozen_stats if self.config.attack_mode == "eval" else batch_stats)(*modules)
+    @contextmanager
+    def _still(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, passes leave no trace in the modules, and gradients are of pixels alone."""
+        with (frozen_stats if self.config.attack_mode == "eval" else batch_stats)(*modules):
+            with input_gradients_only(*modules):
+                yield
 
     def _precision(self, x: Tensor) -> AbstractContextManager[None]:
         name = self.config.attack_precision
