@@ -60,6 +60,12 @@ class EngineConfig(BaseModel):
         description="Whether sgd and adamw move all weights in one kernel, which may change the last bit; null does so "
         "on a GPU.",
     )
+    compile: bool = Field(
+        False,
+        description="Put the method's encoder under torch.compile, in training and in attacks. The first steps compile "
+        "for minutes, once for each size of batch; numbers change by rounding, and dropout draws others. Meant for a "
+        "GPU: on a CPU it was slower than without.",
+    )
     cudnn_benchmark: bool = Field(
         False,
         description="On a GPU, time several algorithms of each convolution at its first call and keep the fastest; "

@@ -20,6 +20,7 @@ from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput, Stream
 from poisonshield.engine import checkpoint
 from poisonshield.engine.backends.base import Backend
+from poisonshield.engine.compiling import compile_parts
 from poisonshield.engine.guards import FiniteGuard, Verdict
 from poisonshield.engine.metrics import Metrics
 from poisonshield.engine.optim import OptimConfig
@@ -168,6 +169,8 @@ class Trainer:
         self.method.to(self.device).train()
         if config.channels_last:
             self.method.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_parts(self.method)
         self.backend.prepare(self.method)
         self.guard.late = self.judges_late and self.backend.can_hold
         self.metrics = Metrics(self.folder, self.device, total_steps=self.total_steps, tensorboard=config.tensorboard)

@@ -127,8 +127,12 @@ class _StillNorm(torch.autograd.Function):
 def input_gradients_only(*modules: nn.Module) -> Iterator[None]:
     """Inside, batch norm in evaluation mode gives a gradient to its input and none to its weight and bias.
 
-    The same gradient to the bit, at a third of the cost, on float32 tensors of a CPU; elsewhere nothing changes.
+    The same gradient to the bit, at a third of the cost, on float32 tensors of a CPU; elsewhere nothing changes, nor in
+    a compiled module, which would be compiled anew for each function that is put into it.
     """
+    if any(m._compiled_call_impl is not None for module in modules for m in module.modules()):
+        yield
+        return
     # Any: see per_view_statistics.
     norms: list[Any] = [
         m

@@ -27,8 +27,13 @@ def norm_of(kind, channels, affine=True):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [(nn.BatchNorm2d, (5, 7, 9, 4)), (SyncedBatchNorm, (3, 16, 8, 8)), (nn.BatchNorm1d, (6, 5)), (nn.BatchNorm2d, (0, 2, 3, 3))],
-)  # fmt: skip
+    [
+        (nn.BatchNorm2d, (5, 7, 9, 4)),
+        (SyncedBatchNorm, (3, 16, 8, 8)),
+        (nn.BatchNorm1d, (6, 5)),
+        (nn.BatchNorm2d, (0, 2, 3, 3)),
+    ],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_outputs_and_input_gradients_are_torchs_to_the_bit(kind, shape, affine, layout):
     norm, x = norm_of(kind, shape[1], affine), torch.randn(shape)
