@@ -37,9 +37,9 @@ class PGD(Attack):
             1, ge=1, description="ascents; more than one keep each sample's highest loss, for one forward more each"
         )
         graph: Wish = Field(
-            "auto",
-            description="whether a GPU gets all steps as one CUDA graph, with the same pixels: auto where it can, on "
-            "tells why where it cannot, off never",
+            None,
+            description="whether a GPU gets all steps as one CUDA graph, with the same pixels: null or auto where it "
+            "can, on tells why where it cannot, off never",
         )
 
     def __init__(self, config: Settings | None = None, /, **options: Any) -> None:

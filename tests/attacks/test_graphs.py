@@ -200,3 +200,11 @@ def test_joint_steps_attack_alike_with_graphs(recorder):
             optimizer.step()
     pairs = zip(ours.state_dict().values(), plain.state_dict().values(), strict=True)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs) and recorder.recorded == 1 and recorder.replayed == 5
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("auto", None), (None, None), ("on", "on"), (True, "on"), (False, "off")]
+)
+def test_setting_is_read_as_yaml_gives_it(written, read):
+    assert PGD(graph=written).config.graph == read
+    assert PGD().config.graph is None  # null is as good as absent: a run of an earlier version goes on

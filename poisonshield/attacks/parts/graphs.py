@@ -10,9 +10,10 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from poisonshield.attacks.parts.budgets import Budget
@@ -22,8 +23,17 @@ log = logging.getLogger(__name__)
 Ascent = Callable[[Callable[..., Tensor], Tensor, Tensor], None]
 """Moves x_adv (second) in place up the objective (first), around x (third), without asking the device anything."""
 
-Wish = Literal["auto", "on", "off"]
 MOST = 4  # graphs of one attack; each keeps the memory of a forward and backward pass
+
+
+def _as_wish(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads on and off as true and false
+        return "on" if value else "off"
+    return None if value == "auto" else value
+
+
+Wish = Annotated[Literal["on", "off"] | None, BeforeValidator(_as_wish)]
+"""The type of a setting `graph`. auto is null, so that runs written before it was there go on."""
 
 
 @dataclass(frozen=True)
