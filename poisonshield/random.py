@@ -111,7 +111,8 @@ class KeyedRandom:
 
     def to(self, device: torch.device) -> "KeyedRandom":
         """The same numbers, drawn on `device`."""
-        return KeyedRandom(self.seed, send(self.ids, device), self.offset, self.scope)
+        ids = self.ids if self.ids.device == device else send(self.ids, device)
+        return KeyedRandom(self.seed, ids, self.offset, self.scope)
 
     def within(self, scope: str) -> "KeyedRandom":
         """Streams of their own for a part, such as one view."""

@@ -4,10 +4,9 @@ What is no attack lies in `parts/`.
 """
 
 from poisonshield.attacks.apgd import APGD
-from poisonshield.attacks.base import Attack, Objective, Success
+from poisonshield.attacks.base import Attack, Objective, Repeated, Success
 from poisonshield.attacks.fgsm import FGSM
 from poisonshield.attacks.parts.budgets import L1, L2, Budget, ChannelLinf, Linf, budget
-from poisonshield.attacks.parts.graphs import Repeated
 from poisonshield.attacks.parts.memory import ClassMemory
 from poisonshield.attacks.parts.settings import ATTACKS, AttackChoice, AttackConfig
 from poisonshield.attacks.parts.stats import batch_stats, frozen_stats

@@ -3,18 +3,29 @@
 Steps cost one forward and one input-gradient backward each.
 """
 
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from poisonshield.attacks.base import Attack, Objective, Success
 from poisonshield.attacks.parts.budgets import NORMS, Budget
 from poisonshield.attacks.parts.gradients import loss_and_gradient, per_sample
-from poisonshield.attacks.parts.graphs import Graphs, Wish
+from poisonshield.attacks.parts.graphs import Graphs
 from poisonshield.config import Number, Settings
 from poisonshield.random import KeyedRandom
+
+
+def _as_wish(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads on and off as true and false
+        return "on" if value else "off"
+    return None if value == "auto" else value
+
+
+Wish = Annotated[Literal["on", "off"] | None, BeforeValidator(_as_wish)]
+"""The type of a setting `graph`. auto is null, so that runs written before it was there go on."""
 
 
 class PGD(Attack):
@@ -42,10 +53,10 @@ class PGD(Attack):
             "can, on tells why where it cannot, off never",
         )
 
-    def __init__(self, config: Settings | None = None, /, **options: Any) -> None:
-        """As every attack; see `Attack`."""
-        super().__init__(config, **options)
-        self.graphs = Graphs(self.config.graph)
+    @cached_property
+    def graphs(self) -> Graphs:
+        """The ascents that it recorded."""
+        return Graphs(self.config.graph)
 
     @classmethod
     def passes(cls, config: Config) -> int:
@@ -100,6 +111,9 @@ class PGD(Attack):
                 _, grad = loss_and_gradient(objective, x_adv, scale=self.grad_scale)
                 budget.step_(x_adv, grad, x, self.config.step_size)
 
+        if not x.is_cuda and self.config.graph != "on":
+            ascent(objective, x_adv, x)
+            return x_adv
         unfit = "it restarts, and compares losses in between" if self.config.restarts > 1 else None
         self.graphs.run(ascent, objective, x_adv, x, budget, unfit=unfit)
         return x_adv

@@ -9,13 +9,12 @@ place is seen, and weights that lie elsewhere ask for a new graph.
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 
+from poisonshield.attacks.base import Repeated
 from poisonshield.attacks.parts.budgets import Budget
 
 log = logging.getLogger(__name__)
@@ -24,33 +23,6 @@ Ascent = Callable[[Callable[..., Tensor], Tensor, Tensor], None]
 """Moves x_adv (second) in place up the objective (first), around x (third), without asking the device anything."""
 
 MOST = 4  # graphs of one attack; each keeps the memory of a forward and backward pass
-
-
-def _as_wish(value: Any) -> Any:
-    if isinstance(value, bool):  # YAML reads on and off as true and false
-        return "on" if value else "off"
-    return None if value == "auto" else value
-
-
-Wish = Annotated[Literal["on", "off"] | None, BeforeValidator(_as_wish)]
-"""The type of a setting `graph`. auto is null, so that runs written before it was there go on."""
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """An objective that says what it depends on: `loss(pixels, *inputs)` gives the loss of each sample.
-
-    loss: the same at each call, such as a bound method; what it does must depend on nothing else that changes. inputs:
-    tensors with a row for each sample, such as labels. reads: parameters and buffers, which may change in place.
-    """
-
-    loss: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
-    reads: tuple[Tensor, ...]
-
-    def __call__(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The loss of each sample, [B]; rows: which of the inputs' rows these pixels are."""
-        return self.loss(x, *(v if rows is None else v[rows] for v in self.inputs))
 
 
 def record(work: Callable[[], None]) -> Callable[[], None]:
@@ -90,7 +62,7 @@ class Graphs:
     records. A copy of an attack starts without any.
     """
 
-    def __init__(self, wish: Wish) -> None:
+    def __init__(self, wish: Literal["on", "off"] | None) -> None:
         self.wish = wish
         self._calls: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, _Recorded] = {}
