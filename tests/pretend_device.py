@@ -286,9 +286,9 @@ def _run_op(func: Any, args: Any) -> Any:
     op = _all_ops()[name]
     if _current:
         record = rebuild(op.arguments, args[:-1])
-        triton = op.room._module("triton")
+        triton = op.room._module("triton") if op.room.missing("triton", CUDA) is None else None
         with _Host():  # which torch leaves while it hands a call over
-            if triton.refusal(name, record) is None:
+            if triton is not None and triton.refusal(name, record) is None:
                 with _silenced(triton):
                     getattr(triton, name)(record)
             else:

@@ -104,6 +104,7 @@ class PGD(Attack):
         if self.config.random_start and start is None:
             budget.start_(x_adv, x, rng, f"pgd/start/{restart}")
         if self.stop_loss is not None:
+            self.graphs.say("with stop_loss the samples that go on are others at each step")
             return self._ascend_until(objective, x_adv, x, budget, self.stop_loss)
 
         def ascent(objective: Objective, x_adv: Tensor, x: Tensor) -> None:

@@ -170,6 +170,16 @@ def test_calls_that_cannot_be_recorded_run_step_by_step_and_say_so_where_asked(
     assert recorder.recorded == 0 and len(caplog.messages) == 1 and reason in caplog.messages[0]
 
 
+def test_samples_that_stop_by_themselves_are_not_recorded(recorder, caplog):
+    model, x, y = Model().to(CUDA), torch.full((4, 3, 8, 8), 0.5).to(CUDA), torch.zeros(4, dtype=torch.long).to(CUDA)
+    with caplog.at_level(logging.WARNING, "poisonshield"), frozen_stats(model):
+        for wish in ("auto", "on"):
+            attack = PGD(steps=2, graph=wish, stop_loss=50.0)
+            for _ in range(3):
+                attack(model.objective(y), x, BALL, KeyedRandom(0, torch.arange(4).to(CUDA)))
+    assert recorder.recorded == 0 and len(caplog.messages) == 1 and "with stop_loss" in caplog.messages[0]
+
+
 def test_cpu_runs_step_by_step_without_a_word_unless_asked(caplog):
     x, y = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.long)
     with caplog.at_level(logging.WARNING, "poisonshield"):

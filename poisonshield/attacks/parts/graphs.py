@@ -82,7 +82,7 @@ class Graphs:
         """Move x_adv as `ascent(objective, x_adv, x)` does. unfit: why the attack's settings do not allow a graph."""
         reason = "it is off" if self.wish == "off" else unfit or _refusal(objective, x_adv)
         if reason is not None or not isinstance(objective, Repeated):
-            self._say(reason)
+            self.say(reason)
             ascent(objective, x_adv, x)
             return
         found = self._find(ascent, objective, x_adv, x, budget)
@@ -98,17 +98,17 @@ class Graphs:
         if kind in self._recorded or self._calls[kind] < 2 or self._given_up:
             return self._recorded.get(kind)
         if len(self._recorded) == MOST:
-            self._say(f"{MOST} kinds of batches have one, and this is another kind", always=True)
+            self.say(f"{MOST} kinds of batches have one, and this is another kind", always=True)
             return None
         try:
             self._recorded[kind] = _Recorded(ascent, objective, x_adv, x)
         except RuntimeError as err:  # torch's, for work that cannot be recorded
             self._given_up = True
-            self._say(f"recording failed: {str(err).splitlines()[0]}", always=True)
+            self.say(f"recording failed: {str(err).splitlines()[0]}", always=True)
         return self._recorded.get(kind)
 
-    def _say(self, reason: str | None, *, always: bool = False) -> None:
-        """Once for each reason, where somebody asked for graphs or one was to be expected."""
+    def say(self, reason: str | None, *, always: bool = False) -> None:
+        """Why an ascent runs step by step: once for each reason, where somebody asked for graphs, or always."""
         if reason is not None and (always or self.wish == "on") and reason not in self._said:
             self._said.add(reason)
             log.warning("The attack runs step by step and not as a CUDA graph: %s.", reason)
