@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from dist import run_dist
 
 from engine.tiny import (
     Interrupted,
@@ -131,3 +132,21 @@ def test_arithmetic_of_a_gpu_is_set_and_put_back():
         with processes(EngineConfig(max_steps=1, device="cpu", cudnn_benchmark=True, tf32=tf32), seed=1):
             assert (cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32) == (True, tf32, tf32)
     assert (cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32) == before
+
+
+def judge_on_ranks(rank, world):
+    """Rank 1 has a bad loss in the second of three steps, and is told to stop in the first."""
+    guard, said = FiniteGuard("stop", 1, late=True), []
+    for step in range(3):
+        loss = NAN if (rank, step) == (1, 1) else FINE
+        try:
+            verdict = guard.judge(step, loss, FINE, (f"r{rank}s{step}",), stop=(rank, step) == (1, 0))
+            said.append((verdict.stop, guard.broken.item()))
+        except NonFiniteError as error:
+            said.append(str(error).splitlines()[0])
+    return said
+
+
+def test_all_ranks_stop_together_and_name_the_rank_of_the_step_before():
+    what = "step 2: loss nan, gradient norm 1.5 on rank 1 of 2, samples r1s1."
+    assert run_dist(judge_on_ranks, 2) == [[(False, 0.0), (True, 1.0), what]] * 2
