@@ -37,6 +37,15 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after each optimiser step: moving averages, queues. progress: the share of the run that is done."""
 
+    def parts_to_compile(self) -> tuple[nn.Module, ...]:
+        """What the engine puts under torch.compile where `engine.compile` is set; nothing if it has no such part."""
+        return ()
+
+    @property
+    def acts_after_step(self) -> bool:
+        """Whether `after_step` changes anything; the engine then makes sure of a step before it calls it."""
+        return type(self).after_step is not Method.after_step
+
 
 class SSLMethod(Method):
     """A way to train an encoder of pictures, with or without labels.
@@ -81,6 +90,10 @@ class SSLMethod(Method):
                 f"{self.name} has no classifier, and class scores are wanted. Use method.name: supervised."
             )
         return found
+
+    def parts_to_compile(self) -> tuple[nn.Module, ...]:
+        """The encoder, which is nearly all of the cost, in training and in attacks."""
+        return (self.encoder,)
 
     def projection(self) -> nn.Module | None:
         """What turns features into the z that the loss compares, or None for a method without it."""

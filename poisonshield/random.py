@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.errors import ConfigError
+from poisonshield.transfer import send
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -119,7 +120,8 @@ class KeyedRandom:
 
     def to(self, device: torch.device) -> "KeyedRandom":
         """The same numbers, drawn on `device`."""
-        return KeyedRandom(self.seed, self.ids.to(device), self.offset, self.scope)
+        ids = self.ids if self.ids.device == device else send(self.ids, device)
+        return KeyedRandom(self.seed, ids, self.offset, self.scope)
 
     def within(self, scope: str) -> "KeyedRandom":
         """Streams of their own for a part, such as one view."""

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 FLOORS = {
-    "__init__": 0, "errors": 0, "registry": 0, "config": 0, "files": 0, "terminal": 0, "plain": 0,
+    "__init__": 0, "errors": 0, "registry": 0, "config": 0, "files": 0, "terminal": 0, "plain": 0, "transfer": 0,
     "ops": 1, "batch": 1, "collectives": 1, "random": 1, "keys": 1,
     "losses": 2, "attacks": 2, "models": 2, "data": 2, "method": 2,
     "methods": 3, "defenses": 3, "poisons": 3, "evals": 3, "world": 3,

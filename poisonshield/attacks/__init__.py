@@ -4,7 +4,7 @@ What is no attack lies in `parts/`.
 """
 
 from poisonshield.attacks.apgd import APGD
-from poisonshield.attacks.base import Attack, Objective, Success
+from poisonshield.attacks.base import Attack, Objective, Repeated, Success
 from poisonshield.attacks.fgsm import FGSM
 from poisonshield.attacks.parts.budgets import L1, L2, Budget, ChannelLinf, Linf, budget
 from poisonshield.attacks.parts.memory import ClassMemory
@@ -27,6 +27,7 @@ __all__ = [
     "ClassMemory",
     "Linf",
     "Objective",
+    "Repeated",
     "Success",
     "batch_stats",
     "budget",

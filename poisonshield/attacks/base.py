@@ -6,6 +6,7 @@ in and the options that it takes, so that whatever it does not support is refuse
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,24 @@ Objective = Callable[..., Tensor]
 
 With `stop_loss` it is also told which rows of the batch these pixels are, as a second argument.
 """
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An objective that says what it depends on: `loss(pixels, *inputs)` gives the loss of each sample.
+
+    loss: the same at each call, such as a bound method; what it does must depend on nothing else that changes. inputs:
+    tensors with a row for each sample, such as labels. reads: parameters and buffers, which may change in place.
+    """
+
+    loss: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    reads: tuple[Tensor, ...]
+
+    def __call__(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The loss of each sample, [B]; rows: which of the inputs' rows these pixels are."""
+        return self.loss(x, *(v if rows is None else v[rows] for v in self.inputs))
+
 
 Success = Callable[[Tensor], Tensor]
 """Pixels [B, 3, H, W] -> bool [B]: which samples are where the caller wants them, such as misclassified."""

@@ -3,17 +3,29 @@
 Steps cost one forward and one input-gradient backward each.
 """
 
-from typing import ClassVar
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from poisonshield.attacks.base import Attack, Objective, Success
 from poisonshield.attacks.parts.budgets import NORMS, Budget
 from poisonshield.attacks.parts.gradients import loss_and_gradient, per_sample
+from poisonshield.attacks.parts.graphs import Graphs
 from poisonshield.config import Number, Settings
 from poisonshield.random import KeyedRandom
+
+
+def _as_wish(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads on and off as true and false
+        return "on" if value else "off"
+    return None if value == "auto" else value
+
+
+Wish = Annotated[Literal["on", "off"] | None, BeforeValidator(_as_wish)]
+"""The type of a setting `graph`. auto is null, so that runs written before it was there go on."""
 
 
 class PGD(Attack):
@@ -35,6 +47,16 @@ class PGD(Attack):
         restarts: int = Field(
             1, ge=1, description="ascents; more than one keep each sample's highest loss, for one forward more each"
         )
+        graph: Wish = Field(
+            None,
+            description="whether a GPU gets all steps as one CUDA graph, with the same pixels: null or auto where it "
+            "can, on tells why where it cannot, off never",
+        )
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        """The ascents that it recorded."""
+        return Graphs(self.config.graph)
 
     @classmethod
     def passes(cls, config: Config) -> int:
@@ -82,10 +104,19 @@ class PGD(Attack):
         if self.config.random_start and start is None:
             budget.start_(x_adv, x, rng, f"pgd/start/{restart}")
         if self.stop_loss is not None:
+            self.graphs.say("with stop_loss the samples that go on are others at each step")
             return self._ascend_until(objective, x_adv, x, budget, self.stop_loss)
-        for _ in range(self.config.steps):
-            _, grad = loss_and_gradient(objective, x_adv, scale=self.grad_scale)
-            budget.step_(x_adv, grad, x, self.config.step_size)
+
+        def ascent(objective: Objective, x_adv: Tensor, x: Tensor) -> None:
+            for _ in range(self.config.steps):
+                _, grad = loss_and_gradient(objective, x_adv, scale=self.grad_scale)
+                budget.step_(x_adv, grad, x, self.config.step_size)
+
+        if not x.is_cuda and self.config.graph != "on":
+            ascent(objective, x_adv, x)
+            return x_adv
+        unfit = "it restarts, and compares losses in between" if self.config.restarts > 1 else None
+        self.graphs.run(ascent, objective, x_adv, x, budget, unfit=unfit)
         return x_adv
 
     def _ascend_until(self, objective: Objective, x_adv: Tensor, x: Tensor, budget: Budget, stop_loss: float) -> Tensor:

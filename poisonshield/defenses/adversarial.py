@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
 
-from poisonshield.attacks import AttackConfig, frozen_stats
+from poisonshield.attacks import AttackConfig, Repeated, frozen_stats
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import SSLMethod
+from poisonshield.models.batchnorm import input_gradients_only
 from poisonshield.ops.precision import at_least_float32
 
 
@@ -53,15 +54,15 @@ class AdversarialMethod(Wrapped):
 
     def forward(self, batch: Batch) -> StepOutput:
         """The inner method's loss on attacked views."""
-        y = batch.labels()
-
-        def objective(v: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_float32(self.method.scores(v)), y, reduction="none")
-
+        objective = Repeated(self._loss_of_each, (batch.labels(),), (*self.method.parameters(), *self.method.buffers()))
         views = []
         # Attacks see what an evaluation would: running statistics, which their passes leave as they are.
-        with frozen_stats(self.method):
+        with frozen_stats(self.method), input_gradients_only(self.method):
             for i, view in enumerate(batch.all_views()):
                 rng = batch.random(self.seed, view.device).within(f"view{i}")
                 views.append(self.attack(objective, view, self.budget, rng))
         return self.method(batch.replace(views=tuple(views)))
+
+    def _loss_of_each(self, x: Tensor, labels: Tensor) -> Tensor:
+        """What the attack ascends: the classifier's loss of each sample, [B]."""
+        return F.cross_entropy(at_least_float32(self.method.scores(x)), labels, reduction="none")

@@ -163,3 +163,8 @@ class Wrapped(SSLMethod):
     def after_step(self, progress: float) -> None:
         """Passed on."""
         self.method.after_step(progress)
+
+    @property
+    def acts_after_step(self) -> bool:
+        """Whether the inner method does."""
+        return self.method.acts_after_step

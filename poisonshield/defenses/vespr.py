@@ -14,8 +14,8 @@ the cost. keep_clean adds the clean copies as further views of the same samples,
 samples of them, which fails on the labels and turns unattacked views into false negatives.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,12 +24,21 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from poisonshield import collectives
-from poisonshield.attacks import AttackChoice, AttackConfig, ChannelLinf, ClassMemory, batch_stats, frozen_stats
+from poisonshield.attacks import (
+    AttackChoice,
+    AttackConfig,
+    ChannelLinf,
+    ClassMemory,
+    Repeated,
+    batch_stats,
+    frozen_stats,
+)
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.config import Number
 from poisonshield.defenses.base import Defense, Wrapped
 from poisonshield.errors import ConfigError
 from poisonshield.method import SSLMethod
+from poisonshield.models.batchnorm import input_gradients_only
 from poisonshield.models.normalize import IMAGENET_STD
 from poisonshield.ops.precision import at_least_float32
 from poisonshield.random import KeyedRandom
@@ -218,18 +227,21 @@ class VESPRMethod(Wrapped):
         """
         if index not in self.config.attack_views:
             return view
-        labels = batch.labels()
-
-        def objective(v: Tensor, rows: Tensor | None = None) -> Tensor:
-            y = labels if rows is None else labels[rows]
-            with self._precision(v):
-                scores = self.logits(v)
-            return F.cross_entropy(at_least_float32(scores), y, reduction="none")
-
+        labels, modules = batch.labels(), (self.method.encoder, self.head)
+        objective: Callable[..., Tensor] = lambda x: self._loss_of_each(x, labels)
+        if self.config.attack_mode == "eval":  # synced batch norm sends messages from within, in training mode
+            reads = tuple(v for m in modules for v in (*m.parameters(), *m.buffers()))
+            objective = Repeated(self._loss_of_each, (labels,), reads)
         start = None if self.memory is None else self.memory.start(index, view, labels, self.budget)
-        with self._still(self.method.encoder, self.head):
+        with self._still(*modules):
             rng = batch.random(self.seed, view.device).within(f"view{index}")
             return self.attack(objective, view, self.budget, rng, start=start)
+
+    def _loss_of_each(self, x: Tensor, labels: Tensor) -> Tensor:
+        """What the attack on one view ascends: the classifier's loss of each sample, [B]."""
+        with self._precision(x):
+            scores = self.logits(x)
+        return F.cross_entropy(at_least_float32(scores), labels, reduction="none")
 
     def _attack_together(self, batch: Batch) -> tuple[Tensor, ...]:
         """All flagged views attacked at once: the self-supervised loss ties them to each other and to the batch."""
@@ -261,8 +273,12 @@ class VESPRMethod(Wrapped):
         with self._still(self):
             return compose(self.attack(objective, together, self.budget, rng, start=start))
 
-    def _still(self, *modules: nn.Module) -> AbstractContextManager[None]:
-        return (frozen_stats if self.config.attack_mode == "eval" else batch_stats)(*modules)
+    @contextmanager
+    def _still(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, passes leave no trace in the modules, and gradients are of pixels alone."""
+        with (frozen_stats if self.config.attack_mode == "eval" else batch_stats)(*modules):
+            with input_gradients_only(*modules):
+                yield
 
     def _precision(self, x: Tensor) -> AbstractContextManager[None]:
         name = self.config.attack_precision

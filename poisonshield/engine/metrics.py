@@ -64,7 +64,8 @@ class Metrics:
         samples: what epochs that ended trained on.
         """
         means = collectives.all_reduce_mean(self.sums)
-        row: dict[str, Any] = {"step": step, **{k: v.item() / self.count for k, v in means.items()}}
+        numbers = torch.stack(list(means.values())).tolist() if means else []  # read at once, which waits once
+        row: dict[str, Any] = {"step": step, **{k: v / self.count for k, v in zip(means, numbers, strict=True)}}
         row |= {k: v for k, v in (watched or {}).items() if v is not None} | {"lr": lr}
         now = time.perf_counter()
         elapsed = now - self._since

@@ -95,12 +95,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, constant_lr: float | Non
         group["lr"] = constant_lr if group.get("constant_lr") and constant_lr is not None else lr
 
 
-def build_optimizer(method: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters of `method`. Raises ConfigError if lr is still per 256 samples."""
+def build_optimizer(method: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters of `method`. Raises ConfigError if lr is still per 256 samples.
+
+    fused: move all weights in one kernel, which torch has for sgd and adamw; lars goes its own way.
+    """
     if config.lr_per_256:
         raise ConfigError("optimizer.lr is per 256 samples: pass optimizer.for_batch(batch_size), which has the peak.")
     groups = parameter_groups(method, config)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    kind = Lars if config.name == "lars" else torch.optim.SGD
-    return kind(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
+    if config.name == "lars":
+        return Lars(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
+    )

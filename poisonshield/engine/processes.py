@@ -78,7 +78,23 @@ def processes(config: EngineConfig, *, seed: int, facts: Mapping[str, Any] | Non
             package_log.setLevel(logging.ERROR)  # rank 0 speaks, the others only when they fail
         stack.callback(package_log.setLevel, level)
         seed_everything(seed)
-        yield device
+        with _arithmetic(config):
+            yield device
+
+
+@contextmanager
+def _arithmetic(config: EngineConfig) -> Iterator[None]:
+    """Inside, a GPU chooses algorithms and rounds factors as the settings say; where they say nothing, as before."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
+    if config.cudnn_benchmark:
+        cudnn.benchmark = True
+    if config.tf32 is not None:
+        cudnn.allow_tf32 = products.allow_tf32 = config.tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
 
 
 @contextmanager

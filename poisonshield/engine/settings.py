@@ -55,10 +55,31 @@ class EngineConfig(BaseModel):
         "auto", description="Where each process computes; auto takes its GPU if it has one. cuda fails without."
     )
     channels_last: bool = Field(False, description="Keep weights in the channels-last layout, quicker on some GPUs.")
+    fused_optimizer: bool | None = Field(
+        None,
+        description="Whether sgd and adamw move all weights in one kernel, which may change the last bit; null does so "
+        "on a GPU.",
+    )
+    compile: bool = Field(
+        False,
+        description="Put the method's encoder under torch.compile, in training and in attacks. The first steps compile "
+        "for minutes, once for each size of batch; numbers change by rounding, and dropout draws others. Meant for a "
+        "GPU: on a CPU it was slower than without.",
+    )
+    cudnn_benchmark: bool = Field(
+        False,
+        description="On a GPU, time several algorithms of each convolution at its first call and keep the fastest; "
+        "runs may then differ in their last bits.",
+    )
+    tf32: bool | None = Field(
+        None,
+        description="Whether float32 products on a GPU may round their factors to 10 bits (TF32); null is torch's own "
+        "choice: convolutions may, other products may not.",
+    )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="A loss or gradient that is not finite: stop ends the run before it moves a weight, skip "
-        "drops the step.",
+        "drops the step. On a GPU, stop reads a step's verdict while the next one runs; nothing moves meanwhile.",
     )
     nonfinite_limit: int = Field(10, ge=1, description="How many steps skip may drop; with one more the run ends.")
     tensorboard: bool = Field(False, description="Write TensorBoard files too; metrics.jsonl has the same numbers.")

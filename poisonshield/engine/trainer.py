@@ -20,6 +20,7 @@ from poisonshield import collectives
 from poisonshield.batch import Batch, StepOutput, Stream
 from poisonshield.engine import checkpoint
 from poisonshield.engine.backends.base import Backend
+from poisonshield.engine.compiling import compile_parts
 from poisonshield.engine.guards import FiniteGuard, Verdict
 from poisonshield.engine.meeting import current
 from poisonshield.engine.metrics import Metrics
@@ -64,6 +65,7 @@ class Trainer:
         self.backend: Backend = backends.get(config.backend)(config, optimizer, self.device)
         self.checkpoints = checkpoint.Checkpoints(run_folder.checkpoints, keep=config.keep_checkpoints)
         self.guard = FiniteGuard(config.nonfinite, config.nonfinite_limit)
+        self.judges_late = self.device.type == "cuda" and config.nonfinite == "stop"
         self.tally = Tally(stream.steps_per_epoch, self.device)
         self.signs = Watch(current(), config.late_factor)
         self.step, self.total_steps = 0, config.total_steps(stream.steps_per_epoch)
@@ -126,7 +128,8 @@ class Trainer:
 
     def _move_weights(self, parts: list[tuple[StepOutput, Batch]], lr: float) -> None:
         """One optimiser step, which is counted in the metrics."""
-        self.backend.step(lr, (self.step + 1) / self.total_steps, constant_lr=self.lr(decay=False))
+        progress, unless = (self.step + 1) / self.total_steps, self.guard.broken
+        self.backend.step(lr, progress, constant_lr=self.lr(decay=False), unless=unless)
         for output, batch in parts:
             self.metrics.add(output, batch)
 
@@ -134,11 +137,14 @@ class Trainer:
         """Log and save what is due after a step; raises Preempted if told to stop before the last one."""
         done = self.step == self.total_steps
         due = done or (self.metrics.count > 0 and self.step % self.config.log_every_steps == 0)
+        every = self.config.checkpoint_every_steps
+        saves = done or verdict.stop or verdict.save or (every is not None and self.step % every == 0)
+        if due or saves:
+            verdict = verdict.joined(self.guard.settle())  # nothing of a bad step is written down
         if due:
             watched = None if self.watch is None else self.watch()
             self.metrics.write(self.step, lr, watched, self.tally.take(last=done))
-        every = self.config.checkpoint_every_steps
-        if done or verdict.stop or verdict.save or (every is not None and self.step % every == 0):
+        if saves or verdict.stop or verdict.save:
             self.save()
         if verdict.stop and not done:
             raise Preempted(self.step, interrupted=verdict.interrupted)
@@ -169,7 +175,10 @@ class Trainer:
         self.method.to(self.device).train()
         if config.channels_last:
             self.method.to(memory_format=torch.channels_last)
+        if config.compile:
+            compile_parts(self.method)
         self.backend.prepare(self.method)
+        self.guard.late = self.judges_late and self.backend.can_hold
         self.metrics = Metrics(self.folder, self.device, total_steps=self.total_steps, tensorboard=config.tensorboard)
         found = None if anew and resume == "auto" else self._find_checkpoint(resume)
         if found is not None:

@@ -126,7 +126,7 @@ class _Similarities:
     ) -> None:
         self.queries, self.keys, self.temperature, self.same_view = queries, keys, temperature, same_view
         self.rank_sizes = rank_sizes
-        self.own = _own_places(len(queries[0]), rank_sizes).to(queries[0].device)
+        self.own = _own_places(len(queries[0]), rank_sizes, queries[0].device)
         self.alone = collectives.world_size() == 1
         self.keys_learn = torch.is_grad_enabled() and any(k.requires_grad for k in keys)
         self.all_keys, self.all_queries = keys, queries
@@ -192,7 +192,7 @@ class _Similarities:
         return collectives.gather(x.detach(), self.rank_sizes)
 
 
-def _own_places(size: int, rank_sizes: tuple[int, ...] | None) -> Tensor:
+def _own_places(size: int, rank_sizes: tuple[int, ...] | None, device: torch.device) -> Tensor:
     """int64 [size]: where this rank's samples stand in the global batch. rank_sizes None: every rank has `size`."""
     first = collectives.rank() * size if rank_sizes is None else sum(rank_sizes[: collectives.rank()])
-    return torch.arange(first, first + size)
+    return torch.arange(first, first + size, device=device)

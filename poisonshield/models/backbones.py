@@ -85,6 +85,15 @@ class Encoder(nn.Module):
         """Features [B, D] of x [B, 3, H, W] in [0, 1]."""
         return self.backbone(self.normalize(x))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As every module's. Raises ConfigError with views_together, which changes batch norm from call to call."""
+        if self.config.views_together:
+            raise ConfigError(
+                "a compiled encoder stays as it is, and model.views_together changes its batch norm in every step.\n"
+                "  Set model.views_together: false, or engine.compile: false."
+            )
+        super().compile(*args, **kwargs)
+
     def views(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Features of each view, [B, D] each; batch statistics are those of each view alone, together or not."""
         if not self.config.views_together:

@@ -67,7 +67,7 @@ def test_record_holds_every_setting_with_fractions_as_written(tmp_path):
     config, tree = read(tmp_path, "attack: {step_size: 1/255}\n")
     written = dump(config, tree.values)
     assert written["attack"] == {
-        "name": "pgd", "steps": 10, "step_size": "1/255", "random_start": True, "restarts": 1,
+        "name": "pgd", "steps": 10, "step_size": "1/255", "random_start": True, "restarts": 1, "graph": None,
     }  # fmt: skip
     assert VESPR.Config.model_validate(written) == config
 
@@ -117,7 +117,7 @@ def test_attack_and_budget_are_built_from_the_config():
 
 def test_attacks_are_built_from_a_config_or_from_settings():
     assert PGD(PGD.Config(steps=3)).config == PGD(steps=3).config
-    assert repr(PGD(steps=3)) == f"PGD(steps=3, step_size={2 / 255}, random_start=True, restarts=1)"
+    assert repr(PGD(steps=3)) == f"PGD(steps=3, step_size={2 / 255}, random_start=True, restarts=1, graph=None)"
     with pytest.raises(ConfigError, match="PGD was given 10. Give a PGD.Config, or settings by name"):
         PGD(10)
     with pytest.raises(ConfigError, match="a Config and steps too"):

@@ -6,6 +6,7 @@ All tensors [B, ...] float, pixels in [0, 1]; every operation is per sample. The
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -154,7 +155,7 @@ class ChannelLinf(Budget):
     def _scale(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != len(self.scale):
             raise ShapeError(f"x is {kind(x)}, and scale has {len(self.scale)} numbers, one a channel.")
-        return torch.tensor(self.scale, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+        return _by_channel(self.scale, x.dtype, x.device)
 
     def start_(self, x_adv: Tensor, x: Tensor, rng: KeyedRandom, purpose: str) -> Tensor:
         """Uniform in the box."""
@@ -175,6 +176,12 @@ class ChannelLinf(Budget):
     def measure(self, delta: Tensor) -> Tensor:
         """Largest element in units of its channel's scale: at most eps."""
         return (delta / self._scale(delta)).abs().flatten(1).amax(1)
+
+
+@lru_cache(maxsize=32)
+def _by_channel(scale: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, C, 1, 1]. Kept, since making it on a GPU has to wait for the GPU, and a step needs it several times."""
+    return torch.tensor(scale, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 _BUDGETS: dict[str, type[Budget]] = {"linf": Linf, "l2": L2, "l1": L1}

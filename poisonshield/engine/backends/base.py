@@ -63,8 +63,18 @@ class Backend(Protocol):
     def clip(self) -> Tensor:
         """Clip gradients (now or in `step`); a scalar that is finite exactly if this rank's gradients are."""
 
-    def step(self, lr: float, progress: float, *, constant_lr: float | None = None) -> None:
-        """Move the weights, then let the method do its `after_step`. constant_lr: for groups that keep the peak."""
+    def step(
+        self, lr: float, progress: float, *, constant_lr: float | None = None, unless: Tensor | None = None
+    ) -> None:
+        """Move the weights, then let the method do its `after_step`. constant_lr: for groups that keep the peak.
+
+        unless: float32 [], on the device; where it is not 0 nothing moves. Only given where `can_hold`.
+        """
+
+    @property
+    def can_hold(self) -> bool:
+        """Whether `step` takes `unless`. Asked after `prepare`."""
+        return False
 
     def discard(self) -> None:
         """Drop the gradients of the last forward_backward, and what its forward did to buffers."""

@@ -61,6 +61,8 @@ class DeepSpeed(Backend):
     @classmethod
     def check(cls, engine: EngineConfig) -> None:
         """Raises ValueError for bf16 at stage 0."""
+        if engine.fused_optimizer:
+            raise ValueError("fused_optimizer is for backend: plain; deepspeed moves flat pieces. Leave it out.")
         if engine.precision == "bf16" and engine.zero_stage == 0:
             raise ValueError(
                 "precision bf16 with deepspeed needs zero_stage 1, 2 or 3: stage 0 has no sharded float32 copy of the "
@@ -125,7 +127,9 @@ class DeepSpeed(Backend):
             gradients = [g for part in parts if part is not None for g in part if g is not None and g.numel()]
         return torch.nn.utils.get_total_norm(gradients).to(self.device)
 
-    def step(self, lr: float, progress: float, *, constant_lr: float | None = None) -> None:
+    def step(
+        self, lr: float, progress: float, *, constant_lr: float | None = None, unless: Tensor | None = None
+    ) -> None:
         """One step of DeepSpeed's at this rate, then `after_step` with whole weights."""
         set_lr(self.engine.optimizer, lr, constant_lr)
         self.engine.step()

@@ -38,7 +38,9 @@ class Plain(Backend):
     def prepare(self, method: Method) -> None:
         """Build the optimiser; wrap in DistributedDataParallel where there are several ranks."""
         self.method = method
-        self.optimizer = build_optimizer(method, self.optim_config)
+        wish = self.config.fused_optimizer
+        self.fused = self.optim_config.name != "lars" and (self.device.type == "cuda" if wish is None else wish)
+        self.optimizer = build_optimizer(method, self.optim_config, fused=self.fused)
         self.wrapper: DistributedDataParallel | None = None
         if collectives.world_size() > 1:
             # Buffers are not broadcast: batch statistics are either synced in the forward or meant to be local.
@@ -68,9 +70,17 @@ class Plain(Backend):
             return nn.utils.clip_grad_norm_(parameters, limit)
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def step(self, lr: float, progress: float, *, constant_lr: float | None = None) -> None:
+    @property
+    def can_hold(self) -> bool:
+        """A fused optimiser reads on the device whether to move, and the method must not move anything by itself."""
+        return self.fused and not self.method.acts_after_step
+
+    def step(
+        self, lr: float, progress: float, *, constant_lr: float | None = None, unless: Tensor | None = None
+    ) -> None:
         """One optimiser step at this rate."""
         set_lr(self.optimizer, lr, constant_lr)
+        vars(self.optimizer)["found_inf"] = unless  # where fused kernels look, as torch's gradient scaler tells them
         self.optimizer.step()
         self.method.after_step(progress)
 
@@ -90,7 +100,10 @@ class Plain(Backend):
     def load(self, folder: Path, saved_world: int) -> None:
         """The same files, on any number of ranks."""
         self.method.load_state_dict(load_plain(folder / "method.pt"))
-        self.optimizer.load_state_dict(load_plain(folder / "optimizer.pt"))
+        state = load_plain(folder / "optimizer.pt")
+        for group in state["param_groups"]:
+            group["fused"] = self.fused or None  # the file has the choice of the run that wrote it
+        self.optimizer.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy on the CPU."""
