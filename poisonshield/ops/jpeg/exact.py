@@ -6,8 +6,6 @@ where every intermediate (below 2^31) is exact. Source: ITU-T T.81 and the jidct
 1989). Not equal to libjpeg 7 and later, mozjpeg, or decoders with merged or box upsampling.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,6 @@ def _inverse_pass(dtype: torch.dtype, device: torch.device) -> Tensor:
     return inverse_matrix().to(device, dtype)
 
 
-@cache
 def forward_matrix() -> Tensor:
     """Integer [8, 8], int64: a forward pass is (matrix @ x + 2^(n-1)) >> n, n = 11 over rows, then 15 over columns."""
     x = torch.eye(8, dtype=torch.int64)  # row i is input i, pushed through the butterfly
@@ -41,7 +38,6 @@ def forward_matrix() -> Tensor:
     return torch.stack(rows)
 
 
-@cache
 def inverse_matrix() -> Tensor:
     """Integer [8, 8], int64: one inverse pass, n = 11 over columns, then n = 18 over rows."""
     v = torch.eye(8, dtype=torch.int64)
