@@ -28,9 +28,9 @@ class ShardStream:
     (the epoch again), and rank_sizes when world > 1. Raises ConfigError if a batch has fewer samples than ranks;
     reading raises DataError, from a worker too. One iterator at a time: the position belongs to the stream.
 
-    keep_bytes: the first stage takes x as it was read, uint8 of any strides, and puts other pixels in its place or
-    none, which spares a float copy of whole images. It may not keep x: the memory is written to again. A first stage
-    that leaves it there is a DataError. stage_seconds: how long stages took so far, on the host's clock, so that time
+    keep_bytes: the first stage takes x as it was read, uint8 of any strides, which spares a float copy of whole images.
+    It may not keep them, as their memory is written to again: a batch goes on with the pixels that the stage put in
+    their place, or without x. stage_seconds: how long stages took so far, on the host's clock, so that time
     spent on augmentation can be told from waiting for data.
     """
 
@@ -76,7 +76,9 @@ class ShardStream:
                 batch = batch.replace(rank_sizes=self.plan.rank_sizes(step, self.world))
             start = time.perf_counter()
             for stage in self.stages:
-                batch = _without_bytes(stage(batch), stage)
+                batch = stage(batch)
+                if batch.x is not None and batch.x.dtype == torch.uint8:
+                    batch = batch.replace(x=None)  # they were lent
             self.stage_seconds += time.perf_counter() - start
             self._epoch, self._step = (epoch, step + 1) if step + 1 < self.plan.steps else (epoch + 1, 0)
             yield batch
@@ -118,16 +120,6 @@ class ShardStream:
             return
         for epoch, step, indices in self._walk():
             yield epoch, step, indices, self.source.read(indices)
-
-
-def _without_bytes(batch: Batch, stage: Stage) -> Batch:
-    """What a stage made. Raises DataError if bytes are still there."""
-    if batch.x is not None and batch.x.dtype == torch.uint8:
-        raise DataError(
-            f"the stage {stage!r} left x as bytes, pixels in [0, 1] or none were wanted.\n"
-            "  Use one that takes bytes first, or a stream without keep_bytes."
-        )
-    return batch
 
 
 def evaluate_batches(
