@@ -15,7 +15,7 @@ from poisonshield.batch import Batch
 from poisonshield.data.plan import Plan
 from poisonshield.data.source import Source, batch_of, read_batch
 from poisonshield.data.workers import Place, read_in_workers
-from poisonshield.errors import CheckpointError, ConfigError, DataError
+from poisonshield.errors import CheckpointError, ConfigError
 
 Stage = Callable[[Batch], Batch]
 
