@@ -98,15 +98,18 @@ class KeyedRandom:
     def __init__(self, seed: int, ids: Tensor, offset: int = 0, scope: str = "") -> None:
         self.seed, self.ids, self.offset, self.scope = seed, ids, offset, scope
 
+    def stream(self, purpose: str) -> int:
+        """The number of a purpose's stream, for an op that draws by itself."""
+        return stream_of(f"{self.scope}/{purpose}")
+
     def uniform(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count] in [0, 1)."""
-        stream = stream_of(f"{self.scope}/{purpose}")
-        return philox_uniform((len(self.ids), count), self.seed, self.offset, sample_ids=self.ids, stream=stream)
+        shape, stream = (len(self.ids), count), self.stream(purpose)
+        return philox_uniform(shape, self.seed, self.offset, sample_ids=self.ids, stream=stream)
 
     def normal(self, purpose: str, count: int) -> Tensor:
         """float32 [B, count], standard normal."""
-        stream = stream_of(f"{self.scope}/{purpose}")
-        return philox_normal(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=stream)
+        return philox_normal(count, seed=self.seed, ids=self.ids, offset=self.offset, stream=self.stream(purpose))
 
     def to(self, device: torch.device) -> "KeyedRandom":
         """The same numbers, drawn on `device`."""

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
-from poisonshield.data import augment
+from poisonshield.data import augment as plan
 from poisonshield.errors import ConfigError, DataError
+from poisonshield.ops import augment, keyed_uniform
+from poisonshield.ops.augment import NOTHING
 from poisonshield.random import KeyedRandom
 
 _RATIO = (3 / 4, 4 / 3)
@@ -84,6 +86,11 @@ class ViewsConfig(Settings):
         return self
 
 
+def _uniforms(rng: KeyedRandom, purpose: str, count: int) -> Tensor:
+    """`rng.uniform(purpose, count)` in one kernel."""
+    return keyed_uniform(rng.ids, count, seed=rng.seed, offset=rng.offset, stream=rng.stream(purpose))
+
+
 def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """One view for supervised training."""
     size = config.size or x.shape[2]
@@ -96,38 +103,47 @@ def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float 
             f"for {size}. Set it to true."
         )
     if not resized:
-        return augment.shifted_crop(x, rng.uniform("crop_flip", 3), padding=config.padding)
-    u = rng.uniform("crop_flip", 23)
-    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.08, max_area), ratio=_RATIO)
-    return augment.resized_crop(x, boxes, size, u[:, 22] < 0.5)
+        return plan.shifted_crop(x, _uniforms(rng, "crop_flip", 3), padding=config.padding)
+    u = _uniforms(rng, "crop_flip", 23)
+    boxes = plan.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.08, max_area), ratio=_RATIO)
+    return augment(x, boxes, size=size, flip=u[:, 22] < 0.5)
 
 
 def ssl(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """One view for self-supervised training."""
-    u = rng.uniform("ssl", 35)
-    boxes = augment.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.2, max_area), ratio=_RATIO)
-    # Mirroring commutes with all later operations, so it is folded into the crop.
-    x = augment.resized_crop(x, boxes, config.size or x.shape[2], u[:, 22] < 0.5)
+    u = _uniforms(rng, "ssl", 35)
+    boxes = plan.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.2, max_area), ratio=_RATIO)
+    factors = order = gray = sigma = None
     if config.jitter > 0 or config.hue > 0:
-        rows = (u[:, 23] < 0.8).nonzero()[:, 0]
-        x = x.index_copy(0, rows, augment.color_jitter(x[rows], u[rows, 24:32], strength=config.jitter, hue=config.hue))
+        factors, order = plan.jitter(u[:, 24:32], strength=config.jitter, hue=config.hue)
+        order = torch.where(u[:, 23:24] < 0.8, order, NOTHING)
     if config.gray_p > 0:
-        x = torch.where((u[:, 32] < config.gray_p).view(-1, 1, 1, 1), augment.grayscale(x), x)
+        gray = u[:, 32] < config.gray_p
     if config.blur_p > 0:
-        rows = (u[:, 33] < config.blur_p).nonzero()[:, 0]
-        x = x.index_copy(0, rows, augment.gaussian_blur(x[rows], 0.1 + 1.9 * u[rows, 34], kernel=config.blur_kernel))
-    return x.clamp(0, 1)
+        sigma = torch.where(u[:, 33] < config.blur_p, 0.1 + 1.9 * u[:, 34], 0.0)
+    # Mirroring commutes with all later operations, so it belongs to the crop.
+    return augment(
+        x,
+        boxes,
+        size=config.size or x.shape[2],
+        flip=u[:, 22] < 0.5,
+        factors=factors,
+        order=order,
+        gray=gray,
+        sigma=sigma,
+        kernel=config.blur_kernel,
+    )
 
 
 def center_crop(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """The middle of the image, a little closer: the same for every draw."""
     size = config.size or x.shape[2]
-    return augment.resized_center_crop(x, shorter=round(256 / 224 * size), size=size)
+    return plan.resized_center_crop(x, shorter=round(256 / 224 * size), size=size)
 
 
 def none(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
     """The pixels unchanged."""
-    return x
+    return plan.in_unit(x)
 
 
 _Pipeline = Callable[..., Tensor]

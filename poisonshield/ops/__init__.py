@@ -1,5 +1,6 @@
 """Fused ops for poisoned data, on their own: they import with torch alone and know nothing of the rest of the package.
 
+augment, keyed_uniform: a training view in one pass, and the random numbers that it is drawn by.
 jpeg, JPEG, jpeg_tables, jpeg_coefficients: differentiable JPEG, smooth or equal to libjpeg-turbo to the bit.
 pgd_step_, pgd_random_start_: projected gradient descent in place, in pixel units.
 q_sample, masked_diffusion_loss: noising and a masked, weighted loss with its gradient in one pass.
@@ -14,6 +15,7 @@ from poisonshield.ops.dispatch import info, rooms, stats, use_backend
 from poisonshield.random import philox_uniform
 
 if TYPE_CHECKING:  # for editors and type checkers; an op works without a line here
+    from poisonshield.ops.augment import augment, keyed_uniform  # noqa: F401
     from poisonshield.ops.diffusion import masked_diffusion_loss, q_sample  # noqa: F401
     from poisonshield.ops.jpeg import JPEG, jpeg, jpeg_coefficients, jpeg_tables  # noqa: F401
     from poisonshield.ops.pgd import pgd_random_start_, pgd_step_  # noqa: F401
