@@ -119,7 +119,7 @@ void uniform(const UniformCall& c) {
     const uint64_t id = uint64_t(c.ids[i]), seed = uint64_t(c.seed);
     for (int64_t block = 0; 4 * block < c.count; ++block) {
       uint32_t k0 = uint32_t(seed) ^ uint32_t(id >> 32), k1 = uint32_t(seed >> 32);
-      uint32_t v[4] = {uint32_t(block), uint32_t(id), uint32_t(c.offset), uint32_t(c.stream)};
+      uint32_t v[4] = {uint32_t(block), uint32_t(id), uint32_t(c.offset), uint32_t(c.streams[i])};
       for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = uint64_t(v[0]) * 0xD2511F53u, p1 = uint64_t(v[2]) * 0xCD9E8D57u;
         v[0] = uint32_t(p1 >> 32) ^ v[1] ^ k0;

@@ -29,10 +29,11 @@ struct AugmentCall {
 };
 
 struct UniformCall {
-  int64_t size;        // of this record, in bytes
-  float* out;          // [B, count]
-  const int64_t* ids;  // [B]
-  int64_t seed, offset, stream;
+  int64_t size;            // of this record, in bytes
+  float* out;              // [B, count]
+  const int64_t* ids;      // [B]
+  const int64_t* streams;  // [B]
+  int64_t seed, offset;
   int64_t batch, count;
 };
 

@@ -1,13 +1,21 @@
 // Resampling along the rows and columns of a crop: eight rows of the view at a time, first down the source's columns,
 // then, turned so that the eight rows lie side by side, along them.
 
-typedef uint8_t Bytes __attribute__((vector_size(8)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint64_t Longs __attribute__((vector_size(32)));
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+constexpr Words kShifts = {24, 24, 16, 16, 8, 8, 0, 0};
+#else
+constexpr Words kShifts = {0, 0, 8, 8, 16, 16, 24, 24};
+#endif
 
 INLINE Floats load_pixels(const float* p) { return load(p); }
+// Of the same eight bytes in all pairs of lanes, each lane's own one: a plain conversion becomes long code.
 INLINE Floats load_pixels(const uint8_t* p) {
-  Bytes v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
+  uint64_t eight;
+  __builtin_memcpy(&eight, p, sizeof eight);
+  const Ints bytes = Ints(Words(Longs{} + eight) >> kShifts & 255u);
+  return __builtin_convertvector(Ints(SHUFFLE(bytes, bytes, 0, 2, 4, 6, 1, 3, 5, 7)), Floats);
 }
 
 template <class T, int kCount>

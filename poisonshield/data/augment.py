@@ -46,7 +46,8 @@ def resized_center_crop(x: Tensor, *, shorter: int, size: int) -> Tensor:
     """Resize the shorter side to `shorter`, then take the middle size x size (no larger than `shorter`)."""
     height, width = x.shape[2:]
     boxes = torch.zeros((len(x), 4), device=x.device)
-    boxes[:, 2], boxes[:, 3] = height, width
+    boxes[:, 2].fill_(height)
+    boxes[:, 3].fill_(width)
     least = min(height, width)
     return augment(x, boxes, size=size, grid=(shorter * height // least, shorter * width // least))
 

@@ -5,8 +5,8 @@ sizes, ranks and resumption; a shard stream's draw is the epoch. Pipelines follo
 grayscale, blur, flip).
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -86,13 +86,21 @@ class ViewsConfig(Settings):
         return self
 
 
-def _uniforms(rng: KeyedRandom, purpose: str, count: int) -> Tensor:
-    """`rng.uniform(purpose, count)` in one kernel."""
-    return keyed_uniform(rng.ids, count, seed=rng.seed, offset=rng.offset, stream=rng.stream(purpose))
+def _uniforms(rngs: Sequence[KeyedRandom], purpose: str, count: int) -> Tensor:
+    """`rng.uniform(purpose, count)` of each, one below the other [V * B, count], in one kernel."""
+    ids, seed, offset = rngs[0].ids, rngs[0].seed, rngs[0].offset
+    streams = torch.cat([torch.full_like(ids, rng.stream(purpose)) for rng in rngs])
+    return keyed_uniform(ids.repeat(len(rngs)), count, seed=seed, offset=offset, stream=streams)
 
 
-def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
-    """One view for supervised training."""
+def _each(plans: dict[str, Tensor | None], count: int) -> Iterator[dict[str, Any]]:
+    """What was planned [V * B, ...] for `count` views at once, view by view."""
+    parts = {name: [None] * count if v is None else v.chunk(count) for name, v in plans.items()}
+    return ({name: part[i] for name, part in parts.items()} for i in range(count))
+
+
+def crop_flip(x: Tensor, rngs: Sequence[KeyedRandom], config: ViewsConfig, max_area: float = 1.0) -> Sequence[Tensor]:
+    """A view for each of rngs, for supervised training."""
     size = config.size or x.shape[2]
     resized = config.random_resized_crop
     if resized == "auto":
@@ -103,50 +111,43 @@ def crop_flip(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float 
             f"for {size}. Set it to true."
         )
     if not resized:
-        return plan.shifted_crop(x, _uniforms(rng, "crop_flip", 3), padding=config.padding)
-    u = _uniforms(rng, "crop_flip", 23)
+        shifts = _uniforms(rngs, "crop_flip", 3).chunk(len(rngs))
+        return [plan.shifted_crop(x, u, padding=config.padding) for u in shifts]
+    u = _uniforms(rngs, "crop_flip", 23)
     boxes = plan.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.08, max_area), ratio=_RATIO)
-    return augment(x, boxes, size=size, flip=u[:, 22] < 0.5)
+    plans: dict[str, Tensor | None] = {"boxes": boxes, "flip": u[:, 22] < 0.5}
+    return [augment(x, size=size, **its) for its in _each(plans, len(rngs))]
 
 
-def ssl(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
-    """One view for self-supervised training."""
-    u = _uniforms(rng, "ssl", 35)
+def ssl(x: Tensor, rngs: Sequence[KeyedRandom], config: ViewsConfig, max_area: float = 1.0) -> Sequence[Tensor]:
+    """A view for each of rngs, for self-supervised training."""
+    u = _uniforms(rngs, "ssl", 35)
     boxes = plan.crop_boxes(u, *x.shape[2:], area=(config.min_area or 0.2, max_area), ratio=_RATIO)
-    factors = order = gray = sigma = None
-    if config.jitter > 0 or config.hue > 0:
-        factors, order = plan.jitter(u[:, 24:32], strength=config.jitter, hue=config.hue)
-        order = torch.where(u[:, 23:24] < 0.8, order, NOTHING)
-    if config.gray_p > 0:
-        gray = u[:, 32] < config.gray_p
-    if config.blur_p > 0:
-        sigma = torch.where(u[:, 33] < config.blur_p, 0.1 + 1.9 * u[:, 34], 0.0)
     # Mirroring commutes with all later operations, so it belongs to the crop.
-    return augment(
-        x,
-        boxes,
-        size=config.size or x.shape[2],
-        flip=u[:, 22] < 0.5,
-        factors=factors,
-        order=order,
-        gray=gray,
-        sigma=sigma,
-        kernel=config.blur_kernel,
-    )
+    plans: dict[str, Tensor | None] = {"boxes": boxes, "flip": u[:, 22] < 0.5}
+    if config.jitter > 0 or config.hue > 0:
+        plans["factors"], order = plan.jitter(u[:, 24:32], strength=config.jitter, hue=config.hue)
+        plans["order"] = torch.where(u[:, 23:24] < 0.8, order, NOTHING)
+    if config.gray_p > 0:
+        plans["gray"] = u[:, 32] < config.gray_p
+    if config.blur_p > 0:
+        plans["sigma"] = torch.where(u[:, 33] < config.blur_p, 0.1 + 1.9 * u[:, 34], 0.0)
+    size = config.size or x.shape[2]
+    return [augment(x, size=size, kernel=config.blur_kernel, **its) for its in _each(plans, len(rngs))]
 
 
-def center_crop(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
+def center_crop(x: Tensor, rngs: Sequence[KeyedRandom], config: ViewsConfig, max_area: float = 1.0) -> Sequence[Tensor]:
     """The middle of the image, a little closer: the same for every draw."""
     size = config.size or x.shape[2]
-    return plan.resized_center_crop(x, shorter=round(256 / 224 * size), size=size)
+    return [plan.resized_center_crop(x, shorter=round(256 / 224 * size), size=size) for _ in rngs]
 
 
-def none(x: Tensor, rng: KeyedRandom, config: ViewsConfig, max_area: float = 1.0) -> Tensor:
+def none(x: Tensor, rngs: Sequence[KeyedRandom], config: ViewsConfig, max_area: float = 1.0) -> Sequence[Tensor]:
     """The pixels unchanged."""
-    return plan.in_unit(x)
+    return [plan.in_unit(x) for _ in rngs]
 
 
-_Pipeline = Callable[..., Tensor]
+_Pipeline = Callable[..., Sequence[Tensor]]
 _PIPELINES: dict[str, _Pipeline] = {"crop_flip": crop_flip, "ssl": ssl, "test": center_crop, "none": none}
 
 
@@ -166,7 +167,8 @@ class Views:
         if x is None:
             raise DataError(f"views are made of a batch's pixels, and that of {batch.keys[:1]} has none. Fill its x.")
         rng = batch.random(self.seed, x.device)
-        views = [self.pipeline(x, rng.within(f"view{i}"), self.config) for i in range(self.count)]
-        most = self.config.local_area[1]
-        views += [self.pipeline(x, rng.within(f"local{i}"), self.local, most) for i in range(self.config.local)]
+        views = [*self.pipeline(x, [rng.within(f"view{i}") for i in range(self.count)], self.config)]
+        if self.config.local:
+            rngs = [rng.within(f"local{i}") for i in range(self.config.local)]
+            views += self.pipeline(x, rngs, self.local, self.config.local_area[1])
         return batch.replace(views=tuple(v.contiguous(memory_format=torch.channels_last) for v in views))

@@ -188,13 +188,14 @@ def test_whole_pipeline_is_distributed_as_torchvisions():
     )
     image = unit(photo(24, 24))[0]
     expected = seen(torch.stack([theirs(image) for _ in range(DRAWS)]))
-    ours = ssl(
-        image.expand(DRAWS, -1, -1, -1), KeyedRandom(7, torch.arange(DRAWS)), ViewsConfig(size=16, blur_kernel=9)
+    (ours,) = ssl(
+        image.expand(DRAWS, -1, -1, -1), [KeyedRandom(7, torch.arange(DRAWS))], ViewsConfig(size=16, blur_kernel=9)
     )
     for name, values in seen(ours).items():
         same_distribution(values, expected[name])
 
 
+BLURRED = ViewsConfig(size=5, jitter=0.2, blur_kernel=9, gray_p=0.5)
 OFF = {"min_area": 1.0, "jitter": 0.0, "hue": 0.0, "gray_p": 0.0, "blur_p": 0.0}
 
 
@@ -208,7 +209,8 @@ def test_each_operation_happens_as_often_as_it_says(settings, p):
     image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     image[0, 0, 0] = 255
     x = unit(image)
-    views = ssl(x.expand(DRAWS, -1, -1, -1), KeyedRandom(5, torch.arange(DRAWS)), ViewsConfig(**{**OFF, **settings}))
+    draw = KeyedRandom(5, torch.arange(DRAWS))
+    (views,) = ssl(x.expand(DRAWS, -1, -1, -1), [draw], ViewsConfig(**{**OFF, **settings}))
 
     def same(y):
         return torch.isclose(views, y, atol=1e-4).flatten(1).all(1)
@@ -237,7 +239,7 @@ def gentle(count=2, side=6):
         lambda v: reference.gaussian_blur(v, torch.tensor([0.5, 1.5])),
         lambda v: reference.gaussian_blur(v, torch.tensor([0.5, 1.5]), kernel=5),
         reference.grayscale,
-        lambda v: ssl(v, KeyedRandom(0, torch.arange(2)), ViewsConfig(size=5, jitter=0.2, blur_kernel=9, gray_p=0.5)),
+        lambda v: ssl(v, [KeyedRandom(0, torch.arange(2))], BLURRED)[0],
     ],
     ids=["crop", "centre", "shift", "jitter", "hue", "blur", "cut blur", "gray", "pipeline"],
 )
@@ -250,10 +252,10 @@ def test_gradients_reach_the_pixels(operation):
 def test_bfloat16_stays_near_float32_and_memory_order_does_not_matter(name, settings):
     pipeline = {"crop_flip": crop_flip, "ssl": ssl, "test": center_crop}[name]
     x = torch.rand(64, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    draw, config = Batch(tuple(f"k{i}" for i in range(64))).random(0), ViewsConfig(**settings)
-    full = pipeline(x.bfloat16().float(), draw, config)
-    half = pipeline(x.bfloat16(), draw, config)
+    draw, config = [Batch(tuple(f"k{i}" for i in range(64))).random(0)], ViewsConfig(**settings)
+    (full,) = pipeline(x.bfloat16().float(), draw, config)
+    (half,) = pipeline(x.bfloat16(), draw, config)
     assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()
     torch.testing.assert_close(half.float(), full, atol=3e-2, rtol=0)
-    last = pipeline(x.bfloat16().float().contiguous(memory_format=torch.channels_last), draw, config)
+    (last,) = pipeline(x.bfloat16().float().contiguous(memory_format=torch.channels_last), draw, config)
     torch.testing.assert_close(last, full, atol=1e-6, rtol=0)

@@ -135,6 +135,19 @@ def test_views_depend_on_key_epoch_and_seed_only(name, side):
     assert not torch.equal(whole[0], Views(ViewsConfig(), default=name, count=1, seed=4)(Batch(keys, x)).views[0])
 
 
+@pytest.mark.parametrize("name", ["crop_flip", "ssl", "test", "none"])
+@pytest.mark.parametrize("side", [32, 70])
+def test_8_bit_pixels_give_the_views_of_their_floats(name, side):
+    x = (images(4, side, side) * 256).to(torch.uint8)
+    small = {"local": 1, "local_size": 16} if name in ("crop_flip", "ssl") else {}
+    make = Views(ViewsConfig(**small), default=name, count=2, seed=3)
+    ours, expected = (make(Batch(("a", "b", "c", "d"), v)).all_views() for v in (x, x / 255))
+    assert len(ours) == 2 + len(small) // 2
+    for view, plain in zip(ours, expected, strict=True):
+        assert view.dtype == torch.float32 and view.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(view, plain, atol=2e-6, rtol=0)
+
+
 def test_views_leave_the_global_random_state_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()

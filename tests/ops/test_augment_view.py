@@ -129,6 +129,24 @@ def test_a_forward_of_any_backend_has_the_references_gradient(backend):
     assert torch.equal(*found) and found[0].any()
 
 
+def test_traced_views_and_their_gradients_are_the_same():
+    """fullgraph compilation of both passes, and torch.func."""
+    settings = parameters()
+    boxes = settings.pop("boxes")
+
+    def view(x, boxes):
+        return augment(x, boxes, **settings)
+
+    found = []
+    for function in (view, torch.compile(view, fullgraph=True, backend="aot_eager")):
+        x = gentle().detach().float().requires_grad_()
+        (function(x, boxes) * torch.arange(16.0).view(4, 4)).sum().backward()
+        found.append(x.grad)
+    x = x.detach()
+    found.append(torch.func.grad(lambda v: (view(v, boxes) * torch.arange(16.0).view(4, 4)).sum())(x))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and found[0].any()
+
+
 def test_rounding_beyond_white_stops_no_gradient():
     x = torch.ones(1, 3, 9, 9, requires_grad=True)
     augment(x, torch.tensor([[1, 2, 7, 5.0]]), size=4).sum().backward()
@@ -181,6 +199,17 @@ def test_an_empty_batch_gives_no_view(backend):
 @BACKENDS
 @pytest.mark.parametrize("count", [0, 1, 35])
 def test_uniform_numbers_equal_philoxs_to_the_bit(backend, count):
-    ids = torch.tensor([5, 2**35 + 1, -3])
+    ids, streams = torch.tensor([5, 2**35 + 1, -3]), torch.tensor([2**32 - 5, 7, 0])
     ours = keyed_uniform(ids, count, seed=2**64 - 7, offset=3, stream=2**32 - 5, backend=backend)
     assert torch.equal(ours, philox_uniform((3, count), 2**64 - 7, 3, sample_ids=ids, stream=2**32 - 5))
+    ours = keyed_uniform(ids, count, seed=2**64 - 7, offset=3, stream=streams, backend=backend)
+    for i, stream in enumerate(streams.tolist()):
+        one = philox_uniform((1, count), 2**64 - 7, 3, sample_ids=ids[i : i + 1], stream=stream)
+        assert torch.equal(ours[i : i + 1], one)
+
+
+def test_streams_must_be_one_or_one_each():
+    with pytest.raises(ShapeError, match="stream is torch.int64"):
+        keyed_uniform(torch.arange(3), 4, seed=0, stream=torch.arange(2))
+    with pytest.raises(ShapeError, match="Give int64"):
+        keyed_uniform(torch.rand(3), 4, seed=0)

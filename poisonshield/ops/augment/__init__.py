@@ -114,15 +114,21 @@ def keyed_uniform(
 ) -> Tensor:
     """float32 [B, count] in [0, 1): what `philox_uniform` gives for the samples ids, int64 [B], in one kernel.
 
-    To the bit, on every backend. seed, offset, stream: integers, or int64 tensors of one element on the device of ids.
-    Raises TypeError, ShapeError, ConfigError.
+    To the bit, on every backend. seed, offset, stream: integers, or int64 tensors of one element on the device of ids;
+    stream also int64 [B], so that several draws are one. Raises TypeError, ShapeError, ConfigError.
     """
     check_tensor("ids", ids, "int64 [B]")
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ShapeError(f"ids is {kind(ids)}. Give int64 [B], an id for each sample.")
     check_number("count", count, least=0, whole=True)
-    words = {n: word(ids, v, n) for n, v in (("seed", seed), ("offset", offset), ("stream", stream))}
-    numbers: Tensor = _keyed_uniform(UniformArguments(ids=ids, count=count, **words), dispatch.requested(backend))
+    if isinstance(stream, Tensor) and stream.shape == ids.shape and stream.dtype == torch.int64:
+        check_device(ids, stream, "stream", owner="ids")
+    else:
+        stream = word(ids, stream, "stream").expand(len(ids))
+    arguments = UniformArguments(
+        ids=ids, seed=word(ids, seed, "seed"), offset=word(ids, offset, "offset"), stream=stream, length=count
+    )
+    numbers: Tensor = _keyed_uniform(arguments, dispatch.requested(backend))
     return numbers
 
 
@@ -195,7 +201,7 @@ def _gradients(ctx: Any, wanted: Any, grad: Tensor) -> dict[str, Tensor | None]:
 
 
 def _uniform_fake(args: UniformArguments) -> Tensor:
-    return args.ids.new_empty((args.ids.shape[0], args.count), dtype=torch.float32)
+    return args.ids.new_empty((args.ids.shape[0], args.length), dtype=torch.float32)
 
 
 _room = dispatch.Room("augment")

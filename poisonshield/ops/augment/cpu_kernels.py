@@ -33,8 +33,8 @@ class _UniformCall(ctypes.Structure):
 
     _fields_ = [
         ("size", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("out", "ids")),
-        *((name, ctypes.c_int64) for name in ("seed", "offset", "stream", "batch", "count")),
+        *((name, ctypes.c_void_p) for name in ("out", "ids", "streams")),
+        *((name, ctypes.c_int64) for name in ("seed", "offset", "batch", "count")),
     ]
 
 
@@ -76,12 +76,12 @@ def augment(args: AugmentArguments) -> Tensor:
 
 def keyed_uniform(args: UniformArguments) -> Tensor:
     """As the reference, to the bit."""
-    ids = args.ids.contiguous()
-    out = torch.empty((len(ids), args.count), dtype=torch.float32)
-    words = {name: int(getattr(args, name)) for name in ("seed", "offset", "stream")}
+    ids, streams = args.ids.contiguous(), args.stream.contiguous()
+    out = torch.empty((len(ids), args.length), dtype=torch.float32)
     record = _UniformCall(
-        size=ctypes.sizeof(_UniformCall), out=native.pointer(out), ids=native.pointer(ids), batch=len(ids),
-        count=args.count, **words,
+        size=ctypes.sizeof(_UniformCall), out=native.pointer(out), ids=native.pointer(ids),
+        streams=native.pointer(streams), seed=int(args.seed), offset=int(args.offset), batch=len(ids),
+        count=args.length,
     )  # fmt: skip
     native.call("uniform", record)
     return out

@@ -41,14 +41,14 @@ class UniformArguments(NamedTuple):
     ids: Tensor  # int64 [B]
     seed: Tensor  # int64 [], and the next two: where in Philox's numbers these lie
     offset: Tensor  # int64 []
-    stream: Tensor  # int64 []
-    count: int  # numbers of a sample
+    stream: Tensor  # int64 [B]
+    length: int  # numbers of a sample
 
 
 def keyed_uniform(args: UniformArguments) -> Tensor:
-    """float32 [B, count] in [0, 1)."""
-    shape = (len(args.ids), args.count)
-    return philox_uniform(shape, args.seed, args.offset, sample_ids=args.ids, stream=args.stream)
+    """float32 [B, length] in [0, 1)."""
+    shape = (len(args.ids), args.length)
+    return philox_uniform(shape, args.seed, args.offset, sample_ids=args.ids, stream=args.stream[:, None])
 
 
 def augment(args: AugmentArguments) -> Tensor:
@@ -185,7 +185,7 @@ def examples() -> dict[str, list[Any]]:
     )  # fmt: skip
     levels = whole._replace(x=(u * 255).to(torch.uint8), flip=None, kernel=5, gray=None)
     crop = levels._replace(factors=None, order=None, sigma=None, kernel=0, grid_height=16, grid_width=12)
-    middle = crop._replace(x=u, out_dtype=torch.bfloat16)
-    seed, offset, stream = (torch.tensor(v) for v in (2**40 + 3, 7, 2**31 + 5))
-    draw = UniformArguments(torch.tensor([5, 2**35 + 1, -3]), seed, offset, stream, count=35)
+    middle = crop._replace(x=u.bfloat16())
+    ids, streams = torch.tensor([5, 2**35 + 1, -3]), torch.tensor([2**31 + 5, 0, 7])
+    draw = UniformArguments(ids, torch.tensor(2**40 + 3), torch.tensor(7), streams, length=35)
     return {"augment": [whole, levels, crop, middle], "keyed_uniform": [draw]}
