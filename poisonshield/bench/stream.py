@@ -1,9 +1,10 @@
 """The stream beside webdataset and torchvision: shards of JPEG files read, decoded, and cut to one random crop each.
 
-All go through the same tars with equally many workers, once in a run, which begins when workers start. Theirs is the
-usual way of that field: webdataset's shuffle and batches in torch's loader, torchvision's decoder (or Pillow's, as most
-have it) and transforms v2 on bytes, then floats. The first case hands out bytes, and there pixels must be equal; in the
-second crops are random, so that keys, shapes and the mean of the pixels are compared.
+All go through the same tars with equally many workers, three times in a run, which begins when workers start. Theirs is
+the usual way of that field: webdataset's shuffle and batches in torch's loader, whose workers stay from epoch to epoch,
+torchvision's decoder (or Pillow's, as most have it) and transforms v2 on bytes, then floats. The first case hands out
+bytes, and there pixels must be equal; in the second crops are random, so that keys, shapes and the mean of the pixels
+are compared.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ OURS, TORCHVISION, PILLOW = "ours", "webdataset, torchvision v2", "webdataset, P
 TARGET = 1.2
 """One crop: at least so many times as fast as webdataset with torchvision."""
 
-_SIZE, _BATCH, _MEAN = 224, 64, 0.05
+Reading = Iterator[tuple[tuple[str, ...], Tensor]]
+"""Keys and pixels of batches."""
+
+_SIZE, _BATCH, _EPOCHS, _MEAN = 224, 64, 3, 0.05
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Setting:
     batch: int
     size: int
     device: torch.device
+    epochs: int = 1
 
     @property
     def tars(self) -> list[str]:
@@ -52,30 +57,30 @@ class Setting:
         return sorted(str(p) for p in self.source.folder.glob("*.tar"))
 
 
-def read_ours(setting: Setting) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """(keys, bytes [b, 3, H, W]) of one epoch."""
-    for batch in _epoch(setting, lambda b: b.replace(views=(b.pixels(),))):
+def read_ours(setting: Setting) -> Reading:
+    """(keys, bytes [b, 3, H, W]) of all epochs."""
+    for batch in _batches(setting, lambda b: b.replace(views=(b.pixels(),))):
         yield batch.keys, batch.all_views()[0]
 
 
-def crop_ours(setting: Setting) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """(keys, one view [b, 3, size, size] in [0, 1]) of one epoch."""
+def crop_ours(setting: Setting) -> Reading:
+    """(keys, one view [b, 3, size, size] in [0, 1]) of all epochs."""
     views = Views(ViewsConfig(name="crop_flip", size=setting.size), default="crop_flip", count=1, seed=0)
-    for batch in _epoch(setting, views):
+    for batch in _batches(setting, views):
         yield batch.keys, batch.all_views()[0]
 
 
-def _epoch(setting: Setting, stage: Callable[[Batch], Batch]) -> Iterator[Batch]:
+def _batches(setting: Setting, stage: Callable[[Batch], Batch]) -> Iterator[Batch]:
     stream = ShardStream(
         setting.source, batch_size=setting.batch, seed=0, workers=setting.workers, stages=(stage,), keep_bytes=True,
         device=setting.device,
     )  # fmt: skip
-    return itertools.islice(iter(stream), stream.steps_per_epoch)
+    return itertools.islice(iter(stream), setting.epochs * stream.steps_per_epoch)
 
 
 def read_theirs(
     setting: Setting, decode: Callable[[bytes], Tensor], crop: Callable[[Tensor], Tensor] | None = None
-) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+) -> Reading:
     """The same by webdataset: bytes without a crop, pixels in [0, 1] with one."""
     import webdataset as wds
     from torchvision.transforms.v2 import functional as F
@@ -86,9 +91,11 @@ def read_theirs(
 
     samples = wds.WebDataset(setting.tars, shardshuffle=len(setting.tars), empty_check=False)
     batches = samples.shuffle(500).map(prepare).batched(setting.batch)
-    for keys, x, _ in wds.WebLoader(batches, batch_size=None, num_workers=setting.workers):
-        x = x.to(setting.device)
-        yield tuple(keys), x if crop is None else F.to_dtype(x, torch.float32, scale=True)
+    loader = wds.WebLoader(batches, batch_size=None, num_workers=setting.workers, persistent_workers=True)
+    for _ in range(setting.epochs):
+        for keys, x, _ in loader:
+            x = x.to(setting.device)
+            yield tuple(keys), x if crop is None else F.to_dtype(x, torch.float32, scale=True)
 
 
 def decode_torchvision(data: bytes) -> Tensor:
@@ -110,7 +117,7 @@ def cases(setting: Setting) -> list[Case]:
     """Reading and decoding; the same with one random crop."""
     height, width = setting.source.read(torch.arange(1)).shape[2:]
     missing = "" if importlib.util.find_spec("webdataset") else "webdataset is not installed"
-    shape, items = (len(setting.source), 3, height, width), len(setting.source)
+    shape, items = (len(setting.source), 3, height, width), setting.epochs * len(setting.source)
     workers = f"batch {setting.batch}, {setting.workers} workers"
 
     def make(name: str) -> Case:
@@ -119,15 +126,18 @@ def cases(setting: Setting) -> list[Case]:
     read, crop = make("read and decode JPEG"), make(f"one crop of {setting.size} px")
     crop.targets = [Target(OURS, TORCHVISION, TARGET)]
 
-    def add(case: Case, name: str, run: Callable[[], Iterator[tuple[tuple[str, ...], Tensor]]], *, ours: bool) -> None:
-        check = partial(check_bytes if case is read else check_crops, setting, run)
-        case.providers.append(Provider(name, None if missing and not ours else partial(_go, run), check, missing))
+    once = replace(setting, epochs=1)
 
-    add(read, OURS, partial(read_ours, setting), ours=True)
-    add(crop, OURS, partial(crop_ours, setting), ours=True)
+    def add(case: Case, name: str, read_all: Callable[[Setting], Reading]) -> None:
+        check = partial(check_bytes if case is read else check_crops, once, partial(read_all, once))
+        run = None if missing and name != OURS else partial(_go, partial(read_all, setting))
+        case.providers.append(Provider(name, run, check, missing))
+
+    add(read, OURS, read_ours)
+    add(crop, OURS, crop_ours)
     for name, decode in ((TORCHVISION, decode_torchvision), (PILLOW, decode_pillow)):
-        add(read, name, partial(read_theirs, setting, decode), ours=False)
-        add(crop, name, partial(read_theirs, setting, decode, _crop(setting.size)), ours=False)
+        add(read, name, partial(read_theirs, decode=decode))
+        add(crop, name, partial(read_theirs, decode=decode, crop=_crop(setting.size)))
     return [read, crop]
 
 
@@ -142,7 +152,7 @@ def _go(run: Callable[[], Iterator[Any]]) -> None:
         pass
 
 
-def check_bytes(setting: Setting, run: Callable[[], Iterator[tuple[tuple[str, ...], Tensor]]]) -> str:
+def check_bytes(setting: Setting, run: Callable[[], Reading]) -> str:
     """Each sample once, with the pixels that the source has."""
     number = {key: i for i, key in enumerate(setting.source.keys)}
     seen: list[str] = []
@@ -157,7 +167,7 @@ def check_bytes(setting: Setting, run: Callable[[], Iterator[tuple[tuple[str, ..
     return f"pixels differ by {far} of 255 at most"
 
 
-def check_crops(setting: Setting, run: Callable[[], Iterator[tuple[tuple[str, ...], Tensor]]]) -> str:
+def check_crops(setting: Setting, run: Callable[[], Reading]) -> str:
     """Each sample once, crops of the size in [0, 1], as bright as the pictures on average."""
     seen: list[str] = []
     means = []
@@ -184,7 +194,7 @@ def free_cores(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) - workers) if hasattr(os, "sched_getaffinity") else 1
 
 
-def bench(session: Session, *, workers: int = 2, data: Path | None = None, side: int = 400, count: int = 1024) -> None:
+def bench(session: Session, *, workers: int = 2, data: Path | None = None, side: int = 400, count: int = 768) -> None:
     """Time the stream. data: a folder of plain shards of JPEG files of one size; else `count` pictures are made.
 
     Raises DataError for a folder with other files, WrongResult if somebody reads something else.
@@ -197,8 +207,8 @@ def bench(session: Session, *, workers: int = 2, data: Path | None = None, side:
         source = ShardSet.open(data or folder / "set")
         if any(source.extension(i) == "png" for i in range(len(source))) or source.image_size is None:
             raise DataError(f"{source.folder} holds other files than JPEG of one size. Import it with --jpeg-quality.")
-        batch, size = (8, 32) if session.quick else (_BATCH, _SIZE)
-        for case in cases(Setting(source, workers, batch, size, session.device)):
+        batch, size, epochs = (8, 32, 1) if session.quick else (_BATCH, _SIZE, _EPOCHS)
+        for case in cases(Setting(source, workers, batch, size, session.device, epochs)):
             show(case, session.time(case))
     finally:
         shutil.rmtree(folder)

@@ -62,7 +62,7 @@ def stream(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read, on each side.")] = 2,
     out: Csv = None,
-    rounds: Rounds = 5, cap: Cap = None, quick: Quick = False, threads: Threads = None,
+    rounds: Rounds = 3, cap: Cap = None, quick: Quick = False, threads: Threads = None,
     device: Device = "auto", allow_missing: AllowMissing = False,
 ) -> None:  # fmt: skip
     """Reading, decoding and one crop of 224 px beside webdataset with torchvision's transforms v2.
