@@ -23,7 +23,7 @@ BESIDE = {
 # Heavy packages and the files that are their doors.
 DOORS = {
     "deepspeed": {"engine/backends/deepspeed.py"},
-    "webdataset": {"data/tars.py"},
+    "webdataset": {"bench/stream.py", "data/tars.py"},
     "timm": {"models/backbones.py"},
     "triton": {f"ops/{path.parent.name}/{path.name}" for path in PACKAGE.glob("ops/*/triton_*.py")}
     | {"ops/trigonometry.py"},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poisonshield.bench.harness import Case, Provider, WrongResult
+from poisonshield.bench.harness import Case, Provider, Target, WrongResult
 from poisonshield.ops import masked_diffusion_loss, q_sample
 from poisonshield.ops.dispatch import Room
 
@@ -31,6 +31,9 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     alphas = (1 - betas).cumprod(0).float().to(device)
     noising = Case("q_sample", shape, 3 * x0.nbytes, "diffusers")
     loss = Case("masked loss+gradient", shape, 3 * x0.nbytes + mask.nbytes, "eager")
+    if device.type == "cuda":
+        noising.targets = [Target("cuda", "% copy", 70)]
+        loss.targets = [Target("cuda", "% copy", 70), Target("cuda", "eager, torch.compile", 1.3)]
     signal, sigma = (v.view(-1, 1, 1, 1) for v in (alphas[t].sqrt(), (1 - alphas[t]).sqrt()))
     expected = signal * x0 + sigma * noise
 

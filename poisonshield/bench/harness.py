@@ -6,23 +6,21 @@ allocator saw it, on the CPU by torch's profiler. Operations are kernels on CUDA
 than views, allocations and copies.
 """
 
-import datetime
 import gc
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from poisonshield.bench.machine import describe
 from poisonshield.errors import PoisonShieldError
+
+CPU = torch.device("cpu")
 
 
 class WrongResult(PoisonShieldError, ArithmeticError):
@@ -42,6 +40,19 @@ class Provider:
     """Why it cannot be done here."""
 
 
+@dataclass(frozen=True)
+class Target:
+    """How fast a provider has to be: `must` times as fast as `against`, another provider of the case.
+
+    against "% copy": at least so many percent of the speed of copying. most: it may take at most `must` times as long.
+    """
+
+    provider: str
+    against: str
+    must: float
+    most: bool = False
+
+
 @dataclass
 class Case:
     """What is measured."""
@@ -54,6 +65,11 @@ class Case:
     """The provider whose time ratios refer to."""
     providers: list[Provider] = field(default_factory=list)
     dtype: str = "float32"
+    items: int = 0
+    """Samples that one run goes through; 0 where they are not counted."""
+    targets: list[Target] = field(default_factory=list)
+    counted: bool = True
+    """Whether memory and operations are counted, by one more run under the profiler."""
 
 
 @dataclass
@@ -72,6 +88,8 @@ class Row:
     copy_pct: float | None
     extra_mib: float | None
     launches: int | None
+    items_per_s: float | None
+    verdict: str
     note: str
     device: str
     driver: str
@@ -90,57 +108,100 @@ class Row:
         return self.p20_ms, self.p50_ms, self.p80_ms
 
 
-def measure(case: Case, *, rounds: int, copy: float) -> list[Row]:
-    """Check, then time every provider of a case. copy: bytes per second of a copy in this run."""
-    here = {p.name: p.run for p in case.providers if p.run is not None}
-    notes = {p.name: p.check() for p in case.providers if p.run is not None}
-    for run in here.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in here}
+def measure(
+    case: Case, *, rounds: int, copy: float = 1.0, cap: float | None = None, device: torch.device = CPU
+) -> list[Row]:
+    """Check, then time every provider of a case. copy: bytes per second of a copy in this run.
+
+    cap: seconds that each provider may take; one that needs more for its check and first run is not timed, another has
+    fewer rounds, and both say so.
+    """
+    runners = [_Runner(p, p.run, cap, device) for p in case.providers if p.run is not None]
+    for runner in runners:
+        runner.check()
+    for runner in runners:
+        runner.warm_up()
     for _ in range(rounds):
-        for name, run in here.items():
-            times[name].append(_time(run))
-    rows = []
-    for p in case.providers:
-        if p.run is None:
-            rows.append(_row(case, p.name, None, copy, None, None, f"skipped: {p.missing}"))
-        else:
-            extra, launches = _count(p.run)
-            rows.append(_row(case, p.name, sorted(times[p.name]), copy, extra, launches, notes[p.name]))
-    return rows
+        for runner in runners:
+            runner.time_once()
+    known = {r.provider.name: r for r in runners}
+    return [_row(case, p, known.get(p.name), rounds, copy, device) for p in case.providers]
+
+
+@dataclass
+class _Runner:
+    """One provider's turns, and the seconds that they took."""
+
+    provider: Provider
+    run: Callable[[], object]
+    cap: float | None
+    device: torch.device
+    spent: float = 0.0
+    note: str = ""
+    times: list[float] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Its result is right, or WrongResult."""
+        with self._counting():
+            self.note = self.provider.check()
+
+    def warm_up(self) -> None:
+        """The first run, which compiles and allocates."""
+        if not self.is_late():
+            with self._counting():
+                self.run()
+
+    def time_once(self) -> None:
+        """One more round, while there is time."""
+        if not self.is_late():
+            with self._counting():
+                self.times.append(_time(self.run, self.device))
+
+    def is_late(self) -> bool:
+        """Whether the cap is used up."""
+        return self.cap is not None and self.spent >= self.cap
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.spent += time.perf_counter() - start
+
+    def say(self, rounds: int) -> str:
+        """The note, and what the cap left out."""
+        if not self.times:
+            return f"stopped: check and first run took {self.spent:.1f} s, the cap is {self.cap:g} s"
+        if len(self.times) < rounds:
+            return "; ".join(filter(None, (self.note, f"{len(self.times)} of {rounds} rounds in {self.cap:g} s")))
+        return self.note
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second of copying 128 MiB, both directions counted; the median of 20."""
     x = torch.ones(1 << 25, device=device)
     y = torch.empty_like(x)
-    times = [_time(lambda: y.copy_(x)) for _ in range(22)][2:]
+    times = [_time(lambda: y.copy_(x), device) for _ in range(22)][2:]
     return 2 * x.nbytes / (statistics.median(times) / 1e3)
 
 
-def _row(
-    case: Case,
-    provider: str,
-    times: list[float] | None,
-    copy: float,
-    extra: float | None,
-    launches: int | None,
-    note: str,
-) -> Row:
-    p20 = p50 = p80 = speed = None
-    if times:
+def _row(case: Case, provider: Provider, runner: _Runner | None, rounds: int, copy: float, device: torch.device) -> Row:
+    times = sorted(runner.times) if runner else []
+    p20 = p50 = p80 = traffic = extra = launches = None
+    if runner and times:
         p20, p50, p80 = (times[round(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
-        speed = case.ideal_bytes / (p50 / 1e3)
+        traffic = case.ideal_bytes / (p50 / 1e3) if case.ideal_bytes else None
+        extra, launches = _count(runner.run, device) if case.counted else (None, None)
     return Row(
-        case.name, provider, "x".join(map(str, case.shape)), case.dtype, p20, p50, p80, case.ideal_bytes,
-        None if speed is None else speed / 1e9, None if speed is None else 100 * speed / copy, extra, launches, note,
-        **_machine(),
+        case.name, provider.name, "x".join(map(str, case.shape)), case.dtype, p20, p50, p80, case.ideal_bytes,
+        None if traffic is None else traffic / 1e9, None if traffic is None else 100 * traffic / copy, extra, launches,
+        case.items / (p50 / 1e3) if p50 and case.items else None, "",
+        runner.say(rounds) if runner else f"skipped: {provider.missing}", **describe(device),
     )  # fmt: skip
 
 
-def _time(run: Callable[[], object]) -> float:
+def _time(run: Callable[[], object], device: torch.device = CPU) -> float:
     """Milliseconds of one run."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         begin = time.perf_counter()
         run()
         return (time.perf_counter() - begin) * 1e3
@@ -163,10 +224,10 @@ def _flush_l2() -> None:
     _spoiler().zero_()
 
 
-def _count(run: Callable[[], object]) -> tuple[float, int]:
+def _count(run: Callable[[], object], device: torch.device = CPU) -> tuple[float, int]:
     """Peak extra MiB, and how many operations or kernels."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -193,38 +254,3 @@ _NO_WORK = frozenset(
     "empty_like empty_strided resize_ to _to_copy copy_ contiguous clone lift_fresh resolve_conj _reshape_alias "
     "unsqueeze squeeze expand_as view_as narrow split chunk".split()
 )
-
-
-@cache
-def _machine() -> dict[str, Any]:
-    """The last columns of a Row, which are the same in a whole run."""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD") or "",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poisonshield.bench.harness import Case, Provider, WrongResult
+from poisonshield.bench.harness import Case, Provider, Target, WrongResult
 from poisonshield.ops import jpeg
 from poisonshield.ops.dispatch import Room
 
@@ -27,6 +27,10 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     forward = Case("jpeg forward", shape, 2 * size, "kornia")
     both = Case("jpeg forward+backward", shape, 5 * size, "kornia")
     whole = Case("jpeg exact", shape, 2 * size, "reference")
+    if device.type == "cuda":
+        forward.targets = [Target("triton", "% copy", 50)]
+        both.targets = [Target("triton", "compiled", 1.5), Target("triton", "kornia", 10)]
+        whole.targets = [Target("triton", "% copy", 35)]
     reference = jpeg(x, 75, backend="reference")
 
     def near(run: Codec) -> Callable[[], str]:

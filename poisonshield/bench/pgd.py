@@ -6,12 +6,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from poisonshield.bench.harness import Case, Provider, WrongResult
+from poisonshield.bench.harness import Case, Provider, Target, WrongResult
 from poisonshield.ops import pgd_step_
 from poisonshield.ops.dispatch import Room
 
 _ROOM = Room("pgd")
 _STEP, _EPS, _LENGTH, _BALL = 2 / 255, 8 / 255, 0.1, 0.5
+
+_TARGETS = {
+    "linf": [
+        Target("cuda", "% copy", 90),
+        Target("cuda", "textbook, torch.compile", 0.95),
+        Target("cuda", "textbook, eager", 3.5),
+    ],
+    "l2": [Target("cuda", "% copy", 50), Target("cuda", "textbook, torch.compile", 1.5)],
+}
+"""On a GPU."""
 
 
 def linf(x: Tensor, grad: Tensor, x0: Tensor) -> Tensor:
@@ -40,6 +50,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 def _case(norm: str, textbook: Callable[[Tensor, Tensor, Tensor], Tensor], x0: Tensor, grad: Tensor) -> Case:
     step, eps = (_STEP, _EPS) if norm == "linf" else (_LENGTH, _BALL)
     case = Case(f"pgd {norm} step", tuple(x0.shape), 4 * x0.nbytes, "textbook, eager")
+    case.targets = _TARGETS[norm] if x0.is_cuda else []
     expected = textbook(x0, grad, x0)
 
     def checked(name: str, out: Tensor) -> str:

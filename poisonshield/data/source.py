@@ -27,8 +27,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] of the samples `indices`, int64 [B]."""
+    def read(self, indices: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """uint8 [B, 3, H, W] of the samples `indices`, int64 [B], in memory of any strides; in `out` if it is given."""
         ...
 
 
@@ -38,10 +38,20 @@ def read_batch(source: Source, indices: Tensor, *, device: torch.device | None =
 
 
 def batch_of(
-    source: Source, indices: Tensor, pixels: Tensor, *, device: torch.device | None = None, epoch: int = 0
+    source: Source,
+    indices: Tensor,
+    pixels: Tensor,
+    *,
+    device: torch.device | None = None,
+    epoch: int = 0,
+    keep_bytes: bool = False,
 ) -> Batch:
-    """A Batch from pixels already read, uint8 [B, 3, H, W]. They travel as bytes and become float on the device."""
-    x = pixels.to(device, non_blocking=True).float().div_(255)
+    """A Batch from pixels already read, uint8 [B, 3, H, W]. They travel as bytes and become float on the device.
+
+    keep_bytes: x stays uint8, for a stage that takes it so."""
+    x = pixels.to(device, non_blocking=True)
+    if not keep_bytes:
+        x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     y = source.labels[indices].to(device, non_blocking=True)
     return Batch(keys=tuple(source.keys[i] for i in indices.tolist()), x=x, y=y, epoch=epoch, draw=epoch)
 
@@ -74,9 +84,9 @@ class ResidentSource:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor, *, out: Tensor | None = None) -> Tensor:
         """A copy of these samples, uint8 [B, 3, H, W]."""
-        return self.pixels[indices]
+        return self.pixels[indices] if out is None else out.copy_(self.pixels[indices])
 
 
 def _apply_stage(stage: Callable[[Batch], Batch], batch: Batch) -> Tensor:

@@ -4,11 +4,8 @@ The plan says which samples form batch (epoch, step); workers only read and deco
 batches handed out, so what workers have prefetched is read again after a restart: nothing is lost or repeated.
 """
 
-import atexit
-import multiprocessing
-import multiprocessing.process
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +14,8 @@ from torch import Tensor
 from poisonshield.batch import Batch
 from poisonshield.data.plan import Plan
 from poisonshield.data.source import Source, batch_of, read_batch
-from poisonshield.errors import CheckpointError, ConfigError, DataError, PoisonShieldError
+from poisonshield.data.workers import Place, read_in_workers
+from poisonshield.errors import CheckpointError, ConfigError
 
 Stage = Callable[[Batch], Batch]
 
@@ -29,6 +27,11 @@ class ShardStream:
     applied in order on the device. Yields Batch with keys, x float32 [b, 3, H, W] in [0, 1], y int64 [b], epoch, draw
     (the epoch again), and rank_sizes when world > 1. Raises ConfigError if a batch has fewer samples than ranks;
     reading raises DataError, from a worker too. One iterator at a time: the position belongs to the stream.
+
+    keep_bytes: the first stage takes x as it was read, uint8 of any strides, which spares a float copy of whole images.
+    It may not keep them, as their memory is written to again: a batch goes on with the pixels that the stage put in
+    their place, or without x. stage_seconds: how long stages took so far, on the host's clock, so that time
+    spent on augmentation can be told from waiting for data.
     """
 
     def __init__(
@@ -44,13 +47,16 @@ class ShardStream:
         stages: Sequence[Stage] = (),
         device: torch.device | str | None = None,
         window: int = 16,
+        keep_bytes: bool = False,
     ) -> None:
+        if keep_bytes and not stages:
+            raise ConfigError("keep_bytes hands bytes to the first stage, and there is none. Give stages, or leave it.")
         if not 0 <= rank < world or workers < 0:
             raise ConfigError(f"rank {rank} of {world} with {workers} workers: 0 <= rank < world, workers >= 0 wanted.")
         self.plan = Plan(source.ids, source.shard, batch_size=batch_size, seed=seed, shuffle=shuffle, window=window)
         self.plan.check_world(world)
         self.source, self.rank, self.world, self.workers = source, rank, world, workers
-        self.stages = tuple(stages)
+        self.stages, self.keep_bytes, self.stage_seconds = tuple(stages), keep_bytes, 0.0
         self.device = torch.device(device) if device is not None else None
         self.steps_per_epoch = self.plan.steps
         self._epoch = self._step = 0
@@ -65,11 +71,15 @@ class ShardStream:
 
     def __iter__(self) -> Iterator[Batch]:
         for epoch, step, indices, pixels in self._read_on():
-            batch = batch_of(self.source, indices, pixels, device=self.device, epoch=epoch)
+            batch = batch_of(self.source, indices, pixels, device=self.device, epoch=epoch, keep_bytes=self.keep_bytes)
             if self.world > 1:
                 batch = batch.replace(rank_sizes=self.plan.rank_sizes(step, self.world))
+            start = time.perf_counter()
             for stage in self.stages:
                 batch = stage(batch)
+                if batch.x is not None and batch.x.dtype == torch.uint8:
+                    batch = batch.replace(x=None)  # they were lent
+            self.stage_seconds += time.perf_counter() - start
             self._epoch, self._step = (epoch, step + 1) if step + 1 < self.plan.steps else (epoch + 1, 0)
             yield batch
 
@@ -93,7 +103,7 @@ class ShardStream:
             raise CheckpointError(f"{where} is no position: an epoch has {self.plan.steps} steps. State is damaged.")
         self._epoch, self._step = state["epoch"], state["step"]
 
-    def _walk(self) -> Iterator[tuple[int, int, Tensor]]:
+    def _walk(self) -> Iterator[Place]:
         """(epoch, step, this rank's sample numbers) from the current position on."""
         epoch, step = self._epoch, self._step
         while True:
@@ -102,88 +112,14 @@ class ShardStream:
             epoch, step = epoch + 1, 0
 
     def _read_on(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """The walk with pixels, uint8 [b, 3, H, W], read here or by workers."""
-        if self.workers == 0:
-            for epoch, step, indices in self._walk():
-                yield epoch, step, indices, self.source.read(indices)
+        """The walk with pixels, uint8 [b, 3, H, W], read here or by workers, which lend them."""
+        if self.workers > 0:
+            pin = self.device is not None and self.device.type == "cuda"
+            largest = self.plan.rank_sizes(0, self.world)[0]
+            yield from read_in_workers(self.source, self._walk, workers=self.workers, largest=largest, pin=pin)
             return
-        loader = torch.utils.data.DataLoader(
-            _Reader(self.source),
-            batch_size=None,
-            sampler=_Sampler(self._walk),
-            num_workers=self.workers,
-            pin_memory=self.device is not None and self.device.type == "cuda",
-            worker_init_fn=_outlive_signals,
-            generator=torch.Generator(),  # else the loader draws from the global generator, and workers change a run
-        )
-        for item in _tell_of_lost_worker(loader):
-            if isinstance(item, PoisonShieldError):
-                raise item
-            yield tuple(item)
-
-
-def _outlive_signals(_: int) -> None:
-    """In a worker: what stops a whole job is for the process that trains, which saves and then ends its workers.
-
-    A terminal and a scheduler send it to all of them. The loader's own SIGTERM may be the second, which ends a worker.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def _tell_of_lost_worker(loader: Iterable[Any]) -> Iterator[Any]:
-    """The loader's items. Raises DataError, where torch raises RuntimeError, if a worker was killed.
-
-    A worker outlives the one SIGTERM that it gets when Python ends after an error, and Python would wait for it: it is
-    killed before.
-    """
-    before = set(multiprocessing.active_children())
-    items = iter(loader)
-    workers = set(multiprocessing.active_children()) - before
-    atexit.register(_kill_all, workers)
-    try:
-        yield from items
-    except (RuntimeError, ConnectionError, EOFError) as err:
-        # a reader that dies while it hands something over breaks the connection
-        if isinstance(err, RuntimeError) and not any(sign in str(err) for sign in ("DataLoader worker", "ancdata")):
-            raise
-        why = (str(err).splitlines() or [type(err).__name__])[0].strip()
-        raise DataError(
-            f"a process that reads data was killed ({why})\n"
-            "  Often memory ran out: set data.workers or data.window lower. Go on with engine.resume=auto."
-        ) from err
-
-
-def _kill_all(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-
-
-class _Sampler:
-    """The walk in the form that torch's DataLoader asks for."""
-
-    def __init__(self, walk: Callable[[], Iterator[Any]]) -> None:
-        self._walk = walk
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._walk()
-
-
-class _Reader(torch.utils.data.Dataset):
-    """What a worker does with one step of the walk. Errors are handed over as values: raised there, the loader would
-    bury their words under a worker's traceback."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, item: tuple[int, int, Tensor]) -> Any:
-        epoch, step, indices = item
-        try:
-            return epoch, step, indices, self.source.read(indices)
-        except PoisonShieldError as err:
-            return err
+        for epoch, step, indices in self._walk():
+            yield epoch, step, indices, self.source.read(indices)
 
 
 def evaluate_batches(

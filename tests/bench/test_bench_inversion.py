@@ -8,6 +8,7 @@ from tiny import tiny_folder
 
 from poisonshield.bench import benchmarks, inversion
 from poisonshield.bench.harness import WrongResult
+from poisonshield.bench.session import Session
 from poisonshield.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def cases(pipeline):
 
 
 def test_both_sides_have_one_gradient(cases):
-    for case in cases:
+    for case in cases[:2]:
         for provider in case.providers:
             assert provider.check().startswith("gradients differ by ")
 
@@ -62,25 +63,50 @@ def test_a_step_that_differs_is_not_timed(pipeline):
         case.providers[0].check()
 
 
+def test_the_usual_loop_takes_the_step_of_our_preset_and_moves_new_rows_alone(cases):
+    ours, theirs = cases[2].providers
+    assert theirs.check().startswith("gradient of our preset diffusers within")
+    loop = theirs.run.__self__
+    before = loop.table.weight.detach().clone()
+    loop.step()
+    moved = (loop.table.weight.detach() != before).any(1)
+    assert moved[-1] and not moved[:-1].any() and ours.run.__self__.method.vectors.shape[0] == 1
+
+
+def test_a_loop_that_takes_another_step_is_not_timed(cases, monkeypatch):
+    loop = cases[2].providers[1].run.__self__
+    monkeypatch.setattr(loop, "gradient", lambda batch, draws: torch.ones(1, loop.table.embedding_dim))
+    with pytest.raises(WrongResult, match="not diffusers' step"):
+        cases[2].providers[1].check()
+
+
 def test_it_prints_ratios_and_records_rows(pipeline, tmp_path, capsys):
     out = tmp_path / "inversion.csv"
-    rows, ratios = inversion.bench(out, 2, True, 1, pipeline)
+    torch.set_num_threads(1)
+    ratios = inversion.bench(Session(out=out, rounds=2, quick=True), pipeline)
     told = capsys.readouterr().out
     assert (
         "times faster (wanted: at least 1.6) with" in told
         and "(wanted: at most 3) with 8.00 times its arithmetic" in told
     )
     found = list(csv.DictReader(out.open()))
-    assert [r["provider"] for r in found] == [inversion.CACHED, inversion.ENCODED, inversion.ONE, inversion.MANY]
+    two, words, loop = (
+        (inversion.CACHED, inversion.ENCODED),
+        (inversion.ONE, inversion.MANY),
+        ("ours", "diffusers' loop"),
+    )
+    assert [r["provider"] for r in found] == [*two, *words, *loop]
     for r in found:
         assert 0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) and float(r["extra_mib"]) > 0
-        assert r["threads"] == "1" and not r["gb_per_s"] and "GFLOP; gradients differ by" in r["note"]
+        assert r["threads"] == "1" and not r["gb_per_s"] and "GFLOP; " in r["note"]
+    assert all("GFLOP; gradients differ by" in r["note"] for r in found[:4])
+    assert "gradient of our preset diffusers within" in found[5]["note"]
     assert ratios["cache"] == pytest.approx(float(found[1]["p50_ms"]) / float(found[0]["p50_ms"]))
     assert ratios["many"] == pytest.approx(float(found[3]["p50_ms"]) / float(found[2]["p50_ms"]))
-    assert len(rows) == 4
+    assert ratios["loop"] == pytest.approx(float(found[5]["p50_ms"]) / float(found[4]["p50_ms"]))
 
 
 def test_it_is_a_command_of_its_own_and_wants_a_pipeline(tmp_path):
     assert "inversion" not in benchmarks()
     with pytest.raises(ConfigError, match="is no Stable Diffusion folder"):
-        inversion.bench(None, 1, True, None, str(tmp_path))
+        inversion.bench(Session(rounds=1, quick=True), str(tmp_path))

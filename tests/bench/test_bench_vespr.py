@@ -9,9 +9,6 @@ from typer.testing import CliRunner
 from poisonshield.bench import vespr
 from poisonshield.bench.harness import WrongResult
 from poisonshield.cli import app
-from poisonshield.errors import ConfigError
-
-cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="refused where a GPU is visible")
 
 
 @pytest.mark.parametrize("flagged", [(0,), (0, 1)])
@@ -50,11 +47,12 @@ def test_a_step_that_differs_is_not_timed(monkeypatch):
         vespr.build_case(model, batch).providers[0].check()
 
 
-@cpu_only
 def test_the_command_prints_a_table_and_records_rows(tmp_path):
     out = tmp_path / "vespr.csv"
     done = CliRunner().invoke(
-        app, ["bench", "vespr", "--quick", "--rounds", "2", "--steps", "2", "--out", str(out)], catch_exceptions=False
+        app,
+        ["bench", "vespr", "--quick", "--rounds", "2", "--steps", "2", "--device", "cpu", "--out", str(out)],
+        catch_exceptions=False,
     )
     assert done.exit_code == 0 and "theirs / ours" in done.output and "0 pixels differ" in done.output
     rows = list(csv.DictReader(out.open()))
@@ -64,7 +62,11 @@ def test_the_command_prints_a_table_and_records_rows(tmp_path):
         assert "GFLOP" in r["note"] and not r["gb_per_s"]
 
 
-def test_a_machine_with_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match="is for the CPU. Run it with CUDA_VISIBLE_DEVICES set to nothing"):
-        vespr.bench(None, 1, True, 1, None)
+def test_on_a_gpu_a_few_pixels_may_differ_and_on_the_cpu_none(monkeypatch):
+    model, batch = vespr.build_example(quick=True, steps=2)
+    check = vespr.build_case(model, batch).providers[0].check
+    monkeypatch.setattr(vespr, "compare", lambda model, batch: vespr.Agreement(differing=1, gradient=0.0, moved=0.1))
+    with pytest.raises(WrongResult, match="1 attacked pixels differ"):
+        check()
+    monkeypatch.setitem(vespr.PIXEL_TOLERANCE, "cpu", vespr.PIXEL_TOLERANCE["cuda"])
+    assert check().startswith("1 pixels differ")
