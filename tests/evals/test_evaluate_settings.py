@@ -20,7 +20,14 @@ DEFAULTS = {
     "robust": {
         "norm": "linf",
         "eps": 4 / 255,
-        "attack": {"name": "pgd", "steps": 10, "step_size": 1 / 255, "random_start": True, "restarts": 1},
+        "attack": {
+            "name": "pgd",
+            "steps": 10,
+            "step_size": 1 / 255,
+            "random_start": True,
+            "restarts": 1,
+            "graph": None,
+        },
         "loss": "ce",
         "samples": None,
     },
