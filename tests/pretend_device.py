@@ -44,6 +44,8 @@ class Seen:
     by_line: dict[str, Counter[tuple[tuple[str, ...], str]]] = field(
         default_factory=lambda: {kind: Counter() for kind in ("launch", "copy", "wait")}
     )
+    ops: Counter[str] = field(default_factory=Counter)
+    """Calls of our own operators, as "augment on triton": by Triton, or the reference where Triton refuses."""
     in_graph: bool = False
     """Inside a recorded graph: its kernels are not launched one by one."""
 
@@ -74,12 +76,12 @@ class Seen:
 
     def clear(self) -> None:
         """Count from nothing again."""
-        for counts in self.by_line.values():
+        for counts in (*self.by_line.values(), self.ops):
             counts.clear()
 
     def copy(self) -> "Seen":
         """What has been seen up to now."""
-        return Seen({kind: Counter(counts) for kind, counts in self.by_line.items()})
+        return Seen({kind: Counter(counts) for kind, counts in self.by_line.items()}, Counter(self.ops))
 
     def table(self, most: int = 25) -> str:
         """Waits, copies, and the lines with most launches, one a row."""
@@ -287,8 +289,10 @@ def _run_op(func: Any, args: Any) -> Any:
     if _current:
         record = rebuild(op.arguments, args[:-1])
         triton = op.room._module("triton") if op.room.missing("triton", CUDA) is None else None
+        fused = triton is not None and triton.refusal(name, record) is None
+        _current[-1].ops[f"{name} on {'triton' if fused else 'reference'}"] += 1
         with _Host():  # which torch leaves while it hands a call over
-            if triton is not None and triton.refusal(name, record) is None:
+            if fused:
                 with _silenced(triton):
                     getattr(triton, name)(record)
             else:

@@ -310,6 +310,7 @@ def build_stream(run: Classify, training: TrainingSet, method: SSLMethod, device
         window=settings.data.window,
         stages=(*training.stages, views),
         device=device,
+        keep_bytes=not training.stages,  # views take bytes; whole images as floats are four times as much to move
     )
 
 
