@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
-from poisonshield.bench.harness import Case, Provider, WrongResult
+from poisonshield.bench.harness import Case, Provider, Target, WrongResult
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.ops import use_backend
 from poisonshield.ops.dispatch import Room
@@ -32,6 +32,7 @@ def _case(name: str, count: int, source: int, size: int, kernel: int, device: to
     views = Views(ViewsConfig(size=size, blur_kernel=kernel), default="ssl", count=2, seed=0)
     ideal = 2 * count * 3 * (source**2 + 4 * size**2)
     case = Case(f"two ssl views, {name}", tuple(x.shape), ideal, "torchvision v2", dtype="uint8")
+    case.targets = [Target("triton" if device.type == "cuda" else "cpu", "torchvision v2", 1.2)]
 
     def made(backend: str) -> Tensor:
         with use_backend(backend):

@@ -31,6 +31,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         forward.targets = [Target("triton", "% copy", 50)]
         both.targets = [Target("triton", "compiled", 1.5), Target("triton", "kornia", 10)]
         whole.targets = [Target("triton", "% copy", 35)]
+    else:
+        forward.targets, both.targets = [Target("cpu", "kornia", 4)], [Target("cpu", "kornia", 5)]
     reference = jpeg(x, 75, backend="reference")
 
     def near(run: Codec) -> Callable[[], str]:
