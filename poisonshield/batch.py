@@ -100,11 +100,13 @@ class StepOutput:
 class Stream(Protocol):
     """An endless iterator of Batch that can say where it is and go on from there.
 
-    `steps_per_epoch` is equal on every rank. state_dict after k batches, loaded into a fresh Stream of the same plan
+    `steps_per_epoch` is equal on every rank. `stage_seconds`: the host's time in poisons and views up to now, which the
+    log tells apart from waiting for data. state_dict after k batches, loaded into a fresh Stream of the same plan
     (any number of ranks and workers), continues with batch k + 1.
     """
 
     steps_per_epoch: int
+    stage_seconds: float
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -34,7 +34,8 @@ class Metrics:
         self.count = self.images = 0
         self.seconds = 0.0  # of the whole run
         self.latest: dict[str, Any] = {}  # the last row
-        self._wait_s, self._since, self._since_step = 0.0, time.perf_counter(), 0
+        self._wait_s = self._stage_s = 0.0
+        self._since, self._since_step = time.perf_counter(), 0
         self._wants_board, self._board = tensorboard and collectives.rank() == 0, None
 
     @contextmanager
@@ -43,6 +44,10 @@ class Metrics:
         start = time.perf_counter()
         yield
         self._wait_s += time.perf_counter() - start
+
+    def add_stages(self, seconds: float) -> None:
+        """So much of the waiting was for poisons and views that the host made or asked for."""
+        self._stage_s += seconds
 
     def add(self, output: StepOutput, batch: Batch) -> None:
         """Count one step."""
@@ -71,14 +76,16 @@ class Metrics:
         elapsed = now - self._since
         self.seconds += elapsed
         row["img/s"] = self.images / elapsed
-        row["data"] = 100.0 * self._wait_s / elapsed
+        row["data"] = 100.0 * (self._wait_s - self._stage_s) / elapsed
+        row["augment"] = 100.0 * self._stage_s / elapsed
         row["mem"] = _measure_memory_gib(self.device)
         row["left"] = elapsed / (step - self._since_step) * (self.total_steps - step)
         row["seconds"] = self.seconds
         if samples:
             row["samples"] = list(samples)
         self.sums, self.count, self.images = {}, 0, 0
-        self._wait_s, self._since, self._since_step = 0.0, now, step
+        self._wait_s = self._stage_s = 0.0
+        self._since, self._since_step = now, step
         self.latest = row
         if collectives.rank() == 0:
             self._report(row)
@@ -121,7 +128,7 @@ class Metrics:
 def console_line(row: dict[str, Any], total_steps: int) -> str:
     """The fixed columns: step, loss and its parts, lr, img/s, data wait, memory, time left."""
     width = len(str(total_steps))
-    fixed = {"step", "lr", "img/s", "data", "mem", "left", "seconds", "samples"}
+    fixed = {"step", "lr", "img/s", "data", "augment", "mem", "left", "seconds", "samples"}
     parts = [f"step {row['step']:>{width}}/{total_steps}"]
     parts += [f"{name} {value:.2f}" for name, value in row.items() if name not in fixed]
     parts += [f"lr {row['lr']:.3f}" if row["lr"] >= 0.01 or row["lr"] == 0 else f"lr {row['lr']:.1e}"]

@@ -108,8 +108,11 @@ class Trainer:
 
     def gather(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, on the device."""
+        before = self.stream.stage_seconds
         with self.metrics.waiting():
-            return next(batches).to(self.device, non_blocking=True)
+            batch = next(batches).to(self.device, non_blocking=True)
+        self.metrics.add_stages(self.stream.stage_seconds - before)
+        return batch
 
     def _agree(self, parts: list[tuple[StepOutput, Batch]], norm: torch.Tensor, signals: StopSignals) -> Verdict:
         """What all ranks think of this step's loss and gradient, whether one was told to stop, and if it is time to

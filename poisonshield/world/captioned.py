@@ -28,7 +28,7 @@ class CaptionedStream:
         self.pixels, self.captions, self.batch_size, self.seed = pixels, tuple(captions), batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = len(pixels) // batch_size
-        self.position = 0
+        self.position, self.stage_seconds = 0, 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         share = self.batch_size // self.world_size

@@ -29,6 +29,7 @@ class Halves:
     """TinyStream's batches of eight as two of four each; `bad`: which of the fours are not finite."""
 
     steps_per_epoch = 2 * TinyStream.steps_per_epoch
+    stage_seconds = 0.0
 
     def __init__(self, bad=(), stop_at=None):
         self.position, self.bad, self.stop_at = 0, bad, stop_at

@@ -15,8 +15,8 @@ from poisonshield.engine.runfolder import RunFolder
 
 STYLE = "step  1200/40000  loss 4.81  ssl 4.31  ce 0.50  lr 0.280  img/s 4310  data 1.8%  mem 31.2 GiB  left 2h41m"
 STYLE_ROW = {
-    "step": 1200, "loss": 4.806, "ssl": 4.309, "ce": 0.497, "lr": 0.28, "img/s": 4310.2, "data": 1.81, "mem": 31.17,
-    "left": 9683.0, "seconds": 300.0,
+    "step": 1200, "loss": 4.806, "ssl": 4.309, "ce": 0.497, "lr": 0.28, "img/s": 4310.2, "data": 1.81, "augment": 2.0,
+    "mem": 31.17, "left": 9683.0, "seconds": 300.0,
 }  # fmt: skip
 
 
@@ -84,17 +84,19 @@ def test_row_is_the_mean_of_its_interval_and_the_line_says_the_same(tmp_path, cl
         clock.now += 1.5
         with m.waiting():
             clock.now += 0.5
+        m.add_stages(0.125)
         add(m, loss, ce)
     with caplog.at_level(logging.INFO, "poisonshield"):
         m.write(2, lr=0.25)
     (row,) = rows(tmp_path)
     memory = row.pop("mem")
     assert row == {
-        "step": 2, "loss": 3.0, "ce": 0.75, "lr": 0.25, "img/s": 2.0, "data": 25.0, "left": 196.0, "seconds": 4.0,
+        "step": 2, "loss": 3.0, "ce": 0.75, "lr": 0.25, "img/s": 2.0, "data": 18.75, "augment": 6.25,
+        "left": 196.0, "seconds": 4.0,
     }  # fmt: skip
-    assert list(rows(tmp_path)[0]) == ["step", "loss", "ce", "lr", "img/s", "data", "mem", "left", "seconds"]
+    assert list(rows(tmp_path)[0]) == ["step", "loss", "ce", "lr", "img/s", "data", "augment", "mem", "left", "seconds"]
     assert 0.05 < memory < 50  # GiB of a process that has loaded torch
-    expected = f"step   2/100  loss 3.00  ce 0.75  lr 0.250  img/s 2  data 25.0%  mem {memory:.1f} GiB  left 3m16s"
+    expected = f"step   2/100  loss 3.00  ce 0.75  lr 0.250  img/s 2  data 18.8%  mem {memory:.1f} GiB  left 3m16s"
     assert caplog.messages == [expected]
 
 

@@ -22,7 +22,7 @@ FEWER = ["defenses.0.attack.steps=1"]  # a recorded attack is one launch, howeve
 class FromMemory:
     """The same 16 host pictures each step, moved and augmented as ShardStream does it; remembers what was seen."""
 
-    steps_per_epoch = 100
+    steps_per_epoch, stage_seconds = 100, 0.0
 
     def __init__(self, views: Views, seen: Seen) -> None:
         self.views, self.seen, self.steps = views, seen, []

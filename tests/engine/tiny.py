@@ -27,6 +27,7 @@ class TinyStream:
     """48 made-up images, a new order each epoch, in global batches of 8 for one rank or two (4 and 4, or 5 and 3)."""
 
     steps_per_epoch = IMAGES // 8
+    stage_seconds = 0.0
 
     def __init__(self, bad_steps: tuple[int, ...] = (), even: bool = True) -> None:
         self.step, self.bad_steps, self.even = 0, bad_steps, even

@@ -84,7 +84,7 @@ class ConceptStream:
         self.rank, self.world_size = rank, world_size
         self._check(prompts)
         self.steps_per_epoch = -(-max(len(c.images) for c in self.concepts) // batch_size)
-        self.position = 0
+        self.position, self.stage_seconds = 0, 0.0  # what its stage makes of a picture is kept
         self._staged = StagedConcepts(
             self.concepts, stage, per_epoch=per_epoch, variants=variants, captions=self.with_captions
         )
