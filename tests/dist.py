@@ -7,6 +7,7 @@ Start-up is nearly all of the time (2 to 4 s): group many checks into one functi
 import datetime
 import os
 import queue
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,6 +42,13 @@ def _worker(
         torch.distributed.destroy_process_group()
         raise
     os._exit(0)  # all is said; taking gloo's threads down in an orderly way aborts a loaded machine now and then
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def run_dist(

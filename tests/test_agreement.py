@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from dist import free_port
 
 SMALL = (
     "model.widths=[8,8,16,16]", "method.hidden=16", "method.out=16", "data.batch_size=40", "data.workers=0",
@@ -40,12 +41,6 @@ OTHER_ENVIRONMENT = {
     ("WORLD_SIZE", "3"): "counts WORLD_SIZE=3 processes",
     ("RANK", "0"): "two processes call themselves rank 0: ",
 }
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def train(rank, port, folder, overrides, environment, versions):

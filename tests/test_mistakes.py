@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -17,11 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from dist import free_port
 
 from poisonshield import api
 from poisonshield.cli import main
 from poisonshield.data import open_dataset
 from poisonshield.data.writer import ShardWriter
+from poisonshield.engine.meeting import Meeting
 from poisonshield.errors import PoisonShieldError
 from poisonshield.runs import read_experiment
 
@@ -58,10 +61,11 @@ def launch(config, *overrides):
 @pytest.fixture
 def said(monkeypatch, capsys):
     """`said(overrides)`: what rank 0 of two is told before it would look for the other, whom nobody started."""
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks["MASTER_PORT"] = str(free_port())
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("it looked for rank 1"))
+    monkeypatch.setattr(Meeting, "agree", lambda *_: pytest.fail("it looked for rank 1"))
 
     def ask(*overrides, config=MINI):
         assert launch(config, "engine.device=cpu", *overrides) == 1
@@ -99,7 +103,10 @@ def change_member(folder, shard, ending, change):
 
 def test_unknown_key(said):
     text = said("defenses.0.attack.step_sise=1/255")
-    assert "defenses[0].attack: step_sise is not a setting of pgd. Did you mean step_size?  Settings: random" in text
+    assert (
+        "defenses[0].attack: step_sise is not a setting of pgd. Did you mean step_size?  Settings: graph, random"
+        in text
+    )
 
 
 def test_wrong_type(said):
@@ -236,7 +243,7 @@ def test_a_rank_that_fails_says_so_in_one_line_with_its_traceback_in_a_file(tmp_
     text = capsys.readouterr().err
     assert end.value.code == 1 and text.count("\n") == 1 and "Traceback" not in text
     assert (
-        text.startswith("rank 3 on ")
+        text.startswith("rank 3 of 8 on ")
         and "RuntimeError: " in text
         and "Connection closed by peer (its traceback" in text
     )
@@ -254,7 +261,11 @@ def test_broken_test_image(data, said):
 def test_missing_shard(data, said):
     (data / "train" / "shard-00001.tar").unlink()
     text = said(f"data.train={data}", "data.poison=null")
-    assert text.startswith("DataError: ") and "shard-00001.tar" in text and "missing" in text
+    assert (
+        text.startswith(f"rank 0 of 2 on {socket.gethostname()}: DataError: ")
+        and "shard-00001.tar" in text
+        and "missing" in text
+    )
 
 
 def test_truncated_tar(data, said):

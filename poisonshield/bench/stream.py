@@ -110,7 +110,7 @@ def decode_pillow(data: bytes) -> Tensor:
     from PIL import Image
     from torchvision.transforms.v2 import functional as F
 
-    return F.to_image(Image.open(io.BytesIO(data)).convert("RGB"))
+    return F.to_image(Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB"))
 
 
 def cases(setting: Setting) -> list[Case]:

@@ -1,7 +1,8 @@
 """Where the processes of a job meet: a small store of texts on the first one's host, and what they tell each other.
 
-`meet` waits for all of them and says whom it waits for. Then `Meeting.agree` compares what each of them was told to do,
-before any weight is made: a rank with another learning rate, other data or another version would train on in silence.
+`meet` opens it and waits for nobody but rank 0, so that a process that cannot train says so at once, to the others too.
+`Meeting.agree` waits for all, says for whom, and compares what each was told to do, before any weight is made: a rank
+with another learning rate, other data or another version would train on in silence.
 """
 
 import datetime
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import poisonshield
-from poisonshield.errors import BackendError, ConfigError, reason_of
+from poisonshield.errors import BackendError, ConfigError, PoisonShieldError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,19 @@ class Meeting:
         """Raise ConfigError on every rank if one of them has other facts than rank 0; all ranks call.
 
         facts: by name, plain values that must be equal. The message names each rank that differs, its host, and the
-        names with both values.
+        names with both values. Raises BackendError if a rank does not come within the store's timeout.
         """
+        try:
+            self._agree(facts)
+        except RuntimeError as err:
+            if isinstance(err, PoisonShieldError):
+                raise
+            raise BackendError(
+                f"rank {self.rank} of {self.world} on {socket.gethostname()} lost the way to rank 0 at {_place()} "
+                f"before training began: {reason_of(err)}\n  The messages of the other ranks say why."
+            ) from err
+
+    def _agree(self, facts: Mapping[str, Any]) -> None:
         self._questions += 1
         place = f"question {self._questions}"
         mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
@@ -102,7 +114,7 @@ class Meeting:
     def _leave_together(self) -> None:
         """The store ends with rank 0, so that one goes last."""
         count, end = self.store.add("left", 1), time.monotonic() + _LEAVE_S
-        while self.rank == 0 and count < self.world and time.monotonic() < end:
+        while self.rank == 0 and count < self.store.add("here", 0) and time.monotonic() < end:
             time.sleep(0.05)
             count = self.store.add("left", 0)
 
@@ -121,6 +133,7 @@ class Meeting:
                 f"{told['process']} on {told['host']}. Give each a RANK of its own."
             )
         self.store.set(f"told/{self.rank}", json.dumps(told))
+        self.store.add("here", 1)
         first = json.loads(self.store.get("told/0"))
         if first["world"] != self.world:
             self._refuse_numbers(
@@ -134,16 +147,14 @@ class Meeting:
 
 
 def meet(timeout: datetime.timedelta) -> Meeting:
-    """The meeting of the processes that the launcher's variables name, once all of them are there.
+    """The meeting of the processes that the launcher's variables name, which rank 0 has come to.
 
-    Raises BackendError if they do not come within the timeout or there is no way to the place, ConfigError if their
-    numbers do not fit together.
+    Raises BackendError if there is no way to the place within the timeout, ConfigError if numbers do not fit together.
     """
     try:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         meeting = Meeting(_open_store(rank, world, timeout), rank, world)
         meeting.refuse_wrong_numbers()
-        meeting.gather("here", f"they came to {_place()}")
     except (RuntimeError, ValueError, KeyError, OSError) as err:
         if isinstance(err, ConfigError):
             raise
@@ -159,28 +170,36 @@ def meet(timeout: datetime.timedelta) -> Meeting:
 
 def _open_store(rank: int, world: int, timeout: datetime.timedelta) -> Any:
     """The store, which torchrun's agent holds for its ranks, and rank 0 where another launcher started them."""
+    global _meetings
+    _meetings += 1
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if (address, port) not in _stores:
+        _stores[address, port] = _find_store(address, port, rank, world, timeout)
+    # torchrun's store may outlive an attempt, and both a run.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"poisonshield/{attempt}/{_meetings}", _stores[address, port])
+
+
+_stores: dict[tuple[str, int], Any] = {}
+"""Of this process, by place: a second run meets at the same one, and rank 0 would not open it twice."""
+_meetings = 0
+
+
+def _find_store(address: str, port: int, rank: int, world: int, timeout: datetime.timedelta) -> Any:
     holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         with _telling(f"rank {rank} of {world} waits for rank 0 at {_place()}"):
-            store = _connect(address, port, timeout, holds=holds)
+            return _connect(address, port, timeout, holds=holds)
     except RuntimeError:
         if not holds:
             raise
         with suppress(RuntimeError):  # somebody has the port: perhaps another who calls itself rank 0, who says so then
-            store = _connect(address, port, datetime.timedelta(seconds=5), holds=False)
-            return dist.PrefixStore(_prefix(), store)
+            return _connect(address, port, datetime.timedelta(seconds=5), holds=False)
         raise
-    return dist.PrefixStore(_prefix(), store)
 
 
 def _connect(address: str, port: int, timeout: datetime.timedelta, *, holds: bool) -> Any:
     return dist.TCPStore(address, port, is_master=holds, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-
-
-def _prefix() -> str:
-    """torchrun's store may outlive an attempt."""
-    return f"poisonshield/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 @contextmanager
