@@ -6,13 +6,12 @@ Tolerance, stated before any comparison: 1e-5, of the loss, and of the distance 
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from dist import run_dist
+from dist import free_port, run_dist
 from runs import CONFIGS, logged
 from safetensors.torch import load_file
 from tiny import tiny_folder
@@ -162,9 +161,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, pipeline, monkeypa
 
 def launch(command, folder, pipeline, *more):
     """A run as a user starts it on two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     binaries = Path(sys.executable).parent
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {
         "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu",
