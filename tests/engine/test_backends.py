@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -164,24 +165,30 @@ def two_ranks(rank, world, root):
     return out
 
 
-def run_in_pieces(folder):
+@contextmanager
+def in_pieces():
     """ZeRO 3 with nothing kept whole between uses; by default it keeps parameters as small as these."""
     from poisonshield.engine.backends import deepspeed as module
 
     ours = module.deepspeed_config
 
-    def in_pieces(*args):
+    def config(*args):
         made = ours(*args)
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    module.deepspeed_config = in_pieces
+    module.deepspeed_config = config
     try:
+        yield
+    finally:
+        module.deepspeed_config = ours
+
+
+def run_in_pieces(folder):
+    with in_pieces():
         settings = {"method_class": Around, **BACKENDS["zero3"]}
         whole = run(folder / "a", checkpoint_every_steps=3, keep_checkpoints=5, **settings)
         resumed = run(folder / "b", resume=str(folder / "a" / "checkpoints" / "step-00000003"), **settings)
-    finally:
-        module.deepspeed_config = ours
     return whole, resumed
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from dist import run_dist
 
-from engine.test_backends import BACKENDS, CLOSE, STEPS, Around, refused, run
+from engine.test_backends import BACKENDS, CLOSE, STEPS, Around, in_pieces, refused, run
 from engine.tiny import TinyMethod, difference, losses, train
 from poisonshield import collectives
 from poisonshield.engine.settings import backends
@@ -76,6 +76,9 @@ def two_ranks_again(rank, world, root):
         out[backend, "adamw"] = carry(root / f"{backend}-a", root / "adamw-plain", 4, backend, optimizer="adamw")
     out["back"] = go_on(root / "2-back", root / "2-zero3", 6, "zero2")
     out["back", "sgd"] = carry(root / "2-carried", root / "sgd-zero1", 2, "zero3")
+    with in_pieces():
+        out["pieces"] = go_on(root / "2-pieces", root / "sgd-plain", 4, "zero3")
+        out["pieces", "adamw"] = carry(root / "2-pieces-a", root / "adamw-plain", 4, "zero3", optimizer="adamw")
     return out
 
 
@@ -126,6 +129,11 @@ def test_one_plain_process_goes_on_on_two_ranks_of_any_backend(oracle, again, ba
 def test_stage_changes_on_the_same_ranks(oracle, again):
     assert_same(again["back"], oracle["sgd"], after=6)
     assert again["back", "sgd"] == []
+
+
+def test_zero_3_with_every_parameter_in_pieces_goes_on_too(oracle, again):
+    assert_same(again["pieces"], oracle["sgd"], after=4)
+    assert again["pieces", "adamw"] == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
