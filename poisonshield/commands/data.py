@@ -1,11 +1,11 @@
-"""`poisonshield data import` and `poisonshield data verify`."""
+"""`poisonshield data import`, `data verify` and `data audit-epoch`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from poisonshield.commands.base import DATA, Out, Overwrite
+from poisonshield.commands.base import DATA, FinishedOverrides, Out, Overwrite
 
 GROUP = DATA
 app = typer.Typer(no_args_is_help=True, help="Import and check data sets (tar shards with a manifest).")
@@ -111,4 +111,22 @@ def verify(folder: Annotated[Path, typer.Argument(help="A data set, or a folder 
             Console().print(sound, markup=False, soft_wrap=True)
     if count:
         Console().print(f"{count} problems", style="bold red")
+        raise typer.Exit(1)
+
+
+@app.command("audit-epoch")
+def audit_epoch(
+    run_folder: Annotated[Path, typer.Argument(help="The run.dir of a run on images, finished or not.")],
+    overrides: FinishedOverrides = None,
+) -> None:
+    """Prove from a run's folder that each epoch trained on every sample once; ends with status 1 if one did not."""
+    from poisonshield.runs import read_finished
+    from poisonshield.terminal import Console
+
+    findings = read_finished(run_folder, overrides or []).audit()
+    for finding in findings:
+        style = None if finding.sound else "red"
+        Console().print(finding.text, style=style, markup=False, highlight=False, soft_wrap=True)
+    if wrong := sum(not finding.sound for finding in findings):
+        Console().print(f"{wrong} of {len(findings)} epochs did not train on each sample once", style="bold red")
         raise typer.Exit(1)

@@ -32,6 +32,7 @@ from poisonshield.engine.settings import EngineConfig, backends
 from poisonshield.engine.signals import Preempted, StopSignals
 from poisonshield.engine.tally import Tally
 from poisonshield.engine.watch import Watch
+from poisonshield.engine.whole import Saved
 from poisonshield.errors import CheckpointError
 from poisonshield.method import Method
 
@@ -230,13 +231,12 @@ class Trainer:
 
     def _load(self, folder: Path) -> None:
         index, rank = checkpoint.read_index(folder), collectives.rank()
-        if index["backend"] != self.backend.name or index["zero_stage"] != self.config.zero_stage:
-            raise CheckpointError(
-                f"{folder} was written by backend {index['backend']}, zero_stage {index['zero_stage']}; this run uses "
-                f"{self.backend.name}, {self.config.zero_stage}.\n  Resume with the same two settings."
-            )
-        same_ranks = index["world_size"] == collectives.world_size()
-        self.backend.load(folder, index["world_size"])
+        saved = Saved(index["backend"], index["zero_stage"], index["world_size"])
+        same_ranks = saved.world_size == collectives.world_size()
+        if self.backend.fits(saved):
+            self.backend.load(folder)
+        else:
+            self._load_whole(folder, saved, index["config"])
         state = checkpoint.load_plain(folder / f"rank-{rank if same_ranks else 0}.pt")
         self.step, self.guard.skipped = index["step"], state["skipped"]
         self.stream.load_state_dict(state["stream"])
@@ -251,6 +251,19 @@ class Trainer:
             seed_everything(self.seed + rank + 7919 * self.step)
             log.warning("%s has %d ranks, this run %d: global random states start anew.", folder, index["world_size"],
                         collectives.world_size())  # fmt: skip
+
+    def _load_whole(self, folder: Path, saved: Saved, config: dict[str, Any]) -> None:
+        """Weights and optimiser of another backend, stage or number of ranks; config: with which they were trained."""
+        name = (config.get("optimizer") or {}).get("name", self.optim_config.name)
+        if name != self.optim_config.name:
+            raise CheckpointError(
+                f"{folder} was written with optimizer.name: {name}, this run has {self.optim_config.name}, which has "
+                "no use for what the other one kept of each weight.\n  Resume with the same optimizer."
+            )
+        writer: type[Backend] = backends.get(saved.backend)
+        read = partial(writer.read_whole, folder, saved, self.backend.order)
+        self.backend.load_whole(checkpoint.together(read, what=f"reading {folder}"))
+        log.info("%s was written by %s; this run is equal up to rounding.", folder, saved)
 
     def _announce(self, found: Path | None) -> None:
         world = collectives.world_size()

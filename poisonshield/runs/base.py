@@ -16,6 +16,7 @@ from pydantic import Field
 from poisonshield.config import Settings, Tree, find_config, load_tree
 from poisonshield.config.describe import Notes, describe_yaml, notes_of
 from poisonshield.config.tree import override
+from poisonshield.engine.audit import Finding
 from poisonshield.engine.runfolder import RunFolder
 from poisonshield.engine.settings import EngineConfig
 from poisonshield.errors import CheckpointError, ConfigError, RenamedSettings
@@ -91,6 +92,12 @@ class Experiment(ABC):
     def write_poison(self) -> Path:
         """The folder with what the config's poison makes of its data."""
         raise ConfigError(f"{self.origin} is a {self.name}, which poisons nothing. Give a config with data.poison.")
+
+    def audit(self) -> list[Finding]:
+        """What each epoch of the run in this experiment's folder trained on, held against its data."""
+        raise ConfigError(
+            f"{self.origin}: a {self.name} has no epochs over a data set. Give a run that trained on images."
+        )
 
     def refuse_changes(self, overrides: Overrides) -> None:
         """Raise ConfigError for overrides of what a finished run was trained with."""

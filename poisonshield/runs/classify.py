@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from poisonshield import collectives
 from poisonshield.config import Checker, Choice, Settings
 from poisonshield.data import ShardStream, bundled_names
+from poisonshield.data.plan import Plan
 from poisonshield.data.views import Views, ViewsConfig
 from poisonshield.defenses.base import Context
+from poisonshield.engine.audit import Epochs, Finding, audit
 from poisonshield.engine.checkpoint import sha256, together
 from poisonshield.engine.optim import parameter_groups
 from poisonshield.engine.processes import choose_device
@@ -44,6 +47,7 @@ from poisonshield.runs.parts.image_data import (
     build_defenses,
     build_training_set,
     open_data,
+    open_train,
 )
 from poisonshield.runs.parts.readouts import write_results
 from poisonshield.runs.parts.samples import build_subject
@@ -234,6 +238,18 @@ class Classify(Training):
         """Poisoned shards with a measured budget, a recipe, or both."""
         with self.folder.held():
             return release(self)
+
+    def audit(self) -> list[Finding]:
+        """Whether each epoch trained on every image of data.train once. Reads and verifies the images' shards."""
+        folder, train, data = self.folder, open_train(self), self.settings.data
+        folder.digests = {"data.train": train.digest}
+        folder.refuse_other_data()
+        plan = Plan(train.ids, train.shard, batch_size=data.batch_size, seed=self.seed, window=data.window)
+
+        def first(epoch: int, count: int) -> torch.Tensor:
+            return torch.cat([plan.batch(epoch, step) for step in range(count)])
+
+        return audit(folder, Epochs(train.keys, plan.sizes, first, ended=itemgetter("epoch")))
 
     # Results
 

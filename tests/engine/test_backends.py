@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
-from functools import partial
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -165,24 +165,30 @@ def two_ranks(rank, world, root):
     return out
 
 
-def run_in_pieces(folder):
+@contextmanager
+def in_pieces():
     """ZeRO 3 with nothing kept whole between uses; by default it keeps parameters as small as these."""
     from poisonshield.engine.backends import deepspeed as module
 
     ours = module.deepspeed_config
 
-    def in_pieces(*args):
+    def config(*args):
         made = ours(*args)
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    module.deepspeed_config = in_pieces
+    module.deepspeed_config = config
     try:
+        yield
+    finally:
+        module.deepspeed_config = ours
+
+
+def run_in_pieces(folder):
+    with in_pieces():
         settings = {"method_class": Around, **BACKENDS["zero3"]}
         whole = run(folder / "a", checkpoint_every_steps=3, keep_checkpoints=5, **settings)
         resumed = run(folder / "b", resume=str(folder / "a" / "checkpoints" / "step-00000003"), **settings)
-    finally:
-        module.deepspeed_config = ours
     return whole, resumed
 
 
@@ -198,12 +204,9 @@ def alone(root):
     out, third = {}, "even/checkpoints/step-00000003"
     out["run"] = run(root / "alone", **BACKENDS["zero2"])
     out["again"] = run(root / "again", **BACKENDS["zero1"])  # a second run in one process
-    for stage in (1, 2, 3):
-        backend = BACKENDS[f"zero{stage}"]
-        path = str(root / f"zero{stage}" / third)
-        fewer = partial(run, root / f"fewer{stage}", resume=path, **backend)
-        out[stage] = refused(CheckpointError, fewer)
-    out["zero0"] = run(root / "fewer0", resume=str(root / "zero0" / third), **BACKENDS["zero0"])
+    for name in BACKENDS:
+        if name != "plain":
+            out[name] = run(root / f"fewer-{name}", resume=str(root / name / third), **BACKENDS[name])
     out["attack"] = load_an_attack(root)
     return out
 
@@ -365,17 +368,11 @@ def test_deepspeed_needs_no_launcher_for_one_process(one, single):
         assert difference(tensors(single[kind][1]), tensors(one["AttackedMethod"][1])) < CLOSE
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_sharded_checkpoint_on_another_number_of_ranks_is_refused_with_a_way_out(single, root, stage):
-    folder = root / f"zero{stage}" / "even" / "checkpoints" / "step-00000003"
-    words = single[stage]
-    assert words.startswith(f"{folder} was written by 2 ranks at ZeRO {stage}, this run has 1: ")
-    script, source = words.split("python ")[1].split(" ")[:2]
-    assert script == f"{source}/zero_to_fp32.py" and os.path.isfile(script)
-
-
-def test_unsharded_deepspeed_checkpoint_goes_on_on_another_number_of_ranks(one, single):
-    assert single["zero0"][0] == pytest.approx(one["AttackedMethod"][0][3:], abs=CLOSE)
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "plain"])
+def test_deepspeed_checkpoint_of_two_ranks_goes_on_on_one(one, single, name):
+    losses, state, _ = single[name]
+    assert losses == pytest.approx(one["AttackedMethod"][0][3:], abs=CLOSE)
+    assert difference(tensors(state), tensors(one["AttackedMethod"][1])) < CLOSE
 
 
 def test_deepspeed_file_that_would_run_code_is_refused(single):

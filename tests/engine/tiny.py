@@ -24,7 +24,7 @@ IMAGES = 48
 
 
 class TinyStream:
-    """48 made-up images, a new order each epoch, in global batches of 8 for one rank or two (4 and 4, or 5 and 3)."""
+    """48 made-up images, a new order each epoch, in global batches of 8: for two ranks 4 and 4, or 5 and 3."""
 
     steps_per_epoch = IMAGES // 8
     stage_seconds = 0.0
@@ -40,7 +40,7 @@ class TinyStream:
             epoch, part = divmod(self.step, self.steps_per_epoch)
             order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(epoch))
             rows, rank, world = order[part * 8 : part * 8 + 8], collectives.rank(), collectives.world_size()
-            sizes = {1: (8,), 2: (4, 4) if self.even else (5, 3)}[world]
+            sizes = {1: (8,), 2: (4, 4) if self.even else (5, 3), 3: (3, 3, 2), 4: (2, 2, 2, 2)}[world]
             mine = rows[sum(sizes[:rank]) :][: sizes[rank]]
             x = self.x[mine]
             if self.step in self.bad_steps and rank == world - 1:

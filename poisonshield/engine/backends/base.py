@@ -3,6 +3,7 @@
 The file `backends/<name>.py` holds the class with that `name`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from poisonshield.batch import Batch, StepOutput
 from poisonshield.engine.optim import OptimConfig
 from poisonshield.engine.settings import EngineConfig
+from poisonshield.engine.whole import Saved, Whole
 from poisonshield.method import Method
 
 
@@ -30,6 +32,7 @@ class Backend(Protocol):
     needs_group: ClassVar[bool] = False  # a process group even for one process alone; it then stays open to the end
 
     method: Method  # as built, without wrappers
+    order: tuple[str, ...]  # names of the trained parameters as the optimiser of whole tensors numbers them
 
     def __init__(self, config: EngineConfig, optimizer: OptimConfig, device: torch.device) -> None: ...
 
@@ -82,8 +85,24 @@ class Backend(Protocol):
     def save(self, folder: Path) -> None:
         """Write method and optimiser; each rank its own files, or rank 0 all."""
 
-    def load(self, folder: Path, saved_world: int) -> None:
-        """Read what `save` wrote with `saved_world` ranks. Raises CheckpointError if it cannot serve these ranks."""
+    def fits(self, saved: Saved) -> bool:
+        """Whether `load` reads, bit for bit, what was saved so. What does not fit is read whole. Asked after
+        `prepare`."""
+        return False
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, where it `fits`. Raises CheckpointError."""
+
+    @classmethod
+    def read_whole(cls, folder: Path, saved: Saved, order: Sequence[str]) -> Whole:
+        """What `save` of this class wrote on whatever ranks, in whole tensors on the CPU. No rank needs another for it.
+
+        order: of the run that reads. Raises CheckpointError, and what a damaged file may raise.
+        """
+        raise NotImplementedError
+
+    def load_whole(self, whole: Whole) -> None:
+        """Go on from there. All ranks have the same. Raises CheckpointError if it is of another method."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole method's state in float32 or as stored, on the CPU of rank 0; empty on other ranks."""

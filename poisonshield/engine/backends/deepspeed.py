@@ -9,6 +9,7 @@ second call of the engine per backward fails at stages 0 to 2 and is silently wr
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,22 @@ from poisonshield.batch import Batch, StepOutput
 from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.optim import OptimConfig, build_optimizer, set_lr
 from poisonshield.engine.settings import EngineConfig
+from poisonshield.engine.whole import (
+    Saved,
+    State,
+    Whole,
+    copy_of,
+    is_piece,
+    join_ranges,
+    join_slices,
+    join_states,
+    keys_of,
+    name_states,
+    names_in_order,
+    put_states,
+    put_weights,
+    slice_of,
+)
 from poisonshield.errors import BackendError, CheckpointError
 from poisonshield.method import Method
 
@@ -45,7 +62,8 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimConfig) -> dict[str, 
 
 
 class DeepSpeed(Backend):
-    """Shards optimiser (1), gradients (2) and weights (3); a sharded checkpoint fits only as many ranks as wrote it."""
+    """Shards optimiser (1), gradients (2) and weights (3). A sharded checkpoint is read as it is by as many ranks as
+    wrote it, and whole by any others."""
 
     name: ClassVar[str] = "deepspeed"
     summary: ClassVar[str] = "ZeRO 0 to 3, on one process or on those that a launcher starts"
@@ -98,6 +116,7 @@ class DeepSpeed(Backend):
         self.method = method.to(memory_format=torch.contiguous_format)
         trainable = [p for p in method.parameters() if p.requires_grad]
         optimizer = build_optimizer(method, self.optim_config)
+        self.order = names_in_order(method, optimizer)  # before DeepSpeed makes it one of flat pieces
         # ZeRO 3 finds tensors in tuples and dicts only, and without them never gathers a method's own parameters again
         # for the backward. Its hooks run between these two.
         inner = [m for m in method.modules() if isinstance(m, Method)]
@@ -152,20 +171,75 @@ class DeepSpeed(Backend):
         """DeepSpeed's own checkpoint, each rank its part."""
         self.engine.save_checkpoint(str(folder / _FOLDER), tag=_TAG)
 
-    def load(self, folder: Path, saved_world: int) -> None:
-        """The same, on as many ranks as wrote it (stage 0: on any number)."""
-        world = collectives.world_size()
+    def fits(self, saved: Saved) -> bool:
+        """The same stage, and where it shards, the same number of ranks."""
+        same_pieces = self.config.zero_stage == 0 or saved.world_size == collectives.world_size()
+        return saved.backend == self.name and saved.zero_stage == self.config.zero_stage and same_pieces
+
+    def load(self, folder: Path) -> None:
+        """The same, each rank its part."""
         files = folder / _FOLDER
-        if saved_world != world and self.config.zero_stage > 0:
-            raise CheckpointError(
-                f"{folder} was written by {saved_world} ranks at ZeRO {self.config.zero_stage}, this run has {world}: "
-                "each rank holds a piece that fits no other number.\n"
-                f"  Start {saved_world} ranks again. To take the weights elsewhere: "
-                f"python {files}/zero_to_fp32.py {files} OUT --tag {_TAG}"
-            )
         path, _ = self.engine.load_checkpoint(str(files), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {files}.")
+
+    @classmethod
+    def read_whole(cls, folder: Path, saved: Saved, order: Sequence[str]) -> Whole:
+        """The pieces of all ranks put together."""
+        cls.prepare_process(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        _import_deepspeed()
+        files, stage, ranks = folder / _FOLDER / _TAG, saved.zero_stage, range(saved.world_size)
+        names = [f"zero_pp_rank_{r}_mp_rank_00_" if stage == 3 else "mp_rank_00_" for r in ranks]
+        models = [_load_weights_only(str(files / f"{name}model_states.pt")) for name in dict.fromkeys(names)]
+        if stage == 0:
+            return Whole(models[0]["module"], name_states(models[0]["optimizer"], order))
+        pieces = [_load_weights_only(str(f))["optimizer_state_dict"] for f in _optimizer_files(files, ranks)]
+        groups = models[0]["param_shapes"]
+        if stage < 3:
+            states = [rank["base_optimizer_state"]["state"] for rank in pieces]
+            return Whole(models[0]["module"], join_states(groups, states, join_ranges))
+        states = [rank["optimizer_state_dict"]["state"] for rank in pieces]
+        return Whole(_join_weights(models, pieces), join_states(groups, states, join_slices))
+
+    def load_whole(self, whole: Whole) -> None:
+        """Weights into the method, and the flat tensors of this rank anew from them and from the states."""
+        if self.config.zero_stage == 0:
+            put_weights(self.method, whole.weights)
+            put_states(self.engine.optimizer, whole.states, self.order)
+            return
+        import deepspeed
+
+        cut = self.config.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(list(self.method.parameters()), modifier_rank=0, enabled=cut):
+            put_weights(self.method, whole.weights)
+        self.engine.optimizer.refresh_fp32_params()
+        self._cut_states(whole.states)
+
+    def _cut_states(self, states: dict[str, State]) -> None:
+        """This rank's piece of every state, zero where a parameter has none."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        sharded = self.engine.optimizer
+        if self.config.zero_stage < 3:
+            members, flats = sharded.bit16_groups, sharded.single_partition_of_fp32_groups
+        else:
+            members, flats = sharded.fp16_groups, sharded.fp32_partitioned_groups_flat
+        names = {parameter: name for name, parameter in self.method.named_parameters()}
+        for parameters, flat in zip(members, flats, strict=True):
+            shared = keys_of(states.get(names[p], {}) for p in parameters)
+            sharded.optimizer.state[flat] = {
+                key: torch.zeros_like(flat) if is_piece(value) else copy_of(value) for key, value in shared.items()
+            }
+        if self.config.zero_stage < 3:  # its parameters learn where their states lie
+            sharded._hp_optimizer_states_linked = False
+            sharded._lazy_init_hp_params_optimizer_state()
+        rank = collectives.rank()
+        for parameter in (p for parameters in members for p in parameters):
+            for key, value in states.get(names[parameter], {}).items():
+                if is_piece(value) and self.config.zero_stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                elif is_piece(value):  # its setter of whole tensors fails where they do not divide by the ranks
+                    safe_set_local_optimizer_state(parameter, slice_of(value, parameter.ds_tensor.numel(), rank), key)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Pieces gathered one tensor at a time."""
@@ -208,6 +282,22 @@ def _import_deepspeed() -> Any:
 def _is_worth_saying(record: logging.LogRecord) -> bool:
     """False for "ZeRO with an untested optimizer": SGD and AdamW are tested with every stage here."""
     return "untested optimizer" not in record.getMessage()
+
+
+def _optimizer_files(files: Path, ranks: Sequence[int]) -> list[Path]:
+    """What each rank wrote of its optimiser, in the order of ranks."""
+    return [files / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
+
+
+def _join_weights(models: list[dict[str, Any]], pieces: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The method's state at stage 3: buffers are whole, and trained and frozen parameters in slices."""
+    first = models[0]
+    weights = {name: first["module"][name] for name in first["buffer_names"]}
+    for i, shapes in enumerate(first["param_shapes"]):
+        weights |= join_slices(shapes, [rank["fp32_flat_groups"][i] for rank in pieces])
+    for name, shape in (first["frozen_param_shapes"] or {}).items():
+        weights |= join_slices({name: shape}, [model["frozen_param_fragments"][name].flatten() for model in models])
+    return weights | {copy: weights[name] for copy, name in first["shared_params"].items()}
 
 
 def _load_weights_only(path: str, map_location: Any = None) -> Any:

@@ -1,6 +1,7 @@
 """PyTorch and nothing else: one process, or DistributedDataParallel where torchrun started several."""
 
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from poisonshield.engine.backends.base import Backend
 from poisonshield.engine.checkpoint import load_plain, save_plain
 from poisonshield.engine.optim import OptimConfig, build_optimizer, set_lr
 from poisonshield.engine.settings import EngineConfig
+from poisonshield.engine.whole import Saved, Whole, name_states, names_in_order, put_states, put_weights
 from poisonshield.method import Method
 
 # torch 2.14 renamed it.
@@ -41,6 +43,7 @@ class Plain(Backend):
         wish = self.config.fused_optimizer
         self.fused = self.optim_config.name != "lars" and (self.device.type == "cuda" if wish is None else wish)
         self.optimizer = build_optimizer(method, self.optim_config, fused=self.fused)
+        self.order = names_in_order(method, self.optimizer)
         self.wrapper: DistributedDataParallel | None = None
         if collectives.world_size() > 1:
             # Buffers are not broadcast: batch statistics are either synced in the forward or meant to be local.
@@ -97,13 +100,27 @@ class Plain(Backend):
             save_plain(self.method.state_dict(), folder / "method.pt")
             save_plain(self.optimizer.state_dict(), folder / "optimizer.pt")
 
-    def load(self, folder: Path, saved_world: int) -> None:
+    def fits(self, saved: Saved) -> bool:
+        """Any number of ranks."""
+        return saved.backend == self.name
+
+    def load(self, folder: Path) -> None:
         """The same files, on any number of ranks."""
         self.method.load_state_dict(load_plain(folder / "method.pt"))
         state = load_plain(folder / "optimizer.pt")
         for group in state["param_groups"]:
             group["fused"] = self.fused or None  # the file has the choice of the run that wrote it
         self.optimizer.load_state_dict(state)
+
+    @classmethod
+    def read_whole(cls, folder: Path, saved: Saved, order: Sequence[str]) -> Whole:
+        """Whole as it is; the optimiser's numbers become names."""
+        return Whole(load_plain(folder / "method.pt"), name_states(load_plain(folder / "optimizer.pt"), order))
+
+    def load_whole(self, whole: Whole) -> None:
+        """A copy on every rank."""
+        put_weights(self.method, whole.weights)
+        put_states(self.optimizer, whole.states, self.order)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy on the CPU."""
