@@ -191,7 +191,11 @@ def build_training_set(run: Training, data: OpenData) -> TrainingSet:
     """The training set poisoned and purified as the run says; held in memory, poisoned once, where it fits."""
     train = data.train
     poison = None if run.poison is None else build_poison(run, train).apply
-    purify = tuple(defense.before for defense in build_defenses(run, data.num_classes))
-    if _is_held(run, train):
-        return TrainingSet(ResidentSource(train, poison), purify)
-    return TrainingSet(train, purify if poison is None else (poison, *purify))
+    held = _is_held(run, train)
+    source = ResidentSource(train, poison) if held else train
+    stages: tuple[Stage, ...] = () if held or poison is None else (poison,)
+    for defense in build_defenses(run, data.num_classes):
+        if defense.looks_first:
+            defense.look(evaluate_batches(source, batch_size=1000, stages=stages))
+        stages = (*stages, defense.before)
+    return TrainingSet(source, stages)
