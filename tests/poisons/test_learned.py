@@ -217,7 +217,8 @@ def test_shifts_have_the_gradient_of_a_copy():
 
 
 def test_the_surrogate_takes_most_pictures_of_tap_for_their_target():
-    poison = make(TAP, epochs=30, steps=60, restarts=1, padding=0, eps=40 / 255)
+    wide = {**SMALL, "model": {**MODEL, "stem_stride": 1, "widths": (8, 8, 16, 16)}}
+    poison = make(TAP, epochs=30, steps=60, restarts=1, padding=0, eps=40 / 255, surrogate=wide)
     seen = {}
     kept = poison._craft
     poison._craft = lambda surrogate, *rest: (seen.update(net=surrogate), kept(surrogate, *rest))
@@ -225,7 +226,7 @@ def test_the_surrogate_takes_most_pictures_of_tap_for_their_target():
     poison.fit([batch])
     scores = seen["net"].eval()(poison.apply(batch).x)
     hits = (scores.argmax(1) == (batch.y + 1) % CLASSES).float().mean()
-    assert hits >= 0.9, hits
+    assert hits >= 0.95, hits
 
 
 def test_hypo_trains_its_surrogate_on_attacked_pictures():
