@@ -1,5 +1,6 @@
 """The classifier that a poison is made against: an encoder with a linear head, trained by SGD as the poison says."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -28,20 +29,59 @@ class SurrogateConfig(Settings):
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient; null leaves it")
 
 
-class Surrogate(nn.Module):
-    """A classifier f with its optimiser; weights are drawn from the seed, torch's own generator stays as it was."""
+class Learner(nn.Module):
+    """A network with its optimiser. A subclass builds its parts in `build`, whose weights are drawn from the seed."""
+
+    encoder: Encoder
 
     def __init__(self, config: SurrogateConfig, *, num_classes: int, seed: int, device: torch.device) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
-            self.encoder: Encoder = build_encoder(config.model)
-            self.head = nn.Linear(self.encoder.feature_dim, num_classes)
         self.config = config
+        with torch.random.fork_rng(devices=[]):  # torch's own generator stays as it was
+            torch.manual_seed(seed % 2**63)
+            self.encoder = build_encoder(config.model)
+            self.build(num_classes)
         self.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
         )
+
+    @abstractmethod
+    def build(self, num_classes: int) -> None:
+        """What follows the encoder."""
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        """One SGD step down a scalar loss. rate: what the learning rate is multiplied by."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.config.clip)
+        self.optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, statistics and momentum: all that it takes to go on."""
+        state = {f"net.{k}": v for k, v in self.state_dict().items()}
+        momenta: Callable[[Tensor], Tensor | None] = lambda p: self.optimizer.state[p].get("momentum_buffer")
+        found = {f"momentum.{name}": momenta(p) for name, p in self.named_parameters()}
+        return state | {name: v for name, v in found.items() if v is not None}
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """What `tensors` gave."""
+        self.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+        for name, p in self.named_parameters():
+            if f"momentum.{name}" in tensors:
+                # Copied into the layout of the weight, so that a step has the same bits as without the stop.
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
+
+
+class Surrogate(Learner):
+    """A classifier f."""
+
+    def build(self, num_classes: int) -> None:
+        """A linear head."""
+        self.head = nn.Linear(self.encoder.feature_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [B, K] of x [B, 3, H, W] in [0, 1]."""
@@ -58,31 +98,10 @@ class Surrogate(nn.Module):
     def learn(self, x: Tensor, y: Tensor, *, rate: float = 1.0) -> None:
         """One SGD step on cross-entropy, in training mode. rate: what the learning rate is multiplied by."""
         self.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * rate
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss_of_each(x, y).mean().backward()
-        if self.config.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.config.clip)
-        self.optimizer.step()
+        self.step(self.loss_of_each(x, y).mean(), rate)
 
     @torch.no_grad()
     def count_errors(self, x: Tensor, y: Tensor) -> int:
         """How many of x it calls something else than y, in evaluation mode."""
         with frozen_stats(self):
             return int((self(x).argmax(1) != y).sum())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights, statistics and momentum: all that it takes to go on."""
-        state = {f"net.{k}": v for k, v in self.state_dict().items()}
-        momenta: Callable[[Tensor], Tensor | None] = lambda p: self.optimizer.state[p].get("momentum_buffer")
-        found = {f"momentum.{name}": momenta(p) for name, p in self.named_parameters()}
-        return state | {name: v for name, v in found.items() if v is not None}
-
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """What `tensors` gave."""
-        self.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-        for name, p in self.named_parameters():
-            if f"momentum.{name}" in tensors:
-                # Copied into the layout of the weight, so that a step has the same bits as without the stop.
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
