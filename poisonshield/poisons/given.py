@@ -143,8 +143,8 @@ class Given(LearnedPoison):
         if bool((far > self.radius).any()):
             raise DataError(
                 f"{self.config.path} changes {int((far > self.radius).sum())} of {len(keys)} pictures by more "
-                f"than eps, up to {int(far.max())} levels; data.poison.eps allows {self.radius}.\n  Either eps is too small, or "
-                "rows, unit or channels are not what they were taken for."
+                f"than eps, up to {int(far.max())} levels; data.poison.eps allows {self.radius}.\n"
+                "  Either eps is too small, or rows, unit or channels are not what they were taken for."
             )
         return table.to(torch.int16).clamp(-128, 127).to(torch.int8)
 

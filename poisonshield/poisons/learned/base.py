@@ -31,7 +31,12 @@ log = logging.getLogger(__name__)
 class LearnedConfig(Settings):
     """What every trained poison has."""
 
-    eps: Pixels = Field(8 / 255, ge=1 / 255, description="largest change of a value, in pixel units: 8/255, not 8")
+    eps: Pixels = Field(
+        8 / 255,
+        ge=1 / 255,
+        le=127 / 255,
+        description="largest change of a value, in pixel units: 8/255, not 8; at most 127 levels",
+    )
 
 
 class LearnedPoison(KeyedPoison):
@@ -77,6 +82,8 @@ class LearnedPoison(KeyedPoison):
         self.ids = torch.zeros(0, dtype=torch.int64) if by_class else pictures.ids
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            log.info("%s is trained now, for this run alone; `poisonshield poison` writes it once for all", self.name)
         with torch.enable_grad():
             self.learn(pictures, self._progress(pictures))
 
