@@ -4,7 +4,7 @@ What a defense may know of the run comes as a Context; what others must know of 
 asks which defense it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,11 +38,13 @@ class Defense:
     purifier: whether it changes pixels `x` alone, which suits any training; size and keys stay, and a picture's own
     pixels and key decide what becomes of it.
     once: whether a run has it at most once.
+    looks_first: whether `look` has to see a classifier's training pictures before `before` is called.
     """
 
     name: ClassVar[str]
     purifier: ClassVar[bool] = False
     once: ClassVar[bool] = False
+    looks_first: ClassVar[bool] = False
 
     class Config(Settings):
         """No settings, unless a defense has its own."""
@@ -56,6 +58,9 @@ class Defense:
         return self.context.seed
 
     # The two halves
+
+    def look(self, batches: Iterable[Batch]) -> None:
+        """See every training picture once, as the defenses before it leave them, if `looks_first`."""
 
     def before(self, batch: Batch) -> Batch:
         """The batch with purified pixels `x`, before any augmentation."""

@@ -2,14 +2,14 @@
 
 A poison changes pixels, never labels. It says how far it may go, applies itself to a batch, and tells what it is. How
 it came to know its patterns is its own affair: from the seed alone, by looking at the data once, by an attack on a
-frozen model, or from a network that was trained for it. One that is trained is trained as a Method by the same engine
-as any other, in an experiment of its own; what comes out of that experiment is the Poison.
+frozen model, or from a network that was trained for it (`learned/`).
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -130,6 +130,8 @@ class KeyedPoison(nn.Module, Poison):
 
     needs_data: ClassVar[bool] = False
     """Whether `fit` has to see the clean data."""
+    draws: ClassVar[bool] = True
+    """Whether another seed gives other pixels."""
 
     last_drawn: Tensor
 
@@ -145,6 +147,12 @@ class KeyedPoison(nn.Module, Poison):
 
     def fit(self, batches: Iterable[Batch]) -> None:
         """Fill the buffers that construction leaves open; one pass over the clean data if `needs_data`, else none."""
+
+    def work_in(self, folder: Path | None, device: torch.device) -> None:
+        """Called before `fit`: where one that is trained computes, and where it keeps what it takes to go on."""
+
+    def finish(self) -> None:
+        """Called when what `fit` made is written: remove what was kept in the folder."""
 
     def budget(self) -> Radius | None:
         """The radius that x' - x keeps before clipping and rounding."""

@@ -45,6 +45,7 @@ class OnePixel(KeyedPoison):
     norm = "l0"
     grain = "class"
     needs_data = True
+    draws = False
     config: Config
     cells: Tensor
     corners: Tensor

@@ -14,6 +14,7 @@ from poisonshield.config import Settings
 from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, find_folder, open_dataset
 from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
+from poisonshield.engine.processes import choose_device
 from poisonshield.errors import ConfigError, DataError
 from poisonshield.poisons.base import KeyedPoison
 from poisonshield.poisons.release.recipe import load_recipe
@@ -152,11 +153,16 @@ def _is_held(run: Training, source: ShardSet) -> bool:
 
 
 def build_poison(
-    run: Training, source: ShardSet, *, watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
+    run: Training,
+    source: ShardSet,
+    *,
+    watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+    folder: Path | None = None,
 ) -> KeyedPoison:
     """The poison of a run that has one, ready to apply to the training set; fitted to it where it has to see the data.
 
-    watch: wraps the batches that it is fitted to, to time or to count them.
+    watch: wraps the batches that it is fitted to, to time or to count them. folder: where one that is trained keeps
+    what it takes to go on after a stop.
     """
     if isinstance(run.poison, Path):
         return load_recipe(run.poison, classes=source.classes, image_size=source.image_size, data=source.digest)
@@ -166,6 +172,7 @@ def build_poison(
             f"poison {cls.name} needs images of one size, and {source.folder} holds several. Import it with --size."
         )
     poison = cls(run.poison.config, num_classes=len(source.classes), image_size=source.image_size, seed=run.seed)
+    poison.work_in(folder, choose_device(run.settings.engine.device))
     if cls.needs_data:
         poison.fit(watch(evaluate_batches(source, batch_size=1000)))
     else:
@@ -191,7 +198,11 @@ def build_training_set(run: Training, data: OpenData) -> TrainingSet:
     """The training set poisoned and purified as the run says; held in memory, poisoned once, where it fits."""
     train = data.train
     poison = None if run.poison is None else build_poison(run, train).apply
-    purify = tuple(defense.before for defense in build_defenses(run, data.num_classes))
-    if _is_held(run, train):
-        return TrainingSet(ResidentSource(train, poison), purify)
-    return TrainingSet(train, purify if poison is None else (poison, *purify))
+    held = _is_held(run, train)
+    source = ResidentSource(train, poison) if held else train
+    stages: tuple[Stage, ...] = () if held or poison is None else (poison,)
+    for defense in build_defenses(run, data.num_classes):
+        if defense.looks_first:
+            defense.look(evaluate_batches(source, batch_size=1000, stages=stages))
+        stages = (*stages, defense.before)
+    return TrainingSet(source, stages)

@@ -76,7 +76,7 @@ def release(run: Training) -> Path:
     with clock("open"):
         source = open_train(run)
     with clock("fit"):
-        poison = build_poison(run, source, watch=clock.reading)
+        poison = build_poison(run, source, watch=clock.reading, folder=folder.path)
     recipe = folder.path / f"{poison.name}{ENDING}"
     if format != "shards":
         _refuse_another_recipe(recipe, overwrite=folder.overwrite)
@@ -86,6 +86,7 @@ def release(run: Training) -> Path:
         if format != "shards":
             save_recipe(poison, recipe, classes=source.classes, data=source.digest)
             log.info("recipe    %s (%.1f KB); use it with data.poison=%s", recipe, recipe.stat().st_size / 1e3, recipe)
+    poison.finish()
     if measured is not None:
         log.info("shards    %s; use them with data.train=%s data.test=%s data.poison=null", out, out,
                  run.settings.data.test or run.settings.data.train)  # fmt: skip

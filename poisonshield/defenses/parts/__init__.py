@@ -1,0 +1,1 @@
+"""What defenses share that change a classifier's training step."""
