@@ -10,14 +10,17 @@ for file in "$folder"/slurmd-*.pid "$folder/slurmctld.pid" "$folder/munge/pid"; 
   [ -s "$file" ] && kill "$(cat "$file")" 2>/dev/null
 done
 sleep 1
-# What is left names the folder: daemons in their arguments, steps and what they started in their environment.
+# What is left, daemons, steps and what those started, has the folder's slurm.conf in its environment or its arguments.
 for process in /proc/[0-9]*; do
   pid=${process#/proc/}
   [ "$pid" != $$ ] && [ "$pid" != "$PPID" ] || continue
-  case "$({ tr '\0' ' ' <"$process/cmdline"; } 2>/dev/null)" in
-    slurmctld*"$folder"* | slurmd*"$folder"* | *slurmstepd*"$folder"* | munged*"$folder"*) kill -KILL "$pid" 2>/dev/null ;;
-    *) grep -qz "^SLURM_CONF=$SLURM_CONF\$" "$process/environ" 2>/dev/null &&
-       grep -qz "^SLURM_JOB_ID=" "$process/environ" 2>/dev/null && kill -KILL "$pid" 2>/dev/null ;;
-  esac
+  words=$({ tr '\0' '\n' <"$process/cmdline"; } 2>/dev/null)
+  if grep -qx "$SLURM_CONF" <<<"$words" || { grep -qz "^SLURM_CONF=$SLURM_CONF\$" "$process/environ" &&
+    { [[ "$words" == slurmstepd:* ]] || grep -qz '^SLURM_JOB_ID=' "$process/environ"; }; } 2>/dev/null; then
+    kill -KILL "$pid" 2>/dev/null
+  fi
+done
+for _ in 1 2; do # munged has its key file as an argument
+  [ ! -s "$folder/munge/pid" ] || { kill "$(cat "$folder/munge/pid")" 2>/dev/null && sleep 0.2; }
 done
 rm -rf "$folder"
