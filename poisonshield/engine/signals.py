@@ -2,14 +2,17 @@
 
 The process then ends with exit code 75 ("try again later" in sysexits.h), so a wrapper can tell "requeue me" from done
 (0) and failed (1); after Ctrl-C it ends with 130, as shells expect. Under torchrun the launcher itself ends with 1
-whatever its workers say. Schedulers send SIGTERM more than once, so only a second Ctrl-C ends a run that is saving.
+whatever its workers say. Schedulers send SIGTERM more than once, so only a second Ctrl-C ends a run that is saving, and
+a process that has saved and leaves takes no notice of another SIGTERM: it would end with that, and not with 75.
 """
 
+import atexit
 import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,6 +23,10 @@ INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
 ECHO = 0.5
 """Seconds in which a second SIGINT is the same Ctrl-C: the terminal sends it to all, and a launcher passes it on."""
+
+
+LEAVING_S = 60.0
+"""How long a process that has saved may take to end, and is deaf to SIGTERM and SIGUSR1."""
 
 
 class Preempted(SystemExit):
@@ -33,7 +40,8 @@ class Preempted(SystemExit):
 class StopSignals:
     """While open, SIGTERM, SIGUSR1 and SIGINT only set `caught`, and SIGINT `interrupted` too.
 
-    A second SIGINT ends the process at once. Outside the main thread signals cannot be caught.
+    A second SIGINT ends the process at once. Left by Preempted, SIGTERM and SIGUSR1 do nothing for LEAVING_S more.
+    Outside the main thread signals cannot be caught.
     """
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -48,9 +56,10 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._raise_flag) for number in self.numbers}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        leaving = kind is not None and issubclass(kind, Preempted)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if not leaving or number == signal.SIGINT else _be_deaf_before(handler))
         self._before = {}
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
@@ -66,3 +75,20 @@ class StopSignals:
         elif not self.caught:
             log.warning("%s received: saving at the next step boundary, then leaving.", signal.Signals(number).name)
         self.caught = True
+
+
+def _be_deaf_before(handler: Any) -> Callable[[int, FrameType | None], None]:
+    """A handler that does nothing for LEAVING_S, and then puts `handler` back and lets it have the signal.
+
+    Python's own end takes such handlers away before the process is gone, so from there on the signals are ignored.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        atexit.register(signal.signal, number, signal.SIG_IGN)
+    end = time.monotonic() + LEAVING_S
+
+    def be_deaf(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > end:
+            signal.signal(number, handler)
+            signal.raise_signal(number)
+
+    return be_deaf

@@ -100,6 +100,26 @@ def test_only_a_second_ctrl_c_ends_a_run_that_is_saving(number, pause, ends):
     assert done.stderr.count("saving at the next step boundary") == 1
 
 
+LEAVING = """
+import atexit, os, signal
+from poisonshield.engine.signals import Preempted, StopSignals
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))  # runs last: registered first
+with StopSignals():
+    try:
+        with StopSignals():
+            raise Preempted(3)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_process_that_has_saved_ends_with_75_whatever_it_is_sent_then():
+    """Slurm sends TERM to the others as soon as one process of a step has ended, and they were ending too."""
+    done = subprocess.run([sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 @pytest.mark.parametrize("number", ALL, ids=lambda n: n.name)
 def test_handlers_are_put_back(number):
     before = {n: signal.getsignal(n) for n in ALL}
