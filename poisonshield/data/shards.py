@@ -3,13 +3,17 @@
 The tars are ordinary WebDataset shards, but they are not streamed: one pass at open verifies the hashes and notes where
 each image lies, and from then on any sample is one `pread`. That is why every sample comes exactly once an epoch for
 any number of ranks and workers, with no rule such as shards >= ranks * workers, and why a resume reads nothing twice.
-The trade-off: shards must be local or mounted files, opening costs one read of all bytes (`verify="once"` keeps the
-result in the user's cache folder), and a cold disk sees requests inside a window of shards instead of one long read.
+The trade-off: opening costs one read of all bytes (`verify="once"` keeps the result in the user's cache folder), and a
+cold disk sees requests inside a window of shards instead of one long read. Shards from afar are files as well, in this
+node's cache (data/cache.py).
 """
 
 import io
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poisonshield.data.cache import DEFAULT_GIB, AfarFolder, cache_folder
 from poisonshield.data.decode import IMAGE_EXTENSIONS, decode
 from poisonshield.data.index import Index
 from poisonshield.data.index_cache import index_path, keep_index, recall_index
-from poisonshield.data.manifest import Manifest
+from poisonshield.data.manifest import FILE_NAME, Manifest
+from poisonshield.data.remote import is_address, show_address
 from poisonshield.data.verify import Room, refuse_missing, unpack, verified_index
 from poisonshield.errors import DataError
 from poisonshield.random import sample_ids
@@ -28,15 +34,33 @@ from poisonshield.random import sample_ids
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class NearFolder:
+    """The shards in a local or mounted folder."""
+
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[Path]:
+        """The folder with the shard in it."""
+        yield self.folder
+
+
 class ShardSet:
     """The samples of one data set. Open it with `ShardSet.open(folder)`; it can be sent to worker processes.
 
     keys tuple of N; ids, labels, shard int64 [N] (id: hash of the key; shard: number in the manifest);
-    classes, image_size, digest as in the manifest.
+    classes, image_size, digest as in the manifest. origin: its folder or address; place: the same for people.
+    folder: of its files; the node's cache for shards from afar.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, index: Index) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, index: Index, *, files: AfarFolder | None = None) -> None:
         self.folder, self.manifest, self.index = folder, manifest, index
+        self.files = files or NearFolder(folder)
+        self.origin, self.place = files.address if files else folder, str(self.files)
         self.classes, self.image_size, self.digest = manifest.classes, manifest.image_size, manifest.digest
         self.keys = index.keys
         self.ids = sample_ids(index.keys)
@@ -47,34 +71,43 @@ class ShardSet:
         self._room = Room()
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: Literal["always", "once"] = "always") -> "ShardSet":
+    def open(
+        cls, folder: str | Path, *, verify: Literal["always", "once"] = "always", cache: float = DEFAULT_GIB
+    ) -> "ShardSet":
         """Check a data set and open it.
 
+        folder: or an address such as https://HOST/SET or s3://BUCKET/SET; its shards go through a cache on this node of
+        at most `cache` GiB, and each is hashed as it comes, whatever `verify` says.
         verify: "always" reads every byte and compares hashes; "once" does so the first time, keeps the index in
         the user's cache folder (data/index_cache.py), and later trusts it while manifest, sizes and modification times
         stay the same.
         Raises DataError for a missing, truncated or changed shard, an unknown or pickled field, a label outside the
         classes, a repeated key. Pixels are decoded later; `poisonshield data verify` decodes them all.
         """
+        if is_address(folder):
+            return cls._open_afar(str(folder), verify, cache)
         manifest = Manifest.load(folder)
         folder = Path(folder)
         refuse_missing(folder, manifest)
-        index = recall_index(folder, manifest) if verify == "once" else None
-        if index is None:
-            index = verified_index(folder, manifest)
-            if verify == "once":
-                try:
-                    keep_index(folder, manifest, index)
-                except OSError as err:
-                    place, why = index_path(folder).parent, err.strerror
-                    log.warning("%s: no index can be kept in %s (%s), so every open verifies again", folder, place, why)
-        return cls(folder, manifest, index)
+        return cls(folder, manifest, _find_index(folder, manifest, NearFolder(folder), keep=verify == "once"))
+
+    @classmethod
+    def _open_afar(cls, address: str, verify: str, cache: float) -> "ShardSet":
+        manifest = Manifest.fetch(address)
+        if manifest is None:
+            raise DataError(
+                f"{show_address(address)} has no {FILE_NAME}, so it is no data set.\n"
+                "  Make one with poisonshield data import, and put its whole folder there."
+            )
+        files = AfarFolder(address, manifest, cache)
+        index = _find_index(address, manifest, files, keep=verify == "once")
+        return cls(cache_folder("shards"), manifest, index, files=files)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __repr__(self) -> str:
-        return f"ShardSet({str(self.folder)!r}, {len(self)} samples, {len(self.classes)} classes)"
+        return f"ShardSet({self.place!r}, {len(self)} samples, {len(self.classes)} classes)"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_unpacked": {}, "_room": None}
@@ -100,7 +133,7 @@ class ShardSet:
         shard, offset = self.index.shard[wanted], self.index.offset[wanted]
         order = np.lexsort((offset, shard))
         for part in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(order) else ():
-            with self._open(self._names[int(shard[part[0]])]) as file:  # one shard after the other, forwards
+            with self._opened(self._names[int(shard[part[0]])]) as file:  # one shard after the other, forwards
                 self._announce(file, wanted[part])
                 for position in part.tolist():
                     found[position] = self._bytes_at(file, int(wanted[position]))
@@ -124,8 +157,8 @@ class ShardSet:
         """
         if self.image_size is None:
             raise DataError(
-                f"{self.folder} holds images of differing sizes, batches need one size.\n"
-                f"  Make it so: poisonshield data import {self.folder} --size S --out DIR"
+                f"{self.place} holds images of differing sizes, batches need one size.\n"
+                f"  Make it so: poisonshield data import {self.place} --size S --out DIR"
             )
         height, width = self.image_size
         pixels = out
@@ -136,19 +169,23 @@ class ShardSet:
                 raise DataError(
                     f"{self.where(i)} is {h}x{w} pixels, the manifest says {height}x{width} (height x width).\n"
                     "  Bring all to one size: "
-                    f"poisonshield data import {self.folder} --size {min(height, width)} --out DIR"
+                    f"poisonshield data import {self.place} --size {min(height, width)} --out DIR"
                 )
             if pixels is None:  # not before an image has the size that the manifest claims, which may be any
                 pixels = torch.empty((len(indices), height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
             np.copyto(pixels[row].numpy(), image.numpy())  # by one thread: torch would wake its others for each image
         return torch.empty((0, 3, height, width), dtype=torch.uint8) if pixels is None else pixels
 
-    def _open(self, name: str) -> Any:
-        if not name.endswith(".gz"):
-            return open(self.folder / name, "rb", buffering=0)
-        if name not in self._unpacked:
-            self._unpacked[name] = unpack(self.folder / name, self._room)
-        return io.BytesIO(self._unpacked[name])  # shares the bytes until written to, and it never is
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        if name.endswith(".gz"):
+            if name not in self._unpacked:
+                with self.files.holding(name) as folder:
+                    self._unpacked[name] = unpack(folder / name, self._room)
+            yield io.BytesIO(self._unpacked[name])  # shares the bytes until written to, and it never is
+            return
+        with self.files.holding(name) as folder, open(folder / name, "rb", buffering=0) as file:
+            yield file
 
     def _bytes_at(self, file: Any, i: int) -> bytes:
         offset, length = int(self.index.offset[i]), int(self.index.length[i])
@@ -159,3 +196,17 @@ class ShardSet:
         if len(data) < length:
             raise DataError(f"{self.where(i)}: the shard became shorter since it was opened. Copy it again and resume.")
         return data
+
+
+def _find_index(place: Path | str, manifest: Manifest, files: NearFolder | AfarFolder, *, keep: bool) -> Index:
+    """The kept index, or one made from all shards, which is then kept if it is to be."""
+    index = recall_index(place, manifest) if keep else None
+    if index is None:
+        index = verified_index(Path(str(files)), manifest, holding=files.holding)
+        if keep:
+            try:
+                keep_index(place, manifest, index)
+            except OSError as err:
+                where, why = index_path(place).parent, err.strerror
+                log.warning("%s: no index can be kept in %s (%s), so every open verifies again", files, where, why)
+    return index
