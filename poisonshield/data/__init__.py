@@ -4,12 +4,11 @@ Importing this loads neither webdataset nor torchvision: they are imported where
 """
 
 from pathlib import Path
-from typing import Literal
 
 from poisonshield.data.cache import DEFAULT_GIB
 from poisonshield.data.manifest import FILE_NAME, Manifest, refuse_address
 from poisonshield.data.remote import is_address, join_address, show_address
-from poisonshield.data.shards import ShardSet
+from poisonshield.data.shards import ShardSet, Verify
 from poisonshield.data.source import ResidentSource, Source, read_batch
 from poisonshield.data.stream import ShardStream, evaluate_batches
 from poisonshield.errors import ConfigError
@@ -39,7 +38,7 @@ def open_dataset(
     name_or_path: str | Path,
     split: str = "train",
     *,
-    verify: Literal["always", "once"] = "always",
+    verify: Verify = "always",
     cache: float = DEFAULT_GIB,
 ) -> ShardSet:
     """A data set by bundled name, by folder or address with manifest.json, or one with SPLIT/manifest.json; verified.

@@ -44,6 +44,15 @@ class AfarFolder:
         return show_address(self.address)
 
     @property
+    def origin(self) -> str:
+        """What it is known by."""
+        return self.address
+
+    def stamp(self, name: str) -> str:
+        """Nothing: the hash says all of a shard that is fetched."""
+        return ""
+
+    @property
     def limit(self) -> int:
         """In bytes."""
         return int(self.gib * 2**30)
@@ -59,12 +68,12 @@ class AfarFolder:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = root / _folder_name(name, self.manifest.shards[name])
         while True:
-            with _locked(folder, exclusive=False):
+            with locked(folder, exclusive=False):
                 if (folder / name).exists():
                     os.utime(folder)
                     yield folder
                     return
-            with _locked(folder, exclusive=True):
+            with locked(folder, exclusive=True):
                 if not (folder / name).exists():
                     self._fetch(name, folder)
 
@@ -92,7 +101,7 @@ class AfarFolder:
                 f"{self.limit:,}.\n  Set data.cache to more, at least the shards of one window (data.window)."
             )
         while True:
-            with _locked(folder.parent / "all", exclusive=True):
+            with locked(folder.parent / "all", exclusive=True):
                 others = [p for p in folder.parent.iterdir() if p.is_dir() and p != folder]
                 others.sort(key=lambda p: p.stat().st_mtime_ns)
                 used = sum(map(_size_of, others))
@@ -117,7 +126,7 @@ def _size_of(folder: Path) -> int:
 def _remove(folder: Path) -> bool:
     """Whether a shard could be removed: nobody reads or fetches it."""
     try:
-        with _locked(folder, exclusive=True, wait=False) as lock:
+        with locked(folder, exclusive=True, wait=False) as lock:
             shutil.rmtree(folder)
             lock.unlink()
             return True
@@ -126,8 +135,10 @@ def _remove(folder: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, *, exclusive: bool, wait: bool = True) -> Iterator[Path]:
-    """Hold the lock file beside a path. Raises BlockingIOError if it is taken and `wait` is False."""
+def locked(path: Path, *, exclusive: bool, wait: bool = True) -> Iterator[Path]:
+    """Hold the lock file beside a path, alone or with other readers.
+
+    Raises BlockingIOError if it is taken and `wait` is False."""
     lock = path.with_name(f"{path.name}.lock")
     while True:
         with tell_of_disk(lock):

@@ -17,15 +17,27 @@ class Source(Protocol):
     keys: N names. ids, labels, shard: int64 [N]. image_size: (H, W). digest: the data set's, in hexadecimal.
     """
 
-    keys: tuple[str, ...]
-    ids: Tensor
-    labels: Tensor
-    shard: Tensor
     classes: tuple[str, ...]
     image_size: tuple[int, int] | None
     digest: str
 
     def __len__(self) -> int: ...
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def shard(self) -> Tensor: ...
+
+    def look_up(self, indices: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        """Keys, and labels int64 [B], of the samples `indices`."""
+        ...
 
     def read(self, indices: Tensor, *, out: Tensor | None = None) -> Tensor:
         """uint8 [B, 3, H, W] of the samples `indices`, int64 [B], in memory of any strides; in `out` if it is given."""
@@ -52,8 +64,8 @@ def batch_of(
     x = pixels.to(device, non_blocking=True)
     if not keep_bytes:
         x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    y = source.labels[indices].to(device, non_blocking=True)
-    return Batch(keys=tuple(source.keys[i] for i in indices.tolist()), x=x, y=y, epoch=epoch, draw=epoch)
+    keys, labels = source.look_up(indices)
+    return Batch(keys=keys, x=x, y=labels.to(device, non_blocking=True), epoch=epoch, draw=epoch)
 
 
 class ResidentSource:
@@ -83,6 +95,10 @@ class ResidentSource:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def look_up(self, indices: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        """Keys, and labels int64 [B], of these samples."""
+        return tuple(self.keys[i] for i in indices.tolist()), self.labels[indices]
 
     def read(self, indices: Tensor, *, out: Tensor | None = None) -> Tensor:
         """A copy of these samples, uint8 [B, 3, H, W]."""

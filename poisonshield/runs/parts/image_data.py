@@ -13,6 +13,7 @@ from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, find_folder, open_dataset
 from poisonshield.data.cache import DEFAULT_GIB
+from poisonshield.data.shards import Verify
 from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.errors import ConfigError, DataError
@@ -46,7 +47,10 @@ class DataConfig(Settings):
     resident_mib: int = Field(4096, ge=0, description="Memory for decoded pixels, in MiB.")
     workers: int = Field(0, ge=0, description="Processes that decode.")
     window: int = Field(16, ge=1, description="Batches that are read together, for fewer seeks.")
-    verify: Literal["always", "once"] = Field("always", description="once trusts a verified index until files change.")
+    verify: Verify = Field(
+        "always",
+        description="once trusts a verified index until files change; lazy checks each shard as it is first read.",
+    )
     cache: float = Field(
         DEFAULT_GIB,
         gt=0,
