@@ -53,8 +53,8 @@ class AfarFolder:
         return ""
 
     @property
-    def limit(self) -> int:
-        """In bytes."""
+    def room(self) -> int:
+        """Of all shards together, in bytes."""
         return int(self.gib * 2**30)
 
     @contextmanager
@@ -95,20 +95,20 @@ class AfarFolder:
 
     def _make_room(self, folder: Path, info: ShardInfo, name: str) -> None:
         """Count the shard as here, and remove those that were used least lately until all are within the limit."""
-        if info.bytes > self.limit:
+        if info.bytes > self.room:
             raise ConfigError(
                 f"shard {name} of {self} has {info.bytes:,} bytes, and data.cache={self.gib:g} GiB holds "
-                f"{self.limit:,}.\n  Set data.cache to more, at least the shards of one window (data.window)."
+                f"{self.room:,}.\n  Set data.cache to more, at least the shards of one window (data.window)."
             )
         while True:
             with locked(folder.parent / "all", exclusive=True):
                 others = [p for p in folder.parent.iterdir() if p.is_dir() and p != folder]
                 others.sort(key=lambda p: p.stat().st_mtime_ns)
                 used = sum(map(_size_of, others))
-                while used + info.bytes > self.limit and others:
+                while used + info.bytes > self.room and others:
                     if _remove(oldest := others.pop(0)):
                         used -= _size_of(oldest)
-                if used + info.bytes <= self.limit:
+                if used + info.bytes <= self.room:
                     with tell_of_disk(folder):
                         folder.mkdir(mode=0o700, exist_ok=True)
                     return

@@ -32,6 +32,8 @@ class NearFolder:
     """The shards in a local or mounted folder."""
 
     folder: Path
+    room = None
+    """Bytes; what is here needs none."""
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -85,6 +87,10 @@ class ShardParts:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(number)
         return self._recent[number]
+
+    def check(self, number: int) -> None:
+        """Check one shard and keep what was found for all processes; for a thread beside the reader."""
+        self._find(number)
 
     def whole(self) -> Index:
         """The index of all shards, which makes each of them be read and checked."""

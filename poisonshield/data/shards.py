@@ -12,7 +12,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poisonshield.data.ahead import Fetcher, Reach
 from poisonshield.data.cache import DEFAULT_GIB, AfarFolder, cache_folder
 from poisonshield.data.decode import IMAGE_EXTENSIONS, decode
 from poisonshield.data.index import Index, refuse_repeated_keys
@@ -28,6 +29,7 @@ from poisonshield.data.index_cache import index_path, keep_index, recall_index
 from poisonshield.data.manifest import FILE_NAME, Manifest
 from poisonshield.data.parts import NearFolder, ShardParts
 from poisonshield.data.remote import is_address, show_address
+from poisonshield.data.source import Place
 from poisonshield.data.verify import Room, refuse_missing, unpack, verified_index
 from poisonshield.errors import DataError
 from poisonshield.random import sample_ids
@@ -144,6 +146,25 @@ class ShardSet:
     def extension(self, i: int) -> str:
         """jpg, jpeg or png."""
         return IMAGE_EXTENSIONS[self._rows(np.array([i])).codec[0]]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many samples each shard has; they are numbered shard by shard."""
+        return tuple(info.samples for info in self.manifest.shards.values())
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard from afar into this node's cache. Raises DataError if it cannot be had or is unsound."""
+        with self.files.holding(self._names[shard]):
+            if self.is_lazy:
+                self.parts.check(shard)
+
+    def fetching(self, walk: Iterator[Place]) -> AbstractContextManager[Reach]:
+        """While open, shards from afar that the walk will read are fetched. It takes where the reader has come to."""
+        if self.files.room is None:
+            return nullcontext(lambda epoch, step: None)
+        needs = ((epoch, step, np.unique(self.parts.shard_of(i.numpy())).tolist()) for epoch, step, i in walk)
+        sizes = [info.bytes for info in self.manifest.shards.values()]
+        return Fetcher(self.fetch, needs, sizes=sizes, room=self.files.room / 2).running()
 
     def look_up(self, indices: Tensor) -> tuple[tuple[str, ...], Tensor]:
         """Keys, and labels int64 [B], of these samples."""

@@ -1,14 +1,19 @@
 """Samples by index, wherever they live: a ShardSet reads its tars each time, a ResidentSource decoded them once."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
+from poisonshield.data.ahead import Reach
 from poisonshield.errors import DataError
+
+Place = tuple[int, int, Tensor]
+"""Epoch, step, and the numbers of the samples that are read there, int64 [b]."""
 
 
 class Source(Protocol):
@@ -35,8 +40,17 @@ class Source(Protocol):
     @property
     def shard(self) -> Tensor: ...
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many samples each shard has; they are numbered shard by shard."""
+        ...
+
     def look_up(self, indices: Tensor) -> tuple[tuple[str, ...], Tensor]:
         """Keys, and labels int64 [B], of the samples `indices`."""
+        ...
+
+    def fetching(self, walk: Iterator[Place]) -> AbstractContextManager[Reach]:
+        """While open, what the walk will read is brought near; it takes where the reader has come to."""
         ...
 
     def read(self, indices: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -95,6 +109,15 @@ class ResidentSource:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many samples each shard has."""
+        return tuple(torch.bincount(self.shard).tolist())
+
+    def fetching(self, walk: Iterator[Place]) -> AbstractContextManager[Reach]:
+        """Nothing: all is here."""
+        return nullcontext(lambda epoch, step: None)
 
     def look_up(self, indices: Tensor) -> tuple[tuple[str, ...], Tensor]:
         """Keys, and labels int64 [B], of these samples."""

@@ -18,11 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poisonshield.data.source import Source
+from poisonshield.data.source import Place, Source
 from poisonshield.errors import DataError, PoisonShieldError
-
-Place = tuple[int, int, Tensor]
-"""Epoch, step, and the numbers of the samples that are read there, int64 [b]."""
 
 _AHEAD = 2  # batches that each worker reads before they are asked for
 

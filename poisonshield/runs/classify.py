@@ -308,6 +308,7 @@ def build_stream(run: Classify, training: TrainingSet, method: SSLMethod, device
         world=collectives.world_size(),
         workers=settings.data.workers,
         window=settings.data.window,
+        lanes=settings.data.lanes,
         stages=(*training.stages, views),
         device=device,
     )

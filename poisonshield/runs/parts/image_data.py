@@ -47,6 +47,12 @@ class DataConfig(Settings):
     resident_mib: int = Field(4096, ge=0, description="Memory for decoded pixels, in MiB.")
     workers: int = Field(0, ge=0, description="Processes that decode.")
     window: int = Field(16, ge=1, description="Batches that are read together, for fewer seeks.")
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        description="null: an order over all shards. A number, 64 say: shards are dealt to so many lanes that "
+        "processes share, so that each reads its own shards only.",
+    )
     verify: Verify = Field(
         "always",
         description="once trusts a verified index until files change; lazy checks each shard as it is first read.",
