@@ -8,8 +8,9 @@ from pathlib import Path
 from poisonshield.data.cache import DEFAULT_GIB
 from poisonshield.data.manifest import FILE_NAME, Manifest, refuse_address
 from poisonshield.data.remote import is_address, join_address, show_address
+from poisonshield.data.resident import ResidentSource
 from poisonshield.data.shards import ShardSet, Verify
-from poisonshield.data.source import ResidentSource, Source, read_batch
+from poisonshield.data.source import Source, read_batch
 from poisonshield.data.stream import ShardStream, evaluate_batches
 from poisonshield.errors import ConfigError
 from poisonshield.registry import suggest
@@ -40,13 +41,14 @@ def open_dataset(
     *,
     verify: Verify = "always",
     cache: float = DEFAULT_GIB,
+    bad_limit: int = 0,
 ) -> ShardSet:
     """A data set by bundled name, by folder or address with manifest.json, or one with SPLIT/manifest.json; verified.
 
     A folder wins over a bundled name only when written as a path (`./cifar10-mini`). Raises ConfigError with the
     nearest bundled name if there is no such data set, DataError if it is damaged (see ShardSet.open).
     """
-    return ShardSet.open(find_folder(name_or_path, split), verify=verify, cache=cache)
+    return ShardSet.open(find_folder(name_or_path, split), verify=verify, cache=cache, bad_limit=bad_limit)
 
 
 def find_folder(name_or_path: str | Path, split: str = "train") -> Path | str:

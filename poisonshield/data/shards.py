@@ -29,7 +29,7 @@ from poisonshield.data.index_cache import index_path, keep_index, recall_index
 from poisonshield.data.manifest import FILE_NAME, Manifest
 from poisonshield.data.parts import NearFolder, ShardParts
 from poisonshield.data.remote import is_address, show_address
-from poisonshield.data.source import Place
+from poisonshield.data.source import BadSample, Place
 from poisonshield.data.verify import Room, refuse_missing, unpack, verified_index
 from poisonshield.errors import DataError
 from poisonshield.random import sample_ids
@@ -58,6 +58,7 @@ class ShardSet:
             self.index = index
         self.origin, self.place = self.files.origin, str(self.files)
         self.classes, self.image_size, self.digest = manifest.classes, manifest.image_size, manifest.digest
+        self.bad_limit = 0
         self._names = list(manifest.shards)
         self._unpacked: dict[str, bytes] = {}
         self._room = Room()
@@ -95,7 +96,9 @@ class ShardSet:
         return torch.from_numpy(self.index.shard)
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: Verify = "always", cache: float = DEFAULT_GIB) -> "ShardSet":
+    def open(
+        cls, folder: str | Path, *, verify: Verify = "always", cache: float = DEFAULT_GIB, bad_limit: int = 0
+    ) -> "ShardSet":
         """Check a data set and open it.
 
         folder: or an address such as https://HOST/SET or s3://BUCKET/SET; its shards go through a cache on this node of
@@ -103,17 +106,23 @@ class ShardSet:
         verify: "always" reads every byte and compares hashes; "once" does so the first time, keeps the index in
         the user's cache folder (data/index_cache.py), and later trusts it while manifest, sizes and modification times
         stay the same; "lazy" reads the manifest only, and checks each shard when it is first read, once on a node.
+        bad_limit: how many samples whose image cannot be read may be left out (data/bad.py).
         Raises DataError for a missing, truncated or changed shard, an unknown or pickled field, a label outside the
         classes, a repeated key. Pixels are decoded later; `poisonshield data verify` decodes them all.
         """
         if is_address(folder):
-            return cls._open_afar(str(folder), verify, cache)
+            return cls._open_afar(str(folder), verify, cache)._leave_out(bad_limit)
         manifest = Manifest.load(folder)
         folder = Path(folder)
         if verify == "lazy":
-            return cls(folder, manifest)
+            return cls(folder, manifest)._leave_out(bad_limit)
         refuse_missing(folder, manifest)
-        return cls(folder, manifest, _find_index(folder, manifest, NearFolder(folder), keep=verify == "once"))
+        index = _find_index(folder, manifest, NearFolder(folder), keep=verify == "once")
+        return cls(folder, manifest, index)._leave_out(bad_limit)
+
+    def _leave_out(self, limit: int) -> "ShardSet":
+        self.bad_limit = limit
+        return self
 
     @classmethod
     def _open_afar(cls, address: str, verify: str, cache: float) -> "ShardSet":
@@ -202,7 +211,7 @@ class ShardSet:
         """These samples as uint8 [B, 3, H, W]; indices int64 [B], any order. Pixels lie as a decoder writes them,
         channels last, unless `out` is given.
 
-        Raises DataError naming key and shard for a broken image, or one of another size than the manifest's.
+        Raises BadSample naming key and shard for a broken image, or one of another size than the manifest's.
         """
         if self.image_size is None:
             raise DataError(
@@ -213,10 +222,13 @@ class ShardSet:
         pixels = out
         rows = self._rows(np.asarray(indices, dtype=np.int64))
         for row, data in enumerate(self._files_of(rows)):
-            image = decode(data, IMAGE_EXTENSIONS[rows.codec[row]], name=self._name(rows, row))
+            try:
+                image = decode(data, IMAGE_EXTENSIONS[rows.codec[row]], name=self._name(rows, row))
+            except DataError as err:
+                raise BadSample(str(err)) from err
             if tuple(image.shape[1:]) != self.image_size:
                 h, w = image.shape[1:]
-                raise DataError(
+                raise BadSample(
                     f"{self._name(rows, row)} is {h}x{w} pixels, the manifest says {height}x{width} (height x width).\n"
                     "  Bring all to one size: "
                     f"poisonshield data import {self.place} --size {min(height, width)} --out DIR"

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from poisonshield.batch import Batch
+from poisonshield.data.bad import BadCount, read_good
 from poisonshield.data.lanes import LanePlan
 from poisonshield.data.plan import Plan
-from poisonshield.data.source import Place, Source, batch_of, read_batch
-from poisonshield.data.workers import read_in_workers
+from poisonshield.data.source import Place, Source, batch_of
+from poisonshield.data.workers import Read, read_in_workers
 from poisonshield.errors import CheckpointError, ConfigError
 
 Stage = Callable[[Batch], Batch]
@@ -68,6 +69,7 @@ class ShardStream:
         self.source, self.rank, self.world, self.workers = source, rank, world, workers
         self.stages, self.keep_bytes, self.stage_seconds = tuple(stages), keep_bytes, 0.0
         self.device = torch.device(device) if device is not None else None
+        self.bad = BadCount(source.bad_limit)
         self.steps_per_epoch = self.plan.steps
         self._epoch = self._step = 0
         self._fingerprint = {
@@ -124,20 +126,24 @@ class ShardStream:
             epoch, step = epoch + 1, 0
 
     def _read_on(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """The walk with pixels, uint8 [b, 3, H, W], read here or by workers, which lend them, and fetched before."""
+        """The walk with pixels, uint8 [b, 3, H, W], fetched before, and without bad samples that may be left out.
+
+        They are read here, or by workers, which lend them.
+        """
         with self.source.fetching(self._walk(self.plan.twin())) as reach:
-            for epoch, step, indices, pixels in self._read():
+            for epoch, step, indices, pixels, faults in self._read():
+                self.bad.note(faults)
                 reach(epoch, step)
                 yield epoch, step, indices, pixels
 
-    def _read(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    def _read(self) -> Iterator[Read]:
         if self.workers > 0:
             pin = self.device is not None and self.device.type == "cuda"
             largest = self.plan.largest_part(self.world)
             yield from read_in_workers(self.source, self._walk, workers=self.workers, largest=largest, pin=pin)
             return
         for epoch, step, indices in self._walk():
-            yield epoch, step, indices, self.source.read(indices)
+            yield epoch, step, *read_good(self.source, indices)
 
 
 def evaluate_batches(
@@ -153,8 +159,11 @@ def evaluate_batches(
     device = torch.device(device) if device is not None else None
     plan = Plan(source.ids, source.shard, batch_size=batch_size, seed=0, shuffle=False)
     plan.check_world(world)
+    bad = BadCount(source.bad_limit)
     for step in range(plan.steps):
-        batch = read_batch(source, plan.part(0, step, rank=rank, world=world), device=device)
+        indices, pixels, faults = read_good(source, plan.part(0, step, rank=rank, world=world))
+        bad.note(faults)
+        batch = batch_of(source, indices, pixels, device=device)
         if world > 1:
             batch = batch.replace(rank_sizes=plan.rank_sizes(step, world))
         for stage in stages:

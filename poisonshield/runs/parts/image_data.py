@@ -12,6 +12,7 @@ from pydantic import Field
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, find_folder, open_dataset
+from poisonshield.data.bad import parse_limit
 from poisonshield.data.cache import DEFAULT_GIB
 from poisonshield.data.shards import Verify
 from poisonshield.data.stream import Stage
@@ -56,6 +57,11 @@ class DataConfig(Settings):
     verify: Verify = Field(
         "always",
         description="once trusts a verified index until files change; lazy checks each shard as it is first read.",
+    )
+    bad_samples: str = Field(
+        "stop",
+        pattern=r"^(stop|skip:[1-9][0-9]{0,8})$",
+        description="What an unreadable training image does: stop, or skip:N, which names and leaves out up to N.",
     )
     cache: float = Field(
         DEFAULT_GIB,
@@ -152,7 +158,8 @@ def open_train(run: Training) -> ShardSet:
             f"{run.origin} says no data.train: it takes images of your own.\n"
             "  Make a data set of them, poisonshield data import PHOTOS --size 96 --out DATA, and say data.train=DATA."
         )
-    train = open_dataset(data.train, "train", verify=data.verify, cache=data.cache)
+    limit = parse_limit(data.bad_samples)
+    train = open_dataset(data.train, "train", verify=data.verify, cache=data.cache, bad_limit=limit)
     if train.manifest.poison is not None and run.poison is not None:
         raise DataError(
             f"{train.place} is poisoned already ({train.manifest.poison.get('name', 'by an unnamed poison')}), and "
