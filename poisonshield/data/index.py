@@ -45,6 +45,11 @@ class Index:
         arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in cls.ARRAYS}
         return cls(keys=tuple(k for p in parts for k in p.keys), **arrays)
 
+    def take(self, rows: np.ndarray) -> "Index":
+        """Some of the samples, int64 [B], in that order."""
+        arrays = {name: getattr(self, name)[rows] for name in self.ARRAYS}
+        return Index(keys=tuple(self.keys[i] for i in rows.tolist()), **arrays)
+
     def save(self, path: Path, *, stamp: str) -> None:
         """Write whole or not at all; `stamp` says which files it belongs to. Several processes may save at once."""
         temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from poisonshield.data.remote import join_address, read_small, show_address
 from poisonshield.errors import DataError
 from poisonshield.files import read_bounded, write_whole
 from poisonshield.plain import is_plain, plain, plain_values
@@ -25,12 +26,13 @@ MAX_BYTES = 2**26
 
 
 def refuse_address(place: str | Path, *, role: str = "data set") -> None:
-    """Raise DataError for `pipe:` commands and URLs: opening data runs no program and reaches no network."""
+    """Raise DataError for `pipe:` commands and URLs: a place that is local runs no program and reaches no network."""
     if match := re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]+):", str(place)):
         kind = "is a command to run" if match[1].lower() == "pipe" else "is an address"
         raise DataError(
             f"{role} {str(place)!r} {kind}, a local path was wanted.\n"
-            "  Shards are read from local files only. Copy them to a local or mounted folder and give its path."
+            "  Copy it to a local or mounted folder and give its path. Training alone reads from afar, a data set by\n"
+            "  the address of its folder: data.train=https://HOST/SET, or s3://, gs://, hf:// and the like."
         )
 
 
@@ -103,7 +105,17 @@ class Manifest(BaseModel):
                 f"{folder} has no {FILE_NAME}, so it is not a data set, or writing it was interrupted.\n"
                 f"  Write it again, or make one from images or tars: poisonshield data import SRC --out {folder}"
             )
-        found = read_json(path)
+        return cls._parse(read_bounded(path, max_bytes=MAX_BYTES, what="manifest"), str(path), str(folder))
+
+    @classmethod
+    def fetch(cls, address: str) -> "Manifest | None":
+        """The manifest of a data set behind an address, None if there is none. Raises DataError as `load` does."""
+        content = read_small(join_address(address, FILE_NAME), max_bytes=MAX_BYTES)
+        return None if content is None else cls._parse(content, f"{FILE_NAME} of {show_address(address)}", "DIR")
+
+    @classmethod
+    def _parse(cls, content: bytes, path: str, folder: str) -> "Manifest":
+        found = _parse_json(content, path)
         if isinstance(found, dict) and "format" not in found:
             raise DataError(
                 f"{path} has no 'format' field, 'poisonshield/1' was wanted: it describes other shards.\n"
@@ -130,7 +142,10 @@ class Manifest(BaseModel):
 
 def read_json(path: Path) -> Any:
     """What a manifest.json holds. Raises DataError for what is no plain file, too long, or no JSON."""
-    content = read_bounded(path, max_bytes=MAX_BYTES, what="manifest")
+    return _parse_json(read_bounded(path, max_bytes=MAX_BYTES, what="manifest"), str(path))
+
+
+def _parse_json(content: bytes, path: str) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as err:

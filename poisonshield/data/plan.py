@@ -10,6 +10,8 @@ contiguous part per rank. So each sample comes once, all ranks take the same num
 (batch norm). What a global batch holds does not depend on the number of ranks or workers.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def near_equal(total: int, parts: int) -> tuple[int, ...]:
     return (base + 1,) * extra + (base,) * (parts - extra)
 
 
-def _random_rank(ids: Tensor, *, seed: int, epoch: int, purpose: str) -> Tensor:
+def random_rank(ids: Tensor, *, seed: int, epoch: int, purpose: str) -> Tensor:
     """A 62-bit random number for each id, int64 [N], to sort by."""
     words = philox_words(2, seed=seed, ids=ids, offset=epoch, stream=stream_of(purpose))
     return (words[:, 0] << 30) ^ (words[:, 1] >> 2)
@@ -31,11 +33,11 @@ def _random_rank(ids: Tensor, *, seed: int, epoch: int, purpose: str) -> Tensor:
 
 def epoch_order(ids: Tensor, shard: Tensor, *, seed: int, epoch: int, window: int = 16) -> Tensor:
     """A permutation of the samples, int64 [N]. ids: hash of each key; shard: number of its shard, both int64 [N]."""
-    order = torch.sort(_random_rank(ids, seed=seed, epoch=epoch, purpose="sample order"), stable=True).indices
+    order = torch.sort(random_rank(ids, seed=seed, epoch=epoch, purpose="sample order"), stable=True).indices
     num_shards = int(shard.max()) + 1
     if num_shards <= window:
         return order
-    place = _random_rank(torch.arange(num_shards), seed=seed, epoch=epoch, purpose="shard order")
+    place = random_rank(torch.arange(num_shards), seed=seed, epoch=epoch, purpose="shard order")
     rank_of_shard = torch.sort(torch.sort(place, stable=True).indices).indices
     window_of = rank_of_shard[shard[order]] // window
     return order[torch.sort(window_of, stable=True).indices]
@@ -82,7 +84,15 @@ class Plan:
         """Sample numbers of the global batch, int64 [sizes[step]]."""
         return self.order(epoch)[self._starts[step] : self._starts[step + 1]]
 
-    def rank_sizes(self, step: int, world: int) -> tuple[int, ...]:
+    def twin(self) -> "Plan":
+        """The same plan with a memory of its own, for another thread."""
+        return copy.copy(self)  # what is kept is replaced as a whole
+
+    def largest_part(self, world: int) -> int:
+        """No part of a rank has more samples than this."""
+        return near_equal(self.sizes[0], world)[0]
+
+    def rank_sizes(self, step: int, world: int, *, epoch: int = 0) -> tuple[int, ...]:
         """How many samples of the global batch each rank holds, rank 0 first."""
         return near_equal(self.sizes[step], world)
 

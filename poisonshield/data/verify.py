@@ -11,7 +11,9 @@ import os
 import tarfile
 import threading
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from poisonshield.data.index import Index, index_tar, refuse_repeated_keys, split_name
@@ -51,20 +53,27 @@ def refuse_missing(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def stamp_of(folder: Path, manifest: Manifest) -> str:
-    """A hash that changes with the manifest, and with the size or modification time of any shard."""
-    files = [(folder / name).stat() for name in manifest.shards]
+def stamp_of(folder: Path | str, manifest: Manifest) -> str:
+    """A hash that changes with the manifest, and with the size or modification time of any shard in a folder."""
+    files = [(folder / name).stat() for name in manifest.shards] if isinstance(folder, Path) else []
     what = [manifest.model_dump_json(), *(f"{s.st_size}:{s.st_mtime_ns}" for s in files)]
     return hashlib.sha256("\n".join(what).encode()).hexdigest()
 
 
-def verified_index(folder: Path, manifest: Manifest) -> Index:
-    """Check every shard and index it. Raises DataError at the first fault, naming shard and sample."""
+Holding = Callable[[str], AbstractContextManager[Path]]
+"""Gives the folder in which a shard of this name lies, as long as it is open."""
+
+
+def verified_index(folder: Path, manifest: Manifest, *, holding: Holding | None = None) -> Index:
+    """Check every shard and index it. Raises DataError at the first fault, naming shard and sample.
+
+    holding: for shards that lie in folders of their own."""
     names, room = list(manifest.shards), Room()
 
     def check(number: int) -> Index:
-        verify_file(folder, manifest, names[number])
-        return index_shard(folder, manifest, number, room=room)
+        with nullcontext(folder) if holding is None else holding(names[number]) as here:
+            verify_file(here, manifest, names[number])
+            return index_shard(here, manifest, number, room=room)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter free
         index = Index.join(list(pool.map(check, range(len(names)))))

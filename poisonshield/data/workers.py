@@ -18,24 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poisonshield.data.source import Source
+from poisonshield.data.bad import Faults, read_good
+from poisonshield.data.source import BadSample, Place, Source
 from poisonshield.errors import DataError, PoisonShieldError
 
-Place = tuple[int, int, Tensor]
-"""Epoch, step, and the numbers of the samples that are read there, int64 [b]."""
+Read = tuple[int, int, Tensor, Tensor, Faults]
+"""Epoch, step, sample numbers int64 [b], pixels uint8 [b, 3, H, W], and the faults of samples that were left out."""
 
 _AHEAD = 2  # batches that each worker reads before they are asked for
 
 
 def read_in_workers(
     source: Source, walk: Callable[[], Iterator[Place]], *, workers: int, largest: int, pin: bool
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """The walk with pixels, uint8 [b, 3, H, W], read ahead by `workers` processes. At most `largest` samples a step.
+) -> Iterator[Read]:
+    """The walk with pixels, read ahead by `workers` processes. At most `largest` samples a step.
 
     Without `pin` the pixels are lent: they hold until the next item is asked for. With it they lie in pinned memory.
     Raises DataError for what cannot be read, and for a process that was killed.
     """
-    ring = None if pin else _make_ring(source, next(walk())[2][:1], slots=_AHEAD * workers + 2, largest=largest)
+    ring = None if pin else _make_ring(source, next(walk())[2], slots=_AHEAD * workers + 2, largest=largest)
     requests = _Requests(walk, slots=_AHEAD * workers + 2)
     loader = torch.utils.data.DataLoader(
         _Reader(source, ring),
@@ -50,20 +51,33 @@ def read_in_workers(
     for item in _tell_of_lost_worker(loader):
         if isinstance(item, PoisonShieldError):
             raise item
+        pixels, taken, faults = item
         slot, (epoch, step, indices) = requests.take()
-        yield epoch, step, indices, item if ring is None else ring[slot, : len(indices)]
+        if faults:
+            indices = torch.tensor(taken)
+        yield epoch, step, indices, pixels if ring is None else ring[slot, : len(indices)], faults
 
 
 def _make_ring(source: Source, first: Tensor, *, slots: int, largest: int) -> Tensor:
     """uint8 [slots, largest, 3, H, W] that other processes see. Its pages are taken when they are first written to.
 
-    first: a sample that is read before, so that no memory is made for a size that the images do not have. That also
-    imports the decoder before the workers are forked, once for all.
+    first: samples of which one is read before, so that no memory is made for a size that the images do not have. That
+    also imports the decoder before the workers are forked, once for all.
     """
-    height, width = source.read(first).shape[2:]
+    height, width = _measure_one(source, first)
     shape = (slots, largest, height, width, 3)
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape).permute(0, 1, 4, 2, 3)
+
+
+def _measure_one(source: Source, numbers: Tensor) -> torch.Size:
+    for number in numbers.split(1):
+        try:
+            return source.read(number).shape[2:]
+        except BadSample:
+            if not source.bad_limit:
+                raise
+    return read_good(source, numbers)[1].shape[2:]  # it tells that all are bad
 
 
 class _Requests:
@@ -95,10 +109,9 @@ class _Reader(torch.utils.data.Dataset):
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Any:
         slot, numbers = request
         try:
-            if self.ring is None:
-                return self.source.read(torch.from_numpy(numbers))
-            self.source.read(torch.from_numpy(numbers), out=self.ring[slot, : len(numbers)])
-            return slot
+            out = None if self.ring is None else self.ring[slot, : len(numbers)]
+            taken, pixels, faults = read_good(self.source, torch.from_numpy(numbers), out=out)
+            return pixels if out is None else slot, taken.tolist() if faults else None, faults
         except PoisonShieldError as err:
             return err
 

@@ -324,6 +324,7 @@ def build_stream(run: Classify, training: TrainingSet, method: SSLMethod, device
         world=collectives.world_size(),
         workers=settings.data.workers,
         window=settings.data.window,
+        lanes=settings.data.lanes,
         stages=(*training.stages, views),
         device=device,
         keep_bytes=not training.stages,  # views take bytes; whole images as floats are four times as much to move

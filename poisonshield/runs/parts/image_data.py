@@ -12,6 +12,9 @@ from pydantic import Field
 from poisonshield.batch import Batch
 from poisonshield.config import Settings
 from poisonshield.data import ResidentSource, ShardSet, Source, evaluate_batches, find_folder, open_dataset
+from poisonshield.data.bad import parse_limit
+from poisonshield.data.cache import DEFAULT_GIB
+from poisonshield.data.shards import Verify
 from poisonshield.data.stream import Stage
 from poisonshield.defenses.base import Context, Defense
 from poisonshield.engine.processes import choose_device
@@ -28,7 +31,8 @@ class DataConfig(Settings):
 
     train: str | None = Field(
         "cifar10-mini",
-        description="A bundled name, or a folder with a manifest (or with train/ and test/ in it); null is none yet.",
+        description="A bundled name, or a folder with a manifest (or with train/ and test/ in it), or the address of "
+        "one: https://, s3://, gs://, hf:// and the like; null is none yet.",
     )
     test: str | None = Field(
         None, description="The same for the clean test images; null takes the test split of train, if it has one."
@@ -45,7 +49,26 @@ class DataConfig(Settings):
     resident_mib: int = Field(4096, ge=0, description="Memory for decoded pixels, in MiB.")
     workers: int = Field(0, ge=0, description="Processes that decode.")
     window: int = Field(16, ge=1, description="Batches that are read together, for fewer seeks.")
-    verify: Literal["always", "once"] = Field("always", description="once trusts a verified index until files change.")
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        description="null: an order over all shards. A number, 64 say: shards are dealt to so many lanes that "
+        "processes share, so that each reads its own shards only.",
+    )
+    verify: Verify = Field(
+        "always",
+        description="once trusts a verified index until files change; lazy checks each shard as it is first read.",
+    )
+    bad_samples: str = Field(
+        "stop",
+        pattern=r"^(stop|skip:[1-9][0-9]{0,8})$",
+        description="What an unreadable training image does: stop, or skip:N, which names and leaves out up to N.",
+    )
+    cache: float = Field(
+        DEFAULT_GIB,
+        gt=0,
+        description="GiB that shards from afar may take on a node, in XDG_CACHE_HOME or ~/.cache.",
+    )
 
 
 def build_defenses(run: Training, num_classes: int) -> list[Defense]:
@@ -85,13 +108,13 @@ def _open_test(run: Training, train: ShardSet) -> ShardSet | None:
     except ConfigError:
         if data.test is not None:
             raise
-        place = train.folder
-    if data.test is None and place == train.folder:
+        place = train.origin
+    if data.test is None and place == train.origin:
         log.warning("%s has no test split, so there are no numbers on test images. data.test names some.", data.train)
         return None
-    test = ShardSet.open(place, verify=data.verify)
+    test = ShardSet.open(place, verify=data.verify, cache=data.cache)
     if len(train.classes) == 1 and test.classes != train.classes:
-        log.warning("%s has no labels to learn test images' classes from: %s is not used.", data.train, test.folder)
+        log.warning("%s has no labels to learn test images' classes from: %s is not used.", data.train, test.place)
         return None
     return test
 
@@ -111,12 +134,12 @@ def _refuse_unfit_test(run: Training, train: ShardSet, test: ShardSet) -> None:
         )
     if test.manifest.poison is not None:
         raise DataError(
-            f"{test.folder} is poisoned, and accuracy is measured on clean images only.\n"
+            f"{test.place} is poisoned, and accuracy is measured on clean images only.\n"
             "  Set data.test to the clean test images."
         )
     if train.image_size != test.image_size:
         raise DataError(
-            f"images of {train.folder} are {_word_size(train)}, those of {test.folder} are {_word_size(test)}.\n"
+            f"images of {train.place} are {_word_size(train)}, those of {test.place} are {_word_size(test)}.\n"
             "  Import both with one --size."
         )
 
@@ -136,10 +159,11 @@ def open_train(run: Training) -> ShardSet:
             f"{run.origin} says no data.train: it takes images of your own.\n"
             "  Make a data set of them, poisonshield data import PHOTOS --size 96 --out DATA, and say data.train=DATA."
         )
-    train = open_dataset(data.train, "train", verify=data.verify)
+    limit = parse_limit(data.bad_samples)
+    train = open_dataset(data.train, "train", verify=data.verify, cache=data.cache, bad_limit=limit)
     if train.manifest.poison is not None and run.poison is not None:
         raise DataError(
-            f"{train.folder} is poisoned already ({train.manifest.poison.get('name', 'by an unnamed poison')}), and "
+            f"{train.place} is poisoned already ({train.manifest.poison.get('name', 'by an unnamed poison')}), and "
             "data.poison would poison it again.\n  Set data.poison=null, or data.train to the clean images."
         )
     return train
@@ -169,7 +193,7 @@ def build_poison(
     cls = run.poison.cls
     if source.image_size is None:
         raise DataError(
-            f"poison {cls.name} needs images of one size, and {source.folder} holds several. Import it with --size."
+            f"poison {cls.name} needs images of one size, and {source.place} holds several. Import it with --size."
         )
     poison = cls(run.poison.config, num_classes=len(source.classes), image_size=source.image_size, seed=run.seed)
     poison.work_in(folder, choose_device(run.settings.engine.device))

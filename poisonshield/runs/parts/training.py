@@ -166,7 +166,7 @@ class Training(Experiment):
             overwrite=run.overwrite,
             makes=self.makes,
             keeps=self.keeps,
-            harmless=("evaluate.", "generate.", "data.workers", "data.verify"),
+            harmless=("evaluate.", "generate.", "data.workers", "data.verify", "data.cache", "data.bad_samples"),
             places=self.places,
         )
 
