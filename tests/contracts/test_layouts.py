@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quick_poisons import make_config
 
 from poisonshield.batch import Batch
 from poisonshield.defenses.base import Context
@@ -44,7 +45,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module", params=POISONS.names())
 def poison(request):
     cls = POISONS.get(request.param)
-    made = cls(cls.Config(), num_classes=CLASSES, image_size=SIZE, seed=0)
+    made = cls(make_config(cls, images()), num_classes=CLASSES, image_size=SIZE, seed=0)
     made.fit([images()])
     return made
 
@@ -64,7 +65,7 @@ def test_every_poison_gives_the_same_pixels(poison, layout):
 @pytest.mark.parametrize("name", POISONS.names())
 def test_every_poison_learns_the_same_from_the_data(name, layout):
     cls, batch = POISONS.get(name), images()
-    poisons = [cls(cls.Config(), num_classes=CLASSES, image_size=SIZE, seed=0) for _ in range(2)]
+    poisons = [cls(make_config(cls, batch), num_classes=CLASSES, image_size=SIZE, seed=0) for _ in range(2)]
     for poison, x in zip(poisons, (batch.x, LAYOUTS[layout](batch.x)), strict=True):
         poison.fit([batch.replace(x=x)])
     plain, other = (poison.state_dict() for poison in poisons)
@@ -76,6 +77,8 @@ def test_every_poison_learns_the_same_from_the_data(name, layout):
 def test_every_defense_gives_the_same_pixels(name, layout):
     cls, batch = DEFENSES.get(name), images()
     defense = cls(cls.Config(), Context(1, CLASSES))
+    if defense.looks_first:
+        defense.look([batch])
     x = LAYOUTS[layout](batch.x)
     before = x.clone()
     assert torch.equal(defense.before(batch.replace(x=x)).x, defense.before(batch).x)

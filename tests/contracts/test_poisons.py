@@ -1,16 +1,13 @@
 """What every poison of both halves keeps: found by scanning, so a newcomer is tested without a line here."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from poisons.diffusion.photos import picture, quick, settle
+from quick_poisons import make_config
 from tiny import tiny_model
 
 from poisonshield.batch import Batch
@@ -23,30 +20,6 @@ from poisonshield.registry import Registry
 KEYED = Registry("poisonshield.poisons", kind="poison")
 DIFFUSION = Registry("poisonshield.poisons.diffusion", kind="diffusion poison")
 CLASSES, SIZE, COUNT = 4, (16, 16), 24
-
-
-QUICK = {
-    "steps": 2, "train_steps": 2, "max_rounds": 2, "epochs": 1, "restarts": 2, "rounds": 2,
-    "surrogate": {"model": {"name": "resnet_mini", "stem_stride": 2, "widths": (4, 4, 8, 8)}, "batch_size": 16},
-}  # fmt: skip
-"""Settings of poisons that are trained, where they have them: minutes would be spent on the defaults."""
-
-
-def make_config(cls):
-    """Default settings, but for work that would take long, and a file where one is read."""
-    trained = issubclass(cls, LearnedPoison)
-    if trained and "path" in cls.Config.model_fields:
-        return cls.Config(path=str(made_file()))
-    return cls.Config(**{k: v for k, v in QUICK.items() if trained and k in cls.Config.model_fields})
-
-
-@cache
-def made_file():
-    """Noise of up to 8 levels for the pictures of `images`, by key."""
-    path = Path(tempfile.mkdtemp()) / "noise.npz"
-    noise = np.random.default_rng(0).integers(-8, 9, (COUNT, 3, *SIZE)).astype(np.int8)
-    np.savez(path, noise=noise, keys=np.array(images().keys))
-    return path
 
 
 def images(seed=0) -> Batch:
@@ -96,7 +69,7 @@ def case(request) -> Case:
     cls = (DIFFUSION if half else KEYED).get(name)
 
     def keyed(seed):
-        poison = cls(make_config(cls), num_classes=CLASSES, image_size=SIZE, seed=seed)
+        poison = cls(make_config(cls, images()), num_classes=CLASSES, image_size=SIZE, seed=seed)
         poison.fit([images()])
         return poison
 
@@ -183,7 +156,7 @@ def make(request):
     def poison(seed=0):
         if seed not in made:
             cls = KEYED.get(request.param)
-            made[seed] = cls(make_config(cls), num_classes=CLASSES, image_size=SIZE, seed=seed)
+            made[seed] = cls(make_config(cls, images()), num_classes=CLASSES, image_size=SIZE, seed=seed)
             made[seed].fit([images()])
         return made[seed]
 
@@ -221,7 +194,7 @@ def test_grain_says_what_shares_a_pattern(make):
 
 def test_ratio_poisons_exactly_the_asked_share_and_leaves_the_rest(make):
     cls, batch = type(make()), images()
-    poison = cls(make_config(cls), num_classes=CLASSES, image_size=SIZE, seed=0)
+    poison = cls(make_config(cls, images()), num_classes=CLASSES, image_size=SIZE, seed=0)
     poison.load_state_dict(make().state_dict())
     ids = sample_ids(batch.keys)
     for ratio, count in ((0.0, 0), (0.3, 7), (0.5, 12), (1.0, COUNT)):
