@@ -161,7 +161,7 @@ def read_folder(folder: Path, keys: list[str]) -> dict[str, Any]:
         file = next((f for f in (folder / f"{key}{end}" for end in PICTURES) if f.is_file()), None)
         if file is None:
             raise DataError(f"{folder} has no picture for {key}: {key}.png was looked for.")
-        rows.append(torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).copy()))
+        rows.append(torch.from_numpy(np.asarray(Image.open(file, formats=["PNG", "BMP"]).convert("RGB")).copy()))
     if len({r.shape for r in rows}) > 1:
         raise DataError(f"{folder} holds pictures of several sizes.")
     return {"values": torch.stack(rows), "keys": keys, "labels": None}
