@@ -37,7 +37,7 @@ TRAIN = '''
 import os, signal, sys
 calls = open(os.environ["CALLS"], "a", buffering=1)
 def leave(*_):
-    os.write(calls.fileno(), b"process told\\n")  # a second signal may come meanwhile
+    os.write(calls.fileno(), b"process told\\\\n")  # a second signal may come meanwhile
     os._exit(75)
 signal.signal(signal.SIGUSR1, leave)
 signal.signal(signal.SIGTERM, leave)
