@@ -74,10 +74,10 @@ def philox_normal(
     """Standard normal float32 [B, count] by Box-Muller; equal across devices to a few ulp, not to the bit."""
     pairs = (count + 1) // 2
     u = philox_uniform((len(ids), 2 * pairs), seed, offset, sample_ids=ids, stream=stream)
-    return _box_muller(u, count)
+    return box_muller(u, count)
 
 
-def _box_muller(u: Tensor, count: int) -> Tensor:
+def box_muller(u: Tensor, count: int) -> Tensor:
     """Standard normal [B, count] of uniform u [B, 2 pairs]."""
     first, second = u.chunk(2, dim=1)
     radius = torch.sqrt(-2.0 * torch.log1p(-first))  # 1 - u lies in (0, 1], so the log is finite
@@ -146,18 +146,3 @@ def distinct_signs(count: int, length: int, *, seed: int, purpose: str) -> Tenso
         found.update(dict.fromkeys(map(tuple, draws.tolist())))
         start += count
     return torch.tensor(list(found)[:count]).to(torch.float32) * 2 - 1
-
-
-def draw_together(rng: KeyedRandom, uniform: Sequence[str], normal: Sequence[str], count: int) -> dict[str, Tensor]:
-    """What rng.uniform(purpose, 1) [B, 1] and rng.normal(purpose, count) [B, count] are for each purpose, in one pass.
-
-    A pass is some 190 operations whatever its size, and a small step spends more time on them than on its loss.
-    """
-    purposes, rows = (*uniform, *normal), len(rng.ids)
-    # Filled, not copied from a list: a GPU would wait for that.
-    streams = [torch.full((rows, 1), stream_of(f"{rng.scope}/{p}"), device=rng.ids.device) for p in purposes]
-    ids, shape = rng.ids.repeat(len(purposes)), (len(purposes) * rows, 2 * ((count + 1) // 2))
-    u = philox_uniform(shape, rng.seed, rng.offset, sample_ids=ids, stream=torch.cat(streams))
-    split = rows * len(uniform)
-    drawn = (*u[:split, :1].chunk(len(uniform)), *_box_muller(u[split:], count).chunk(len(normal)))
-    return dict(zip(purposes, drawn, strict=True))

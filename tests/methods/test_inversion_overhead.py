@@ -12,7 +12,8 @@ from poisonshield.batch import Batch
 from poisonshield.losses import zone
 from poisonshield.losses.zone import Zone, latent_mask
 from poisonshield.methods.diffusion.textual_inversion import TextualInversion
-from poisonshield.random import KeyedRandom, draw_together
+from poisonshield.models.diffusion.draws import draw_together
+from poisonshield.random import KeyedRandom
 
 MOST = 330
 """Operations beside U-Net, VAE and text encoder; about 190 of them draw the random numbers."""

@@ -21,11 +21,12 @@ from poisonshield.errors import ConfigError, DataError
 from poisonshield.keys import slot_of
 from poisonshield.losses.zone import Zone, latent_mask, zone_loss
 from poisonshield.method import DiffusionMethod
+from poisonshield.models.diffusion.draws import draw_together
 from poisonshield.models.diffusion.embeddings import load_embedding
 from poisonshield.models.diffusion.latents import LatentCache
 from poisonshield.models.diffusion.pipeline import LatentDiffusion, Placeholder
 from poisonshield.models.diffusion.timestep_sampler import draw_timesteps
-from poisonshield.random import KeyedRandom, draw_together, sample_ids
+from poisonshield.random import KeyedRandom, sample_ids
 
 log = logging.getLogger(__name__)
 
