@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from poisonshield.ops.augment.reference import AugmentArguments, UniformArguments
+from poisonshield.ops.augment.triton_colours import changed, luma, mixed, place_of_contrast
 
 _BLOCK = 256
 _PARTS = 128  # partial sums that a program adds at a time
@@ -36,57 +37,6 @@ def weight_of(pixel, middle, slope, begin, end):
     """The triangle's weight of source pixels at a target pixel's middle; 0 outside of begin .. end-1."""
     weight = tl.maximum(1.0 - tl.abs((pixel + 0.5) - middle) * slope, 0.0)
     return tl.where((pixel >= begin) & (pixel < end), weight, 0.0)
-
-
-@triton.jit
-def luma(r, g, b):
-    """The gray of a colour."""
-    return r * 0.299 + g * 0.587 + b * 0.114
-
-
-@triton.jit
-def mixed(v, other, factor):
-    """From other towards v and beyond, by factor, within [0, 1]; a NaN stays."""
-    v = tl.maximum(other + factor * (v - other), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(v, 1.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def channel_of(hue, value, spread, turn: tl.constexpr):
-    """A channel of the colour of that hue, in sixths of the circle; turn 5, 3, 1 for red, green, blue."""
-    k = hue + turn
-    k = k - 6.0 * tl.floor(k * (1.0 / 6.0))
-    return value - spread * tl.minimum(tl.maximum(tl.minimum(k, 4.0 - k), 0.0), 1.0)
-
-
-@triton.jit
-def changed(r, g, b, change, factor, mean):
-    """The colour after one change: 0 brightness, 1 contrast, 2 saturation, 3 hue by `factor` turns, others none."""
-    if change < 3:
-        other = luma(r, g, b)
-        other = tl.where(change == 2, other, tl.where(change == 1, mean, 0.0))
-        r, g, b = mixed(r, other, factor), mixed(g, other, factor), mixed(b, other, factor)
-    elif change == 3:
-        value = tl.maximum(tl.maximum(r, g), b)
-        spread = value - tl.minimum(tl.minimum(r, g), b)
-        apart = tl.where(value == r, g - b, tl.where(value == g, b - r, r - g))
-        start = tl.where(value == r, 0.0, tl.where(value == g, 2.0, 4.0))
-        hue = tl.div_rn(apart, tl.maximum(spread, 1e-8)) + start + 6.0 * factor
-        r, g, b = (
-            channel_of(hue, value, spread, 5),
-            channel_of(hue, value, spread, 3),
-            channel_of(hue, value, spread, 1),
-        )
-    return r, g, b
-
-
-@triton.jit
-def place_of_contrast(order_ptr, b):
-    """At which of the four places contrast comes; 4 where it does not."""
-    place = 4
-    for i in tl.static_range(4):
-        place = tl.where(tl.load(order_ptr + 4 * b + i) == 1, i, place)
-    return place
 
 
 @triton.jit
@@ -141,15 +91,19 @@ def crop(
     taps_x = tl.minimum(tl.ceil(2.0 * support_x).to(tl.int32) + 2, width)
     image = x_ptr + b * stride_b
     sum_y, sum_x = middle_y * 0, middle_y * 0
-    for j in range(0, taps_x):
+    j = taps_x * 0
+    while j < taps_x:  # no `range` in these kernels: Triton 3.6 interprets it by an index that numpy 2.5 refuses
         sum_x += weight_of(low_x + j, middle_x, slope_x, begin_x, end_x)
+        j += 1
     red, green, blue = middle_y * 0, middle_y * 0, middle_y * 0
-    for i in range(0, taps_y):
+    i = taps_y * 0
+    while i < taps_y:
         y = low_y + i
         weight_y = weight_of(y, middle_y, slope_y, begin_y, end_y)
         sum_y += weight_y
         r, g, u = middle_y * 0, middle_y * 0, middle_y * 0
-        for j in range(0, taps_x):
+        j = taps_x * 0
+        while j < taps_x:
             x = low_x + j
             weight_x = weight_of(x, middle_x, slope_x, begin_x, end_x)
             used = inside & (weight_x > 0) & (weight_y > 0)
@@ -157,9 +111,11 @@ def crop(
             r += weight_x * tl.load(at, mask=used, other=0).to(tl.float32)
             g += weight_x * tl.load(at + stride_c, mask=used, other=0).to(tl.float32)
             u += weight_x * tl.load(at + 2 * stride_c, mask=used, other=0).to(tl.float32)
+            j += 1
         red += weight_y * r
         green += weight_y * g
         blue += weight_y * u
+        i += 1
     whole = tl.where(inside, sum_y * sum_x, 1.0)
     if BYTES:
         whole = whole * 255.0
@@ -212,8 +168,10 @@ def finish_colours(
         # Every program adds all partial sums of its sample in the same order: a few hundred bytes from the cache.
         part = tl.arange(0, PARTS)
         sums = part.to(tl.float32) * 0
-        for start in range(0, chunks, PARTS):
+        start = chunks * 0
+        while start < chunks:
             sums += tl.load(sums_ptr + b * chunks + start + part, mask=start + part < chunks, other=0)
+            start += PARTS
         mean = tl.sum(sums) / (side * side)
         first = place_of_contrast(order_ptr, b)
         for i in tl.static_range(4):
@@ -254,7 +212,8 @@ def blur(
     spread = 2.0 * tl.maximum(sigma, 1e-3) * tl.maximum(sigma, 1e-3)
     image = from_ptr + b * side * side * 3
     red, green, blue, whole = here * 0.0, here * 0.0, here * 0.0, here * 0.0
-    for d in range(-reach, reach + 1):
+    d = -reach
+    while d <= reach:
         there = here + d
         if MIRRORED:
             there = tl.where(there < 0, -there, tl.where(there >= side, 2 * side - 2 - there, there))
@@ -265,6 +224,7 @@ def blur(
         green += weight * tl.load(at + 1, mask=found, other=0)
         blue += weight * tl.load(at + 2, mask=found, other=0)
         whole += tl.where(found, weight, 0.0)
+        d += 1
     whole = tl.where(inside, whole, 1.0)
     red, green, blue = tl.div_rn(red, whole), tl.div_rn(green, whole), tl.div_rn(blue, whole)
     store(out_ptr + b * side * side * 3, pixel, inside, red, green, blue, LAST)
