@@ -164,8 +164,9 @@ class ShardSet:
     def fetch(self, shard: int) -> None:
         """Bring a shard from afar into this node's cache. Raises DataError if it cannot be had or is unsound."""
         with self.files.holding(self._names[shard]):
-            if self.is_lazy:
-                self.parts.check(shard)
+            pass  # not held while it is checked: a check takes the lock of what is kept of a shard before this one
+        if self.is_lazy:
+            self.parts.check(shard)
 
     def fetching(self, walk: Iterator[Place]) -> AbstractContextManager[Reach]:
         """While open, shards from afar that the walk will read are fetched. It takes where the reader has come to."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -102,3 +103,25 @@ def test_reader_tells_of_a_shard_that_cannot_be_fetched(hand_made, monkeypatch, 
         with pytest.raises(DataError, match="s-3.tar cannot be read: the server answered 404"):
             for _, batch in zip(range(9), stream, strict=False):
                 assert batch.x.dtype == torch.float32
+
+
+def test_a_shard_is_not_held_while_it_is_checked(hand_made, monkeypatch):
+    """The reader takes the two locks in the order of a check; in the other order both would wait for each other."""
+    made, held = hand_made(counts=(4,) * 2), []
+    with far_server(made.folder) as (address, _):
+        source = ShardSet.open(address, verify="lazy")
+        holding, check = type(source.files).holding, source.parts.check
+
+        @contextmanager
+        def seen(folder_of_all, name):
+            with holding(folder_of_all, name) as folder:
+                held.append(name)
+                try:
+                    yield folder
+                finally:
+                    held.remove(name)
+
+        monkeypatch.setattr(type(source.files), "holding", seen)
+        monkeypatch.setattr(source.parts, "check", lambda number: check(number) if not held else pytest.fail(str(held)))
+        source.fetch(1)
+    assert held == []
